@@ -1,0 +1,68 @@
+# chunkgrpo: `make help` lists what there is. Every target prepares .venv first, once.
+#
+#   PYTHON=python3.12 make test    another interpreter (3.11 or newer)
+#   TORCH_INDEX=URL make demo      PyTorch wheels from URL, e.g.
+#                                  https://download.pytorch.org/whl/cu128 for CUDA 12.8
+#
+# On Linux without an NVIDIA driver the small CPU wheels are the default, instead of PyPI's CUDA
+# ones. Where PIP_FIND_LINKS is set, wheels are expected there and no other index is added.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+ifeq ($(shell uname -s),Linux)
+ifeq ($(shell command -v nvidia-smi)$(PIP_FIND_LINKS),)
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+endif
+endif
+TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+
+.PHONY: help demo test lint format bench clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' \
+		| awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+
+$(STAMP): pyproject.toml constraints.txt
+	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "chunkgrpo needs Python 3.11 or newer; found: $$("$(PYTHON)" --version 2>&1 || true)." \
+			"Name one with PYTHON=/path/to/python3.11 make ..." >&2; exit 1; }
+	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt $(TORCH_OPTIONS) torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt $(TORCH_OPTIONS) -e ".[dev]"
+	@touch $@
+
+demo: $(STAMP) ## Train on the built-in shapes world and show what was learned
+	$(BIN)/chunkgrpo train
+
+# Two workers of one thread each: more threads than cores would make both slower.
+test: $(STAMP) ## Run the tests; core/ must be covered completely
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 \
+		--cov=chunkgrpo.core --cov-report=term --cov-fail-under=100 $(PYTEST_OPTIONS)
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: $(STAMP) ## Repair what can be repaired automatically
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP) ## Run every benchmark; each prints one table
+	@set -e; for script in benchmarks/*.py; do \
+		[ -e "$$script" ] || continue; \
+		echo "== $$script"; $(BIN)/python "$$script"; \
+	done
+
+clean: ## Remove the environment, caches and builds (runs/ stays)
+	rm -rf $(VENV) dist build .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +
