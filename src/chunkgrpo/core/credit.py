@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From rewards to advantages: how much better than its siblings an image is.
+
+G images of one prompt form a group; an image's advantage is its reward relative to the group.
+Published code differs in what the difference is divided by, and each variant is one function
+here, registered by name in ``CONVENTIONS``.
+
+Axes: P prompts, G images per prompt, B = P * G samples, prompt-major.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32
+
+# The two guards against division by zero found in published code.
+TINY = 1e-8
+SMALL = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class Advantages:
+    """What the policy gradient is weighted with, and how informative the groups were.
+
+    Attributes:
+        values: One advantage per sample, [B].
+        spread: Unbiased standard deviation of the raw rewards within each group, [P].
+        num_zero_spread: Number of groups whose rewards are all equal and which therefore teach
+            nothing (0-dim integer tensor).
+    """
+
+    values: Tensor
+    spread: Tensor
+    num_zero_spread: Tensor
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way to normalise rewards.
+
+    Attributes:
+        normalise: [P, G] rewards -> [P, G] advantages.
+        centres_groups: Whether each group is compared with its own mean. Then a group whose
+            rewards are all equal has advantage exactly 0.
+    """
+
+    normalise: Callable[[Tensor], Tensor]
+    centres_groups: bool = True
+
+
+def _group_centred(rewards_PG: Tensor) -> Tensor:
+    return rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+
+
+def group_std(rewards_PG: Tensor) -> Tensor:
+    r"""Each group by its own mean and unbiased standard deviation.
+
+    .. math:: A_i = \frac{r_i - \bar r}{s_{G-1} + 10^{-8}}
+
+    Bounded by (G - 1) / sqrt(G): 3.175 for G = 12, so a clip at 5 never binds.
+
+    Args:
+        rewards_PG: [P, G], G >= 2.
+
+    Returns:
+        [P, G].
+
+    Reference: DanceGRPO, arXiv:2505.07818; Chunk-GRPO, arXiv:2510.21583.
+    """
+    return _group_centred(rewards_PG) / (rewards_PG.std(dim=1, keepdim=True) + TINY)
+
+
+def group_population_std(rewards_PG: Tensor) -> Tensor:
+    r"""Each group by its own mean and population standard deviation.
+
+    .. math:: A_i = \frac{r_i - \bar r}{s_{G} + 10^{-4}}
+
+    Bounded by sqrt(G - 1).
+
+    Args:
+        rewards_PG: [P, G].
+
+    Returns:
+        [P, G].
+
+    Reference: Flow-GRPO, arXiv:2505.05470, eq. 5, per-prompt variant.
+    """
+    spread_P1 = rewards_PG.std(dim=1, keepdim=True, correction=0)
+    return _group_centred(rewards_PG) / (spread_P1 + SMALL)
+
+
+def global_std(rewards_PG: Tensor) -> Tensor:
+    r"""Each group by its own mean, all by the batch's unbiased standard deviation.
+
+    .. math:: A_i = \frac{r_i - \bar r_{group}}{s_{B-1} + 10^{-8}}
+
+    The deviation is that of the raw rewards, so differences between prompts enlarge it.
+
+    Args:
+        rewards_PG: [P, G].
+
+    Returns:
+        [P, G].
+
+    Reference: an option of the DanceGRPO line of code, arXiv:2505.07818.
+    """
+    return _group_centred(rewards_PG) / (rewards_PG.std() + TINY)
+
+
+def flow_grpo(rewards_PG: Tensor) -> Tensor:
+    r"""Each group by its own mean, all by the batch's population standard deviation.
+
+    .. math:: A_i = \frac{r_i - \bar r_{group}}{s_{B} + 10^{-4}}
+
+    Args:
+        rewards_PG: [P, G].
+
+    Returns:
+        [P, G].
+
+    Reference: Flow-GRPO, arXiv:2505.05470, default of its code.
+    """
+    return _group_centred(rewards_PG) / (rewards_PG.std(correction=0) + SMALL)
+
+
+def group_std_median(rewards_PG: Tensor) -> Tensor:
+    r"""As :func:`group_std`, then shifted so that half of each group is positive.
+
+    .. math:: A_i = A^{std}_i - \mathrm{median}_{group}\, A^{std}
+
+    The median of an even group is the mean of its two middle values. Advantages no longer sum
+    to zero when rewards are skewed.
+
+    Args:
+        rewards_PG: [P, G], G >= 2.
+
+    Returns:
+        [P, G].
+
+    Reference: an option of the Chunk-GRPO code, arXiv:2510.21583.
+    """
+    advantages_PG = group_std(rewards_PG)
+    return advantages_PG - advantages_PG.quantile(0.5, dim=1, keepdim=True)
+
+
+def ungrouped(rewards_PG: Tensor) -> Tensor:
+    r"""All samples by the batch's mean and unbiased standard deviation; prompts are ignored.
+
+    .. math:: A_i = \frac{r_i - \bar r_{batch}}{s_{B-1} + 10^{-8}}
+
+    An easy prompt then looks like a good policy; kept for comparison.
+
+    Args:
+        rewards_PG: [P, G].
+
+    Returns:
+        [P, G].
+
+    Reference: an option of the DanceGRPO line of code, arXiv:2505.07818.
+    """
+    return (rewards_PG - rewards_PG.mean()) / (rewards_PG.std() + TINY)
+
+
+def mean_only(rewards_PG: Tensor) -> Tensor:
+    r"""Each group by its own mean, undivided.
+
+    .. math:: A_i = r_i - \bar r
+
+    Keeps the reward's unit, so the learning rate must fit it; does not amplify groups whose
+    rewards barely differ.
+
+    Args:
+        rewards_PG: [P, G].
+
+    Returns:
+        [P, G].
+
+    Reference: Dr. GRPO, arXiv:2503.20783.
+    """
+    return _group_centred(rewards_PG)
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "group_std": Convention(group_std),
+    "group_population_std": Convention(group_population_std),
+    "global_std": Convention(global_std),
+    "flow_grpo": Convention(flow_grpo),
+    "group_std_median": Convention(group_std_median),
+    "ungrouped": Convention(ungrouped, centres_groups=False),
+    "mean_only": Convention(mean_only),
+}
+"""Normalisations by the name a configuration uses."""
+
+
+def _validated_groups(rewards_B: Tensor, num_prompts: int) -> Tensor:
+    """[B] -> [P, G], float32 or better, or the reason why not."""
+    if rewards_B.ndim != 1:
+        raise ValueError(
+            f"rewards have shape {tuple(rewards_B.shape)}; one reward per sample is needed, [B]; "
+            "add up several rewards first"
+        )
+    num_samples = len(rewards_B)
+    if num_prompts < 1 or num_samples == 0 or num_samples % num_prompts:
+        raise ValueError(
+            f"{num_samples} rewards do not form {num_prompts} equal groups; pass all images of "
+            "every prompt, prompt after prompt"
+        )
+    group_size = num_samples // num_prompts
+    if group_size < 2:
+        raise ValueError(
+            "the group size is 1; an advantage compares images of one prompt, so a group needs "
+            "at least 2; raise group_size"
+        )
+    finite_B = rewards_B.isfinite()
+    if not finite_B.all():
+        index = int((~finite_B).nonzero()[0])
+        raise ValueError(
+            f"rewards[{index}] is {rewards_B[index].item()} (prompt {index // group_size}, image "
+            f"{index % group_size}); every reward must be finite; fix the reward function, "
+            "or give failed images its lowest score"
+        )
+    return at_least_float32(rewards_B).reshape(num_prompts, group_size)
+
+
+def group_advantages(
+    rewards_B: Tensor, num_prompts: int, convention: str = "group_std", clip: float | None = 5.0
+) -> Advantages:
+    """Group-relative advantages of one reward.
+
+    Rewards come prompt after prompt: samples ``p * G`` to ``p * G + G - 1`` belong to prompt p.
+    A group whose rewards are all equal gets exactly 0 under every convention that centres groups:
+    the mean of equal float32 numbers may miss them by one rounding, and dividing that by 1e-8
+    would make an advantage out of nothing.
+
+    Args:
+        rewards_B: [B], finite, any unit.
+        num_prompts: P >= 1, a divisor of B; groups have G = B / P >= 2 samples.
+        convention: A name in ``CONVENTIONS``.
+        clip: Advantages are clamped to [-clip, clip]; None leaves them alone. A clamp that binds
+            breaks the zero sum.
+
+    Returns:
+        Advantages [B] with the groups' spread [P] and the number of groups without any.
+
+    Raises:
+        ValueError: If the shapes do not form groups of at least two, a reward is not finite, the
+            convention is unknown, or ``clip`` is not positive.
+
+    Reference: Chunk-GRPO, arXiv:2510.21583, eq. 4; GRPO, arXiv:2402.03300.
+    """
+    if convention not in CONVENTIONS:
+        raise ValueError(
+            f"the advantage convention is {convention!r}; it must be one of "
+            f"{sorted(CONVENTIONS)}; choose one of these"
+        )
+    if clip is not None and not clip > 0:
+        raise ValueError(f"the advantage clip is {clip}; it must be above 0; None turns it off")
+    rewards_PG = _validated_groups(rewards_B, num_prompts)
+    rule = CONVENTIONS[convention]
+    advantages_PG = rule.normalise(rewards_PG)
+    all_equal_P = rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)
+    if rule.centres_groups:
+        advantages_PG = advantages_PG.masked_fill(all_equal_P[:, None], 0.0)
+    if clip is not None:
+        advantages_PG = advantages_PG.clamp(-clip, clip)
+    return Advantages(
+        values=advantages_PG.reshape(-1),
+        spread=torch.where(all_equal_P, 0.0, rewards_PG.std(dim=1)),
+        num_zero_spread=all_equal_P.sum(),
+    )

@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sigma grids: where on the way from noise to image the sampler stops.
+
+Time is ``sigma`` in [0, 1]: a state is ``(1 - sigma) * image + sigma * noise``. A grid of K
+steps is K+1 sigmas, strictly decreasing, ending at exactly 0. Grids are built and validated
+here, once; everything downstream trusts them.
+
+Axes: K sampler steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .precision import at_least_float32
+
+TimestepRounding = Callable[[Tensor], Tensor]
+"""How an exact sigma becomes the time the network is told: sigma -> sigma, both in [0, 1]."""
+
+
+def shift_sigmas(sigmas: Tensor, shift: float) -> Tensor:
+    r"""Push a grid towards noise (shift > 1) or towards the image (shift < 1).
+
+    .. math:: \sigma = \frac{s\,u}{1 + (s - 1)\,u}
+
+    Fixes 0 and 1 up to rounding, keeps the order, and s = 1 is the identity. Shifts compose by
+    multiplication.
+
+    Args:
+        sigmas: u in [0, 1], any shape.
+        shift: s > 0, finite.
+
+    Returns:
+        Shifted sigmas in [0, 1], shape of ``sigmas``, float32 or better.
+
+    Raises:
+        ValueError: If ``shift`` is not a positive finite number.
+
+    Reference: Esser et al., arXiv:2403.03206, section 5.3.2 (resolution-dependent shift).
+    """
+    if not (math.isfinite(shift) and shift > 0):
+        raise ValueError(f"shift is {shift}; it must be positive and finite; 1.0 means no shift")
+    u = at_least_float32(sigmas)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def make_sigmas(num_steps: int, shift: float = 3.0) -> Tensor:
+    r"""The shifted linear grid: :func:`shift_sigmas` of ``linspace(1, 0, num_steps + 1)``.
+
+    Args:
+        num_steps: K >= 2 sampler steps. The last of them is never trained, so K = 17 gives 16
+            trained steps.
+        shift: s > 0; 3 in the published runs.
+
+    Returns:
+        [K+1] float32 on the CPU, from exactly 1.0 down to exactly 0.0.
+
+    Raises:
+        ValueError: If ``num_steps`` < 2 or ``shift`` is not positive and finite.
+
+    Reference: Chunk-GRPO, arXiv:2510.21583, section 5.1 (T = 17); DanceGRPO, arXiv:2505.07818.
+    """
+    if num_steps < 2:
+        raise ValueError(
+            f"num_steps is {num_steps}; a schedule needs at least 2 steps, because the last one "
+            "is never trained; raise num_steps"
+        )
+    sigmas = shift_sigmas(torch.linspace(1.0, 0.0, num_steps + 1, dtype=torch.float32), shift)
+    # s / (1 + (s - 1)) may miss 1 by one rounding, and the first diffusion coefficient asks.
+    sigmas[0], sigmas[-1] = 1.0, 0.0
+    return validate_sigmas(sigmas)
+
+
+def validate_sigmas(sigmas: Tensor) -> Tensor:
+    """Check a grid once, at the border, and hand it back unchanged.
+
+    Args:
+        sigmas: [K+1] floating point; finite, strictly decreasing, first in (0, 1], last
+            exactly 0, K >= 2.
+
+    Returns:
+        ``sigmas`` itself.
+
+    Raises:
+        ValueError: Stating the value found, the rule, and the fix.
+    """
+    if sigmas.ndim != 1:
+        raise ValueError(
+            f"sigmas have shape {tuple(sigmas.shape)}; a schedule is one-dimensional, [K+1]; "
+            "pass one grid, shared by the batch"
+        )
+    if not sigmas.is_floating_point():
+        raise ValueError(
+            f"sigmas have dtype {sigmas.dtype}; they must be floating point in [0, 1]; "
+            "divide integer timesteps by 1000"
+        )
+    if len(sigmas) < 3:
+        raise ValueError(
+            f"sigmas {sigmas.tolist()} make {max(len(sigmas) - 1, 0)} steps; a schedule needs at "
+            "least 2, because the last one is never trained; add sigmas"
+        )
+    values = sigmas.tolist()
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise ValueError(
+                f"sigmas[{index}] is {value}; every sigma must be finite; rebuild the schedule"
+            )
+    if not 0 < values[0] <= 1:
+        raise ValueError(
+            f"sigmas start at {values[0]}; the first sigma must lie in (0, 1]; "
+            "scale the grid so that 1 is pure noise"
+        )
+    if values[-1] != 0:
+        raise ValueError(
+            f"sigmas end at {values[-1]}; the last sigma must be exactly 0; append 0.0"
+        )
+    for index in range(len(values) - 1):
+        if values[index] <= values[index + 1]:
+            raise ValueError(
+                f"sigmas[{index}] = {values[index]} is followed by {values[index + 1]}; sigmas "
+                "must decrease strictly; sort them in descending order and drop repeats"
+            )
+    return sigmas
+
+
+def exact_timestep(sigma: Tensor) -> Tensor:
+    """Tell the network the exact sigma.
+
+    Args:
+        sigma: In [0, 1], any shape.
+
+    Returns:
+        ``sigma``, float32 or better.
+    """
+    return at_least_float32(sigma)
+
+
+def floor1000_timestep(sigma: Tensor) -> Tensor:
+    r"""Tell the network sigma truncated to integer thousandths.
+
+    .. math:: \lfloor 1000\,\sigma \rfloor / 1000
+
+    The published runs feed the network this while the sampler itself uses the exact sigma. A
+    sigma within one rounding of a thousandth may land on either side.
+
+    Args:
+        sigma: In [0, 1], any shape.
+
+    Returns:
+        Multiples of 1/1000 in [0, 1], shape of ``sigma``, float32 or better.
+
+    Reference: the convention of the DanceGRPO line of code, arXiv:2505.07818.
+    """
+    return torch.floor(1000 * at_least_float32(sigma)) / 1000
+
+
+TIMESTEP_ROUNDINGS: dict[str, TimestepRounding] = {
+    "exact": exact_timestep,
+    "floor1000": floor1000_timestep,
+}
+"""Roundings by the name a configuration uses."""
+
+
+def network_timestep(sigma: Tensor, rounding: TimestepRounding = exact_timestep) -> Tensor:
+    """The time the network is told when the sampler stands at ``sigma``.
+
+    Only the network's input is rounded; transition means and standard deviations always use
+    the exact sigma.
+
+    Args:
+        sigma: In [0, 1], any shape.
+        rounding: :func:`exact_timestep` or :func:`floor1000_timestep` (or another map of
+            [0, 1] to itself); ``TIMESTEP_ROUNDINGS`` finds them by name.
+
+    Returns:
+        Time in units of sigma, [0, 1], shape of ``sigma``.
+    """
+    return rounding(sigma)
