@@ -175,7 +175,7 @@ def save_dynamics(
     top = curve.secondary_xaxis("top")
     every = -(-num_steps // 17)
     top.set_xticks(steps[::every], [f"{sigmas[i]:.2f}" for i in steps[::every]])
-    top.set_xlabel("noise level σ at the start of the step")
+    top.set_xlabel("noise level σ at the start of the step", fontsize=9)
     top.tick_params(labelsize=8, colors=INK)
 
     for sizes in list(plans.values())[:1]:
@@ -241,7 +241,10 @@ def _draw_panel(
         else:
             axis.plot(where, values, color=colour, alpha=0.3, linewidth=0.8)
             axis.plot(where, _moving_average(values, smoothing), color=colour, label=series.label)
-    axis.set_title(panel.title, loc="left")
+    axis.set_title(panel.title, loc="left", fontsize=10, y=1.02)
+    axis.yaxis.set_offset_position("right")  # a factor such as 1e-5 stands clear of the title
+    axis.yaxis.offsetText.set_fontsize(8)
+    axis.ticklabel_format(axis="y", scilimits=(-3, 4))
     axis.set_ylabel(panel.ylabel)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     if any(series.label for series in panel.series):
@@ -249,13 +252,10 @@ def _draw_panel(
 
 
 def _moving_average(values: Sequence[float], width: int) -> list[float]:
-    """Centred mean of up to ``width`` values; at the ends, of those that exist on both sides."""
-    smooth = []
-    for index in range(len(values)):
-        half = min(width // 2, index, len(values) - 1 - index)
-        window = values[index - half : index + half + 1]
-        smooth.append(sum(window) / len(window))
-    return smooth
+    """Centred mean of up to ``width`` values; at the ends, of those there are."""
+    half = width // 2
+    windows = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -268,7 +268,6 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.title.set_fontsize(10)
         axis.tick_params(labelsize=8, colors=INK)
         axis.xaxis.label.set_fontsize(9)
         axis.yaxis.label.set_fontsize(9)

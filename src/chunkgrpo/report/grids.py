@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from chunkgrpo.report.palette import CORRECT, FAINT, INK, WRONG
+from chunkgrpo.report.palette import CORRECT, EDGE, FAINT, INK, WRONG
 from chunkgrpo.runtime.files import atomic_write
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def save_image_grid(
     for start, row_height in zip(starts, row_heights):
         for column, index in enumerate(range(start, min(start + columns, len(pictures)))):
             left = _MARGIN + column * (cell + _GAP)
-            canvas.paste(pictures[index], (left + (cell - width) // 2, top))
+            _place(canvas, draw, pictures[index], left + (cell - width) // 2, top)
             for row, text in enumerate(texts[index]):
                 place = (left + cell // 2, top + height + 4 + row * line)
                 draw.text(place, text, font=font, fill=INK, anchor="ma")
@@ -153,13 +153,13 @@ def save_comparison(
         above = top + (row_height - height - 2 * _FRAME) // 2
         for left, (heading, column) in zip(lefts, pictures.items()):
             verdict = (marks or {}).get(heading, [None] * num_rows)[index]
+            _place(canvas, draw, column[index], left + _FRAME, above + _FRAME)
             if verdict is not None:
                 colour = CORRECT if verdict else WRONG
                 box = [left, above, left + width + 2 * _FRAME - 1, above + height + 2 * _FRAME - 1]
                 draw.rectangle(box, outline=colour, width=_FRAME)
                 place = (left + width + 2 * _FRAME + 4, above + height // 2 + _FRAME)
                 draw.text(place, "✓" if verdict else "✗", colour, glyphs, anchor="lm")
-            canvas.paste(column[index], (left + _FRAME, above + _FRAME))
         top += row_height
     return _save(canvas, path)
 
@@ -184,6 +184,14 @@ def _canvas(inner_width: int, inner_height: int) -> tuple[Image, ImageDraw]:
     size = (inner_width + 2 * _MARGIN, inner_height + 2 * _MARGIN)
     canvas = Image.new("RGB", size, "white")
     return canvas, ImageDraw.Draw(canvas)
+
+
+def _place(canvas: Image, draw: ImageDraw, picture: Image, left: int, top: int) -> None:
+    """Paste a picture with a hairline around it, for pictures as white as the canvas."""
+    draw.rectangle(
+        [left - 1, top - 1, left + picture.width, top + picture.height], outline=EDGE, width=1
+    )
+    canvas.paste(picture, (left, top))
 
 
 @cache

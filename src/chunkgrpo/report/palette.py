@@ -6,7 +6,7 @@ Reference: Okabe and Ito, Color Universal Design (2008).
 
 from __future__ import annotations
 
-__all__ = ["SERIES", "CORRECT", "WRONG", "INK", "FAINT"]
+__all__ = ["SERIES", "CORRECT", "WRONG", "INK", "FAINT", "EDGE"]
 
 BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = (
     "#0072B2",
@@ -23,5 +23,5 @@ SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 CORRECT, WRONG = BLUE, VERMILLION
 """Frames of images that pass and fail; a tick or a cross always says the same again."""
 
-INK, FAINT = "#1A1A1A", "#8A8A8A"
-"""Text, and text or lines that stay in the background."""
+INK, FAINT, EDGE = "#1A1A1A", "#8A8A8A", "#DCDCDC"
+"""Text; lines that stay in the background; the hairline around a picture on white."""

@@ -166,7 +166,9 @@ def bootstrap_interval(
     draws = np.empty(num_resamples)
     for index in range(num_resamples):
         chosen = generator.integers(len(members), size=len(members))
-        draws[index] = statistic(rows[np.concatenate([members[m] for m in chosen])])
+        if clusters is not None:
+            chosen = np.concatenate([members[m] for m in chosen])
+        draws[index] = statistic(rows[chosen])
     low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
     return Estimate(float(statistic(rows)), float(low), float(high), len(rows))
 
