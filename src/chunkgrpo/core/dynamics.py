@@ -82,7 +82,7 @@ def cosine_distance(states: Tensor) -> Tensor:
     .. math:: 1 - \frac{x_i \cdot x_{i+1}}{\lVert x_i \rVert_2 \lVert x_{i+1} \rVert_2}
 
     Blind to changes of length. The product and norms are means over the latent elements, with
-    1e-8 added to the denominator. Distances below about 1e-6 are rounding in float32.
+    1e-8 added to each norm. Distances below about 1e-6 are rounding in float32.
 
     Args:
         states: Visited states in sampling order, [B, N+1, *latent].
@@ -96,8 +96,9 @@ def cosine_distance(states: Tensor) -> Tensor:
     Reference: Chunk-GRPO, arXiv:2510.21583, ablation of the distance measure.
     """
     earlier, later = _earlier_and_later(states)
-    lengths = earlier.square().mean(dim=2).sqrt() * later.square().mean(dim=2).sqrt()
-    return 1 - (earlier * later).mean(dim=2) / (lengths + TINY)
+    earlier_length = earlier.square().mean(dim=2).sqrt() + TINY
+    later_length = later.square().mean(dim=2).sqrt() + TINY
+    return 1 - (earlier * later).mean(dim=2) / (earlier_length * later_length)
 
 
 def mean_curve(curve_BN: Tensor) -> Tensor:
