@@ -223,16 +223,17 @@ def _background(images: FloatArray) -> tuple[FloatArray, FloatArray]:
     """
     ring = images[:, _RING]
     color = np.partition(ring, ring.shape[1] // 2, axis=1)[:, ring.shape[1] // 2]
-    flat = images.reshape(len(images), -1, 3)
+    # Every other row and column: the mean of a thousand pixels is as good as that of four thousand.
+    sparse = images[:, ::2, 1::2].reshape(len(images), -1, 3)
     share = np.zeros(len(images), np.float32)
     for _ in range(2):
-        deviation = flat - color[:, None]
+        deviation = sparse - color[:, None]
         near = (_largest(deviation) < BACKGROUND_REACH).astype(np.float32)
         count = near.sum(1)
         total = (near[:, None] @ deviation)[:, 0]
         color = color + total / np.maximum(count, 1)[:, None]
-        share = count / flat.shape[1]
-    return (flat - color[:, None]).reshape(images.shape), share
+        share = count / sparse.shape[1]
+    return images - color[:, None, None], share
 
 
 def _surface(
