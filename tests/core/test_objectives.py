@@ -86,6 +86,18 @@ def test_slope_in_every_region(ratio, advantage, slope):
     assert is_cut == (slope == 0 and advantage != 0)
 
 
+@pytest.mark.parametrize(("low", "high"), [(0.1, 0.3), (0.3, 0.1), (0.0, 0.5), (0.5, 0.0)])
+def test_slope_equals_autograd_on_a_grid_with_unequal_clips(low, high):
+    log_ratio = torch.linspace(-0.9, 0.9, 182, dtype=torch.float64).repeat(2, 1).requires_grad_()
+    advantages = tensor(1.7, -0.6)
+    clipped_surrogate(log_ratio, advantages, low, high).sum().backward()
+    slope = surrogate_slope(log_ratio.detach(), advantages, low, high)
+    assert torch.allclose(slope, log_ratio.grad, rtol=1e-12, atol=0)
+    cut = gradient_is_cut(log_ratio.detach(), advantages, low, high)
+    ratio = log_ratio.detach()[0].exp()
+    assert torch.equal(cut, torch.stack([ratio > 1 + high, ratio < 1 - low]))
+
+
 def test_slope_agrees_with_autograd_at_published_float32_clips():
     # The range 5e-5 is only some 400 float32 spacings wide; both must round its ends alike.
     log_ratio = torch.linspace(-1.2e-4, 1.2e-4, 4001).repeat(2, 1).requires_grad_()
