@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a model folder or hub id to the policy of its family."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from chunkgrpo.policies.pipeline import (
+    Adaptation,
+    PipelinePolicy,
+    pipeline_class_name,
+    quiet_diffusers,
+)
+
+FAMILIES = {
+    "StableDiffusion3Pipeline": ("chunkgrpo.policies.sd3", "StableDiffusion3Policy"),
+}
+
+
+def load_policy(
+    model: str | Path, adaptation: Adaptation | None = None, device: str = "cpu", **options: Any
+) -> PipelinePolicy:
+    """Load a diffusers pipeline as a policy.
+
+    Args:
+        model: Folder written by ``save_pretrained``, or a hub id.
+        adaptation: Which weights are trained.
+        device: Where it runs.
+        options: Passed to :class:`PipelinePolicy`.
+
+    Raises:
+        ValueError: If the model is missing, no pipeline, or of an unknown family.
+    """
+    name = pipeline_class_name(model)
+    if name not in FAMILIES:
+        known = ", ".join(FAMILIES)
+        raise ValueError(f"{model} is a {name}, which has no policy yet; known: {known}")
+    from diffusers import DiffusionPipeline
+
+    module, attribute = FAMILIES[name]
+    with quiet_diffusers():
+        pipe = DiffusionPipeline.from_pretrained(str(model)).to(device)
+    return getattr(import_module(module), attribute)(pipe, adaptation, **options)

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every diffusers family shares: loading, what is trained, decoding, saving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkgrpo.core.schedules import TimestepRounding, exact_timestep
+from chunkgrpo.runtime.attention import plain_attention
+from chunkgrpo.types import Conditioning
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Which weights are trained.
+
+    Attributes:
+        method: ``"lora"`` or ``"full"``.
+        rank, alpha: Of the LoRA; its update is scaled by alpha / rank.
+        targets: Module name endings that get a LoRA.
+    """
+
+    method: str = "lora"
+    rank: int = 16
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class PipelinePolicy:
+    """A diffusers pipeline as a policy; a family adds ``encode`` and ``predict``.
+
+    Args:
+        pipe: The loaded pipeline.
+        adaptation: Which weights are trained.
+        precision: Autocast precision of the network: ``bf16``, ``fp16`` or ``fp32``.
+        guidance: Guidance scale; at most 1 turns classifier-free guidance off.
+        size: Height and width of images in pixels; the pipeline's default where None.
+        max_sequence_length: Text rows of the longest text encoder.
+        timestep: How the network's timestep is rounded.
+        decode_batch: Images decoded at once.
+    """
+
+    latent_shape: tuple[int, ...]
+
+    def __init__(
+        self,
+        pipe: Any,
+        adaptation: Adaptation | None = None,
+        *,
+        precision: str = "bf16",
+        guidance: float = 1.0,
+        size: tuple[int, int] | None = None,
+        max_sequence_length: int = 256,
+        timestep: TimestepRounding = exact_timestep,
+        decode_batch: int = 64,
+    ) -> None:
+        self.pipe = pipe
+        self.adaptation = adaptation or Adaptation()
+        self.dtype = DTYPES[precision]
+        self.guidance = guidance
+        self.max_sequence_length = max_sequence_length
+        self.timestep = timestep
+        self.decode_batch = decode_batch
+        self.device = pipe.transformer.device
+        pipe.set_progress_bar_config(disable=True)
+        factor = pipe.vae_scale_factor
+        self.size = size or (pipe.transformer.config.sample_size * factor,) * 2
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):
+                module.requires_grad_(False).eval()
+        self._encoded: dict[str, Conditioning] = {}
+        self._base: list[Tensor] = []
+        if self.adaptation.method == "lora":
+            from peft import LoraConfig
+
+            config = LoraConfig(
+                r=self.adaptation.rank,
+                lora_alpha=self.adaptation.alpha,
+                init_lora_weights="gaussian",
+                target_modules=list(self.adaptation.targets),
+            )
+            pipe.transformer.add_adapter(config)
+        else:
+            pipe.transformer.requires_grad_(True)
+        self._trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
+        if not self._trained:
+            targets = ", ".join(self.adaptation.targets)
+            raise ValueError(f"no module matches the LoRA targets {targets}; name others")
+        if self.adaptation.method == "full":
+            self._base = [p.detach().clone() for p in self._trained]
+
+    def parameters(self) -> list[Tensor]:
+        """Return the trainable parameters."""
+        return list(self._trained)
+
+    @contextmanager
+    def arithmetic(self) -> Iterator[None]:
+        """Set autocast and the attention kernel for the network."""
+        on_cpu = self.device.type == "cpu"
+        low = self.dtype != torch.float32
+        cast = torch.autocast(self.device.type, self.dtype) if low else nullcontext()
+        with cast, plain_attention() if on_cpu else nullcontext():
+            yield
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts with the pipeline's own encoders, each distinct prompt once."""
+        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
+        for start in range(0, len(new), 256):
+            part = new[start : start + 256]
+            with torch.no_grad(), quiet_diffusers():
+                encoded = self.encode_texts(part)
+            for i, prompt in enumerate(part):
+                self._encoded[prompt] = encoded[i : i + 1]
+        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
+
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts (family)."""
+        raise TypeError("a family must say how prompts are encoded")
+
+    def predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict the guided velocity (family)."""
+        raise TypeError("a family must say how a velocity is predicted")
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Predict dx/dsigma in float32; see :class:`~chunkgrpo.policies.protocol.Policy`."""
+        with self.arithmetic():
+            return self.predict(x, self.timestep(sigma), conditioning).float()
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Decode clean latents to images in [0, 1] with the pipeline's VAE and post-processing."""
+        vae = self.pipe.vae
+        images = []
+        for part in x.split(self.decode_batch):
+            # No plain attention here: the VAE's attention, if any, is over many positions.
+            low = self.dtype != torch.float32
+            with torch.autocast(self.device.type, self.dtype) if low else nullcontext():
+                z = part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+                image = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+            images.append(self.pipe.image_processor.postprocess(image.float(), output_type="pt"))
+        return torch.cat(images)
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Inside this context the network answers as the base model, exactly."""
+        transformer = self.pipe.transformer
+        if self.adaptation.method == "lora":
+            transformer.disable_adapters()
+            try:
+                yield
+            finally:
+                transformer.enable_adapters()
+            return
+        kept = [p.data for p in self._trained]
+        for parameter, base in zip(self._trained, self._base, strict=True):
+            parameter.data = base
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(self._trained, kept, strict=True):
+                parameter.data = tensor
+
+    def save(self, folder: Path) -> None:
+        """Save for stock diffusers: a LoRA for ``load_lora_weights``, or a whole pipeline."""
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.adaptation.method == "full":
+            with quiet_diffusers():
+                self.pipe.save_pretrained(folder)
+            return
+        from peft.utils import get_peft_model_state_dict
+
+        transformer = self.pipe.transformer
+        self.pipe.save_lora_weights(
+            folder,
+            transformer_lora_layers=get_peft_model_state_dict(transformer),
+            # Without it a loader assumes alpha = rank and is silently wrong otherwise.
+            transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
+        )
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence progress bars and the warning about every truncated prompt."""
+    from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    bars = transformers_logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def pipeline_class_name(model: str | Path) -> str:
+    """Read a model folder's pipeline class.
+
+    Raises:
+        ValueError: If the folder is missing or holds no diffusers pipeline.
+    """
+    path = Path(model)
+    if not path.exists():
+        if len(path.parts) == 2 and not str(model).startswith((".", "/", "~")):
+            from diffusers import DiffusionPipeline
+
+            return str(DiffusionPipeline.load_config(str(model))["_class_name"])
+        raise ValueError(f"model folder {model} does not exist; give a folder or a hub id owner/name")
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{model} is no diffusers pipeline: it has no model_index.json; "
+            "point to the folder that save_pretrained wrote"
+        )
+    return str(json.loads(index.read_text())["_class_name"])

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Closed-form policies: Gaussian data whose exact velocity is known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from chunkgrpo.types import Conditioning
+
+
+class GaussianPolicy:
+    r"""The exact velocity of data :math:`x_0 \sim N(m, s^2)`, with m learnt.
+
+    .. math:: v(x, \sigma) = \frac{\sigma - (1-\sigma) s^2}{(1-\sigma)^2 s^2 + \sigma^2}
+              (x - (1-\sigma) m) - m
+
+    A prompt shifts nothing; it only counts rows. ``decode`` maps latents through a sigmoid to
+    three-channel images, so that every reward works on it.
+
+    Args:
+        mean: Initial m, shape [latent].
+        std: s > 0.
+        dtype: Precision of the arithmetic.
+    """
+
+    def __init__(self, mean: Tensor, std: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
+        self.mean = mean.to(dtype).requires_grad_()
+        self._base = self.mean.detach().clone()
+        self.std, self.dtype = std, dtype
+        self.latent_shape = tuple(mean.shape)
+        self.device = mean.device
+        self.calls: list[int] = []
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Return one zero row per prompt."""
+        return Conditioning({"rows": torch.zeros(len(prompts), 1)})
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the exact velocity; ``calls`` records the rows of each call."""
+        self.calls.append(len(x))
+        x = x.to(self.dtype)
+        s = sigma.to(self.dtype).view(-1, *[1] * (x.ndim - 1))
+        variance = (1 - s) ** 2 * self.std**2 + s**2
+        slope = (s - (1 - s) * self.std**2) / variance
+        return slope * (x - (1 - s) * self.mean) - self.mean
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return grey images [M, 3, 1, D] of the latent's sigmoid."""
+        grey = torch.sigmoid(x.detach().flatten(1).float())
+        return grey[:, None, None, :].expand(-1, 3, -1, -1).contiguous()
+
+    def parameters(self) -> list[Tensor]:
+        """Return [m]."""
+        return [self.mean]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Answer with the initial mean."""
+        trained = self.mean
+        self.mean = self._base
+        try:
+            yield
+        finally:
+            self.mean = trained
+
+    def save(self, folder: Path) -> None:
+        """Write ``mean.pt``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.mean.detach(), folder / "mean.pt")

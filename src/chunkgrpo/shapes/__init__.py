@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded world: a miniature of the GenEval benchmark that a laptop can train on.
+
+``scenes`` draws what ``grammar`` asks for, ``verifier`` checks an image against it, and
+``pretrain`` made the pipeline whose weights ship beside these files.
+"""
+
+from pathlib import Path
+
+
+def pipeline_path() -> Path:
+    """Return the folder of the embedded pipeline, ready for ``DiffusionPipeline.from_pretrained``."""
+    return Path(__file__).parent / "weights" / "pipeline"

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pretraining of the embedded pipeline: render, train the VAE, train the transformer, save."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from chunkgrpo.shapes.build import PipelineSize, build_pipeline
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that decides the shipped weights.
+
+    Attributes:
+        seed: Seed of scenes, weights and noise.
+        num_scenes: Rendered scenes.
+        wrong_captions: Share of captions wrong in one respect.
+        vae_steps, transformer_steps: Optimizer steps of the stages.
+        size: Widths and depths.
+        threads: CPU threads; 0 leaves torch's default.
+    """
+
+    seed: int = 0
+    num_scenes: int = 40_000
+    wrong_captions: float = 0.2
+    vae_steps: int = 800
+    transformer_steps: int = 5000
+    size: PipelineSize = PipelineSize()
+    threads: int = 0
+
+
+def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
+    """Train the embedded pipeline from nothing and save it.
+
+    Args:
+        out: Folder for the work in progress (``work/``: checkpoints and log) and the pipeline
+            (``pipeline/``). Running again with the same folder goes on where it stopped.
+        settings: What to train; the shipped pipeline's settings by default.
+
+    Returns:
+        The pipeline's folder.
+    """
+    import torch
+
+    from chunkgrpo.shapes.pretrain.data import make_world
+    from chunkgrpo.shapes.pretrain.transformer import train_transformer
+    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae
+
+    settings = settings or PretrainSettings()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    work = out / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    print(f"rendering {settings.num_scenes} scenes", flush=True)
+    world = make_world(settings.num_scenes, settings.seed + 1, settings.wrong_captions)
+    images = torch.from_numpy(world.images)
+    pipe = build_pipeline(settings.size, settings.seed)
+    pipe.set_progress_bar_config(disable=True)
+    train_vae(pipe.vae, images, work, settings.vae_steps, settings.seed)
+    encoded = work / "latents.pt"
+    if encoded.exists():
+        latents = torch.load(encoded)
+    else:
+        print("encoding every scene once", flush=True)
+        latents = encode_all(pipe.vae, images)
+        torch.save(latents, encoded)
+    pipe.vae.register_to_config(
+        scaling_factor=round(1 / latents[0].float().std().item(), 4),
+        shift_factor=round(latents[0].float().mean().item(), 4),
+    )
+    train_transformer(
+        pipe,
+        latents,
+        torch.from_numpy(world.captions),
+        world.texts,
+        work,
+        settings.transformer_steps,
+        settings.seed,
+    )
+    folder = out / "pipeline"
+    # Half precision halves the download; the loader widens the weights again.
+    pipe.to(torch.float16).save_pretrained(folder)
+    shutil.copy(work / "pretrain.jsonl", out / "pretrain.jsonl")
+    sums = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*.safetensors"))
+    }
+    (out / "checksums.json").write_text(json.dumps(sums, indent=1) + "\n")
+    return folder

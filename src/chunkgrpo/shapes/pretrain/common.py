@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both pretraining stages share: the optimizer pair, the schedule, logs and checkpoints."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from chunkgrpo.shapes.muon import Muon
+
+
+class OptimizerPair:
+    """Muon for hidden matrices, AdamW for everything else, one learning-rate factor for both.
+
+    Args:
+        named: Parameters by name.
+        muon_lr, adam_lr: Peak learning rates.
+        total_steps: Length of the schedule: linear warm-up over the first 2 %, constant, and a
+            linear fall to zero over the last 35 %.
+        not_hidden: Name fragments of weights that AdamW keeps although they are matrices
+            (embeddings, input and output layers).
+    """
+
+    def __init__(
+        self,
+        named: Iterable[tuple[str, Tensor]],
+        muon_lr: float,
+        adam_lr: float,
+        total_steps: int,
+        not_hidden: tuple[str, ...],
+    ) -> None:
+        muon: list[Tensor] = []
+        adam: list[Tensor] = []
+        for name, weight in named:
+            hidden = weight.ndim >= 2 and not any(part in name for part in not_hidden)
+            (muon if hidden else adam).append(weight)
+        self.muon = Muon(muon, lr=muon_lr, weight_decay=0.01)
+        self.adam = torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.peaks = (muon_lr, adam_lr)
+        self.total_steps = total_steps
+
+    def factor(self, step: int) -> float:
+        """Return the learning-rate factor of a step, 0 to 1."""
+        warmup, fall = 0.02 * self.total_steps, 0.35 * self.total_steps
+        return max(0.0, min((step + 1) / warmup, (self.total_steps - step) / fall, 1.0))
+
+    def step(self, step: int) -> None:
+        """Take one step of both optimizers at the scheduled rate."""
+        for optimizer, peak in zip((self.muon, self.adam), self.peaks, strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * self.factor(step)
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return both states."""
+        return {"muon": self.muon.state_dict(), "adam": self.adam.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore both states."""
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+
+
+class Average:
+    """Exponential moving average of a module's parameters, with a warm-up of its memory.
+
+    Args:
+        module: The module to follow.
+        decay: Share of the average kept per step once warmed up.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {k: v.detach().clone().float() for k, v in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        """Move the average towards the module's present weights."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in module.named_parameters():
+            self.values[name].lerp_(value.detach().float(), 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Write the average into a module."""
+        for name, value in module.named_parameters():
+            value.copy_(self.values[name])
+
+
+class StageLog:
+    """Prints progress and appends it to a JSON-lines log."""
+
+    def __init__(self, path: Path, stage: str, total_steps: int) -> None:
+        self.path, self.stage, self.total_steps = path, stage, total_steps
+        self.started = time.perf_counter()
+        self.first_step: int | None = None
+
+    def write(self, step: int, **values: float) -> None:
+        """Record one line; seconds count from the start (or resumption) of the stage."""
+        if self.first_step is None:
+            self.first_step = step
+        seconds = time.perf_counter() - self.started
+        rate = (step - self.first_step) / seconds if step > self.first_step else 0.0
+        left = (self.total_steps - step) / rate / 60 if rate else float("nan")
+        record = {"stage": self.stage, "step": step, "seconds": round(seconds, 1)}
+        record |= {k: round(v, 5) for k, v in values.items()}
+        with self.path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
+        print(
+            f"{self.stage} {step}/{self.total_steps}  {text}  {left:.1f} min left", flush=True
+        )
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint whole or not at all."""
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The values that flow through the house; read this file first.
+
+Axes: P prompts x G images per prompt = B samples, prompt-major; K sampler steps; N = K - 1
+stochastic, trained transitions; C chunks; D latent elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+ProgressHook = Callable[[int, int], None]
+"""Called with (done, total) while something long runs."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: named tensors that share their first axis, one row per prompt.
+
+    Attributes:
+        tensors: E.g. ``{"prompt_embeds": [B, L, E], "pooled": [B, E]}``.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = {name: len(tensor) for name, tensor in self.tensors.items()}
+        if len(set(rows.values())) != 1:
+            raise ValueError(f"conditioning tensors must share their first axis, got rows {rows}")
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def __getitem__(self, index: Tensor | slice) -> Conditioning:
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def repeat_interleave(self, times: int) -> Conditioning:
+        """Repeat every row ``times`` times in place (prompt-major groups)."""
+        return Conditioning(
+            {name: tensor.repeat_interleave(times, 0) for name, tensor in self.tensors.items()}
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Join rows."""
+        names = parts[0].tensors
+        return Conditioning({n: torch.cat([part.tensors[n] for part in parts]) for n in names})
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a rollout leaves behind.
+
+    Attributes:
+        states: [B, N+1, *latent] float32; ``states[:, i]`` is the latent at ``sigmas[i]``.
+        sigmas: [K+1], from 1 (noise) to 0.
+        old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
+            policy.
+        final: [B, *latent], the clean latent after the deterministic last step.
+        conditioning: One row per sample.
+        num_prompts: P.
+        num_evaluations: Network rows evaluated to make it.
+    """
+
+    states: Tensor
+    sigmas: Tensor
+    old_log_prob: Tensor
+    final: Tensor
+    conditioning: Conditioning
+    num_prompts: int
+    num_evaluations: int
+
+    @property
+    def num_samples(self) -> int:
+        """B."""
+        return len(self.states)
+
+    @property
+    def num_trained(self) -> int:
+        """N, the number of stochastic transitions."""
+        return self.states.shape[1] - 1
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return self.num_samples // self.num_prompts
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Scores of a batch: each reward raw [B], and their weighted total [B]."""
+
+    raw: Mapping[str, Tensor]
+    total: Tensor
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A trajectory and the credit of its samples: [B], or [B, C] where it differs by chunk."""
+
+    trajectory: Trajectory
+    advantages: Tensor
+
+
+@dataclass(frozen=True)
+class LossPart:
+    """One pre-scaled piece of the loss.
+
+    The values and the gradients of the pieces up to and including one with ``ends_update`` sum to
+    those of one optimizer step's loss.
+
+    Attributes:
+        loss: Scalar to back-propagate at once.
+        ends_update: True on the last piece before an optimizer step.
+        diagnostics: Detached tensors about this piece.
+    """
+
+    loss: Tensor
+    ends_update: bool
+    diagnostics: Mapping[str, Tensor] = field(default_factory=dict)
