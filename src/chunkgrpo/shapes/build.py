@@ -162,7 +162,7 @@ def build_pipeline(
             up_block_types=("UpDecoderBlock2D",) * len(size.vae_channels),
             layers_per_block=1,
             latent_channels=size.latent_channels,
-            norm_num_groups=8,
+            norm_num_groups=4,
             mid_block_add_attention=False,
             use_quant_conv=False,
             use_post_quant_conv=False,

@@ -28,7 +28,7 @@ class PretrainSettings:
     seed: int = 0
     num_scenes: int = 40_000
     wrong_captions: float = 0.2
-    vae_steps: int = 800
+    vae_steps: int = 1200
     transformer_steps: int = 5000
     size: PipelineSize = PipelineSize()
     threads: int = 0

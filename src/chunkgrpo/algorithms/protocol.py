@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an algorithm must offer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Generator
+
+from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.types import Experience, LossPart
+
+
+class Algorithm(Protocol):
+    """Turns experience into loss pieces; says what a rollout must offer it.
+
+    Attributes:
+        needs_trajectory: True where stored states and their densities are read; False where the
+            clean latents suffice.
+    """
+
+    needs_trajectory: bool
+
+    def losses(
+        self, policy: Policy, experience: Experience, generator: Generator
+    ) -> Iterator[LossPart]:
+        """Yield the loss in pieces.
+
+        The caller back-propagates each piece as it comes and takes an optimizer step after each
+        piece that ends an update, before asking for the next one: later pieces are computed with
+        the moved policy.
+        """
+        ...

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixed prompts and seeds to images and scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from chunkgrpo.core.sde import OdeDiffusion, Transition
+from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.health import image_health
+from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rollout import rollout
+from chunkgrpo.runtime.seeds import derive_seed
+from chunkgrpo.types import ProgressHook
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of fixed prompts under fixed seeds.
+
+    Attributes:
+        prompts: The prompt set, P prompts.
+        num_seeds: S images a prompt.
+        scores: Each reward's scores, [P, S].
+        images: uint8 [P * S, 3, H, W], prompt-major.
+        health: Image-health figures of all images (see ``report.health``).
+    """
+
+    prompts: PromptSet
+    num_seeds: int
+    scores: dict[str, NDArray[np.float32]]
+    images: Tensor
+    health: dict[str, float]
+
+    def mean(self, name: str) -> float:
+        """Mean score of one reward."""
+        return float(self.scores[name].mean())
+
+    def by_group(self, name: str) -> dict[str, NDArray[np.float32]]:
+        """Scores of one reward by prompt group, each [prompts of the group * S]."""
+        groups = np.array(self.prompts.groups)
+        labels = list(dict.fromkeys(self.prompts.groups))
+        return {label: self.scores[name][groups == label].ravel() for label in labels}
+
+    def clusters(self) -> dict[str, list[str]]:
+        """The prompt of each score of ``by_group``: images of one prompt are no new evidence."""
+        return {
+            label: [
+                text
+                for text, group in zip(self.prompts.texts, self.prompts.groups, strict=True)
+                if group == label
+                for _ in range(self.num_seeds)
+            ]
+            for label in dict.fromkeys(self.prompts.groups)
+        }
+
+
+def sample_images(
+    policy: Policy,
+    prompts: Sequence[str],
+    sigmas: Tensor,
+    seeds: Sequence[int],
+    batch_size: int = 128,
+    progress: ProgressHook | None = None,
+) -> Tensor:
+    """Draw one image a prompt by the deterministic (ODE) sampler.
+
+    Args:
+        policy: The policy.
+        prompts: P prompts.
+        sigmas: [K+1].
+        seeds: One a prompt; an image depends on nothing but its prompt and seed.
+        batch_size: Images at once.
+        progress: Called with (done, total) images.
+
+    Returns:
+        uint8 [P, 3, H, W].
+    """
+    images = []
+    transition = Transition(OdeDiffusion())
+    for start in range(0, len(prompts), batch_size):
+        part = slice(start, start + batch_size)
+        trajectory = rollout(
+            policy, prompts[part], transition, sigmas, 1, seeds=seeds[part], batch_size=batch_size
+        )
+        decoded = policy.decode(trajectory.final)
+        images.append((decoded * 255).round().to(torch.uint8).cpu())
+        if progress:
+            progress(min(start + batch_size, len(prompts)), len(prompts))
+    return torch.cat(images)
+
+
+def evaluate(
+    policy: Policy,
+    prompts: PromptSet,
+    sigmas: Tensor,
+    rewards: Sequence[Reward],
+    num_seeds: int = 1,
+    seed: int = 0,
+    batch_size: int = 128,
+    progress: ProgressHook | None = None,
+) -> Evaluation:
+    """Sample ``num_seeds`` images a prompt and score them.
+
+    Args:
+        policy: The policy.
+        prompts: What to draw.
+        sigmas: [K+1], of the deterministic sampler.
+        rewards: Scorers; each is reported by itself.
+        num_seeds: Images a prompt.
+        seed: The same seed gives every policy the same initial noise.
+        batch_size: Images at once.
+        progress: Called with (done, total) images.
+    """
+    texts = [text for text in prompts.texts for _ in range(num_seeds)]
+    seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
+    images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
+    scores = {reward.name: [] for reward in rewards}
+    for start in range(0, len(texts), 512):
+        part = slice(start, start + 512)
+        for reward in rewards:
+            scores[reward.name].append(reward(images[part].float() / 255, texts[part]).numpy())
+    shape = (len(prompts), num_seeds)
+    health = image_health(images.float() / 255, len(prompts) if num_seeds > 1 else None)
+    joined = {name: np.concatenate(s).reshape(shape) for name, s in scores.items()}
+    return Evaluation(prompts, num_seeds, joined, images, health)

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: whole or not at all, in safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+KEEP = 2
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to named tensors, by parameter position."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"optimizer.{index}.{name}": torch.as_tensor(value)
+        for index, values in state.items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Restore what ``optimizer_tensors`` flattened; settings stay those of the optimizer."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, index, name = key.split(".", 2)
+        if kind == "optimizer":
+            state.setdefault(int(index), {})[name] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def save_checkpoint(
+    folder: Path, iteration: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
+) -> Path:
+    """Save one checkpoint and drop all but the newest ones.
+
+    Args:
+        folder: Holds one folder per checkpoint.
+        iteration: Iterations finished.
+        tensors: Everything that is a tensor.
+        info: Everything else, JSON.
+
+    Returns:
+        The checkpoint's folder, named by the iteration.
+    """
+    from safetensors.torch import save_file
+
+    target = folder / f"{iteration:06d}"
+    partial = folder / f".{iteration:06d}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+    (partial / "state.json").write_text(json.dumps({"iteration": iteration, **info}, indent=1))
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(partial, target)
+    for old in list_checkpoints(folder)[:-KEEP]:
+        shutil.rmtree(old)
+    return target
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """List complete checkpoints, oldest first."""
+    return sorted(p for p in folder.glob("[0-9]*") if (p / "state.json").is_file())
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Load a checkpoint's tensors and information."""
+    from safetensors.torch import load_file
+
+    return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
+
+
+def name_parameters(prefix: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Name tensors by position."""
+    return {f"{prefix}.{i}": value for i, value in enumerate(values)}

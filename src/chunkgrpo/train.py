@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from chunkgrpo.algorithms.protocol import Algorithm
+from chunkgrpo.core.credit import group_advantages
+from chunkgrpo.core.dynamics import mean_curve, relative_l1
+from chunkgrpo.core.sde import Transition
+from chunkgrpo.evaluate import Evaluation, evaluate
+from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
+from chunkgrpo.report.statistics import wilson_interval
+from chunkgrpo.rewards import score
+from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rollout import rollout
+from chunkgrpo.runtime.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    name_parameters,
+    optimizer_tensors,
+    save_checkpoint,
+)
+from chunkgrpo.runtime.ema import Ema
+from chunkgrpo.runtime.seeds import derive_seed
+from chunkgrpo.types import Experience
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long, how much at a time, and how often to look.
+
+    Attributes:
+        iterations: Rollouts.
+        num_prompts: P prompts a rollout.
+        group_size: G images a prompt.
+        same_noise: Start each group from one noise.
+        rollout_batch: Most samples in one rollout forward.
+        advantage: Convention of the advantages (``core.credit.CONVENTIONS``).
+        advantage_clip: Largest absolute advantage.
+        learning_rate, betas, eps, weight_decay: Of AdamW.
+        warmup: Optimizer steps of linear warm-up.
+        max_grad_norm: Gradient clipping.
+        ema_decay: Of the averaged weights that are evaluated and saved; 0 turns it off.
+        evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
+        checkpoint_every: Iterations between checkpoints.
+        seed: Of everything random.
+    """
+
+    iterations: int = 50
+    num_prompts: int = 16
+    group_size: int = 12
+    same_noise: bool = True
+    rollout_batch: int = 96
+    advantage: str = "group_std"
+    advantage_clip: float = 5.0
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    warmup: int = 0
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.9
+    evaluate_every: int = 10
+    checkpoint_every: int = 10
+    seed: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs; ``run()`` trains and resumes.
+
+    Attributes:
+        policy, transition, algorithm: The method. Rollout and algorithm share the transition.
+        sigmas: [K+1], the sampling schedule.
+        prompts: What is trained on.
+        rewards: (reward, weight) pairs that make the training signal.
+        held_out: Prompts of the small evaluations while training.
+        judge: The reward of the evaluations, in [0, 1].
+        folder: The run directory.
+        settings: See :class:`TrainSettings`.
+        on_iteration: Called with every metrics record.
+    """
+
+    policy: Policy
+    transition: Transition
+    algorithm: Algorithm
+    sigmas: Tensor
+    prompts: PromptSet
+    rewards: Sequence[tuple[Reward, float]]
+    held_out: PromptSet
+    judge: Reward
+    folder: Path
+    settings: TrainSettings = field(default_factory=TrainSettings)
+    on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
+
+    def __post_init__(self) -> None:
+        s = self.settings
+        self.parameters = self.policy.parameters()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
+        )
+        self.ema = Ema(self.parameters, s.ema_decay)
+        self.num_updates = 0
+        self.iteration = 0
+        self.seconds = 0.0
+        self.stopped = False
+
+    def run(self) -> bool:
+        """Train to the last iteration, from the newest checkpoint where there is one.
+
+        Returns:
+            True when finished; False when interrupted (everything is saved then).
+        """
+        self.resume()
+        truncate_metrics(self.folder / "metrics.jsonl", self.iteration)
+        with MetricsWriter(self.folder / "metrics.jsonl") as metrics, self.finish_on_interrupt():
+            while self.iteration < self.settings.iterations and not self.stopped:
+                started = time.perf_counter()
+                record = self.train_once()
+                self.iteration += 1
+                self.seconds += time.perf_counter() - started
+                record |= {"iteration": self.iteration, "seconds": self.seconds}
+                record |= self.look()
+                self.on_iteration(metrics.write(record))
+                every = self.settings.checkpoint_every
+                last = self.iteration == self.settings.iterations
+                if self.iteration % every == 0 or last or self.stopped:
+                    self.save()
+        return self.iteration >= self.settings.iterations
+
+    def train_once(self) -> dict[str, Any]:
+        """Roll out, score, and take the algorithm's optimizer steps; return the metrics."""
+        s = self.settings
+        clock = PhaseClock(self.policy.device)
+        generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
+        prompts = self.prompts.batch(self.iteration, s.num_prompts, derive_seed(s.seed, 1))
+        trajectory = rollout(
+            self.policy,
+            prompts,
+            self.transition,
+            self.sigmas,
+            s.group_size,
+            generator,
+            same_noise=s.same_noise,
+            batch_size=s.rollout_batch,
+        )
+        clock.lap("rollout")
+        images = self.policy.decode(trajectory.final)
+        clock.lap("decode")
+        rewards = score(self.rewards, images, [p for p in prompts for _ in range(s.group_size)])
+        clock.lap("reward")
+        advantages = group_advantages(
+            rewards.total, len(prompts), s.advantage, clip=s.advantage_clip
+        )
+        experience = Experience(trajectory, advantages.values.to(trajectory.states.device))
+        parts: list[Mapping[str, Tensor]] = []
+        losses: list[Tensor] = []
+        norms: list[Tensor] = []
+        for part in self.algorithm.losses(self.policy, experience, generator):
+            part.loss.backward()
+            losses.append(part.loss.detach())
+            parts.append(part.diagnostics)
+            if part.ends_update:
+                norms.append(self.update())
+        clock.lap("train")
+        pairs = sum(len(d["sample"]) for d in parts)
+        record: dict[str, Any] = {
+            "reward_mean": rewards.total.mean(),
+            "reward_std": rewards.total.std(),
+            "rewards": {name: values.mean() for name, values in rewards.raw.items()},
+            "advantage_spread": advantages.spread.mean(),
+            "zero_spread_groups": advantages.num_zero_spread,
+            "loss": torch.stack(losses).sum(),
+            "grad_norm": torch.stack(norms).mean(),
+            "l1_rel": mean_curve(relative_l1(trajectory.states)).tolist(),
+            "rollout_evaluations": trajectory.num_evaluations,
+            "trained_pairs": pairs,
+        }
+        record |= summarise(parts, trajectory.num_trained)
+        seconds = clock.seconds()
+        images_per_second = trajectory.num_samples / sum(seconds.values())
+        return record | {"phase_seconds": seconds, "images_per_second": images_per_second}
+
+    def update(self) -> Tensor:
+        """Clip, step, average; return the gradient's norm before clipping."""
+        s = self.settings
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm)
+        if s.warmup:
+            for group in self.optimizer.param_groups:
+                group["lr"] = s.learning_rate * min(1.0, (self.num_updates + 1) / s.warmup)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        self.ema.update(self.parameters)
+        return norm
+
+    def look(self) -> dict[str, Any]:
+        """Evaluate the averaged policy on a few held-out prompts, when it is time to."""
+        every = self.settings.evaluate_every
+        if not every or self.iteration % every:
+            return {}
+        with self.averaged():
+            result = self.evaluate(self.held_out, 1, seed=derive_seed(self.settings.seed, 2))
+        values = result.scores[self.judge.name]
+        low, high = wilson_interval(int(values.sum().round()), values.size)
+        return {"accuracy": float(values.mean()), "accuracy_low": low, "accuracy_high": high}
+
+    def evaluate(self, prompts: PromptSet, num_seeds: int, seed: int, **kwargs: Any) -> Evaluation:
+        """Evaluate the policy as it is."""
+        rewards = [self.judge, *(reward for reward, _ in self.rewards)]
+        unique = list({reward.name: reward for reward in reversed(rewards)}.values())
+        return evaluate(self.policy, prompts, self.sigmas, unique, num_seeds, seed, **kwargs)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context the policy has the averaged weights, if averaging is on."""
+        if not self.settings.ema_decay or self.ema.num_updates == 0:
+            yield
+            return
+        with self.ema.applied(self.parameters):
+            yield
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        tensors = name_parameters("parameter", self.parameters)
+        tensors |= name_parameters("ema", self.ema.values) | optimizer_tensors(self.optimizer)
+        info = {
+            "num_updates": self.num_updates,
+            "ema_updates": self.ema.num_updates,
+            "seconds": self.seconds,
+        }
+        save_checkpoint(self.folder / "checkpoints", self.iteration, tensors, info)
+
+    def resume(self) -> None:
+        """Continue exactly from the newest checkpoint, if there is one."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        if not found:
+            return
+        tensors, info = load_checkpoint(found[-1])
+        with torch.no_grad():
+            for i, parameter in enumerate(self.parameters):
+                parameter.copy_(tensors[f"parameter.{i}"])
+                self.ema.values[i].copy_(tensors[f"ema.{i}"])
+        load_optimizer_tensors(self.optimizer, tensors)
+        self.iteration, self.num_updates = info["iteration"], info["num_updates"]
+        self.ema.num_updates, self.seconds = info["ema_updates"], info["seconds"]
+
+    @contextmanager
+    def finish_on_interrupt(self) -> Iterator[None]:
+        """Let Ctrl-C end the run after the present iteration; a second one ends it at once."""
+
+        def stop(signum: int, frame: Any) -> None:
+            if self.stopped:
+                raise KeyboardInterrupt
+            self.stopped = True
+
+        try:
+            before = signal.signal(signal.SIGINT, stop)
+        except ValueError:  # not the main thread, which alone may set handlers
+            yield
+            return
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+class PhaseClock:
+    """Seconds by phase; waits for the device only at the end of a phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.times = device, [("", time.perf_counter())]
+
+    def lap(self, name: str) -> None:
+        """End a phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.times.append((name, time.perf_counter()))
+
+    def seconds(self) -> dict[str, float]:
+        """Return the seconds of each phase."""
+        pairs = zip(self.times, self.times[1:], strict=False)
+        return {name: end - start for (_, start), (name, end) in pairs}
+
+
+def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:
+    """Turn the diagnostics of all pieces into numbers, one host synchronisation for all.
+
+    Returns:
+        ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the sampling policy, per dimension),
+        ``clip_fraction``; ``step_ratio_mean``, ``step_ratio_std`` per step;
+        ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk of the updates after the first;
+        ``reference_kl`` where that is on. Steps never trained are None.
+    """
+    columns: dict[str, list[Tensor]] = defaultdict(list)
+    for part in parts:
+        for name, values in part.items():
+            columns[name].append(values)
+    joined = {name: torch.cat(values).cpu() for name, values in columns.items()}
+    ratio = joined["log_ratio"].double().exp()
+    record: dict[str, Any] = {
+        "ratio_mean": ratio.mean(),
+        "ratio_std": ratio.std(correction=0),
+        "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
+    }
+    steps = [ratio[joined["step"] == i] for i in range(num_trained)]
+    record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]
+    record["step_ratio_std"] = [r.std(correction=0).item() if len(r) else None for r in steps]
+    if "chunk_log_ratio" in joined:
+        record["clip_fraction"] = joined["cut"].float().mean()
+        chunk_ratio = joined["chunk_log_ratio"].double().exp()
+        ids = joined["chunk"]
+        chunks = [ids == c for c in range(int(ids.max()) + 1)]
+        record["chunk_ratio_mean"] = [
+            chunk_ratio[m].mean().item() if m.any() else None for m in chunks
+        ]
+        record["chunk_clip_fraction"] = [
+            joined["cut"][m].float().mean().item() if m.any() else None for m in chunks
+        ]
+    if "reference_kl" in joined:
+        record["reference_kl"] = joined["reference_kl"].mean()
+    return record
+
+
