@@ -335,5 +335,3 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
     if "reference_kl" in joined:
         record["reference_kl"] = joined["reference_kl"].mean()
     return record
-
-

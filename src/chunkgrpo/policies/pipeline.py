@@ -220,7 +220,9 @@ def pipeline_class_name(model: str | Path) -> str:
             from diffusers import DiffusionPipeline
 
             return str(DiffusionPipeline.load_config(str(model))["_class_name"])
-        raise ValueError(f"model folder {model} does not exist; give a folder or a hub id owner/name")
+        raise ValueError(
+            f"model folder {model} does not exist; give a folder or a hub id owner/name"
+        )
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(

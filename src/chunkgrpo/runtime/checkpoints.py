@@ -57,7 +57,9 @@ def save_checkpoint(
     partial = folder / f".{iteration:06d}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors")
+    save_file(
+        {k: v.detach().contiguous() for k, v in tensors.items()}, partial / "state.safetensors"
+    )
     (partial / "state.json").write_text(json.dumps({"iteration": iteration, **info}, indent=1))
     shutil.rmtree(target, ignore_errors=True)
     os.replace(partial, target)

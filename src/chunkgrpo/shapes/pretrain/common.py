@@ -114,9 +114,7 @@ class StageLog:
         with self.path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         text = "  ".join(f"{k} {v:.4g}" for k, v in values.items())
-        print(
-            f"{self.stage} {step}/{self.total_steps}  {text}  {left:.1f} min left", flush=True
-        )
+        print(f"{self.stage} {step}/{self.total_steps}  {text}  {left:.1f} min left", flush=True)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:

@@ -160,7 +160,7 @@ def train_transformer(
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0 or step == steps - 1:
             values = {"loss": running}
-            if step % 500 == 0 and step or step == steps - 1:
+            if (step % 500 == 0 and step) or step == steps - 1:
                 kept = {k: v.clone() for k, v in masters.state_dict().items()}
                 average.copy_to(masters)
                 values |= quick_accuracy(pipe, 120, seed=7)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from chunkgrpo.shapes.pretrain.common import OptimizerPair, StageLog, save_state
