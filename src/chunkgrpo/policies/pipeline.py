@@ -17,6 +17,7 @@ from chunkgrpo.core.schedules import TimestepRounding, exact_timestep
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.types import Conditioning
 
+METHODS = ("lora", "full")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -25,15 +26,21 @@ class Adaptation:
     """Which weights are trained.
 
     Attributes:
-        method: ``"lora"`` or ``"full"``.
+        method: ``"lora"``, ``"full"``, or ``"none"`` for sampling only.
         rank, alpha: Of the LoRA; its update is scaled by alpha / rank.
         targets: Module name endings that get a LoRA.
+        seed: Of the LoRA's first weights.
     """
 
     method: str = "lora"
     rank: int = 16
     alpha: float = 16.0
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
 
 
 class PipelinePolicy:
@@ -89,11 +96,14 @@ class PipelinePolicy:
                 init_lora_weights="gaussian",
                 target_modules=list(self.adaptation.targets),
             )
-            pipe.transformer.add_adapter(config)
-        else:
+            devices = [] if self.device.type == "cpu" else [self.device]
+            with torch.random.fork_rng(devices, device_type=self.device.type):
+                torch.manual_seed(self.adaptation.seed)
+                pipe.transformer.add_adapter(config)
+        elif self.adaptation.method == "full":
             pipe.transformer.requires_grad_(True)
         self._trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-        if not self._trained:
+        if not self._trained and self.adaptation.method != "none":
             targets = ", ".join(self.adaptation.targets)
             raise ValueError(f"no module matches the LoRA targets {targets}; name others")
         if self.adaptation.method == "full":

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures shared by all tests: tiny policies, and torch on one thread."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Tiny tensors lose more to threads than they gain, and sums no longer depend on the machine.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_policy() -> Callable[..., Any]:
+    """Build a Stable Diffusion 3 policy of a few thousand weights.
+
+    Every call gives a new pipeline with the same weights. Call with ``adaptation=`` and whatever
+    ``PipelinePolicy`` takes; float32 by default.
+    """
+
+    def build(adaptation: Any = None, **options: Any) -> Any:
+        from chunkgrpo.policies.pipeline import Adaptation
+        from chunkgrpo.policies.sd3 import StableDiffusion3Policy
+        from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
+
+        options = {"precision": "fp32", "max_sequence_length": 4} | options
+        return StableDiffusion3Policy(
+            build_pipeline(TEST_SIZE), adaptation or Adaptation(rank=4, alpha=4.0), **options
+        )
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Stable Diffusion 3 pipeline as ``save_pretrained`` writes it."""
+    from chunkgrpo.policies.pipeline import quiet_diffusers
+    from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "sd3"
+    with quiet_diffusers():
+        build_pipeline(TEST_SIZE).save_pretrained(folder)
+    return folder

@@ -1,0 +1,482 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunk-GRPO against a route that needs no cleverness: one graph, one loss, autograd.
+
+Axes: B samples, N trained steps, C chunks.
+"""
+
+from dataclasses import replace
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Generator
+
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.core import (
+    ChunkPlan,
+    DanceDiffusion,
+    FlowDiffusion,
+    ListedSelection,
+    OdeDiffusion,
+    Transition,
+    UniformSelection,
+    chunk_log_ratio,
+    clipped_surrogate,
+    group_advantages,
+    make_sigmas,
+    step_plan,
+    whole_plan,
+)
+from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.rollout import rollout
+from chunkgrpo.types import Experience
+
+PLAN = ChunkPlan((1, 2, 4))
+SIGMAS = make_sigmas(8)
+FLOW = Transition(FlowDiffusion(0.7))
+PROMPTS = ["a", "b", "c"]
+
+
+def seeded(seed=0):
+    return Generator().manual_seed(seed)
+
+
+def toy(dim=12, seed=5):
+    return GaussianPolicy(torch.randn(dim, generator=seeded(seed), dtype=torch.float64), 0.5)
+
+
+def make_experience(policy, prompts=PROMPTS, group_size=8, transition=FLOW, sigmas=SIGMAS):
+    trajectory = rollout(policy, prompts, transition, sigmas, group_size, seeded(1))
+    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
+    advantages = group_advantages(rewards, len(prompts)).values
+    return Experience(trajectory, advantages)
+
+
+def collect(algorithm, policy, experience, move=None, seed=3):
+    """Sum each update's values and gradients; ``move`` the policy after each update."""
+    updates, value, parts = [], 0.0, []
+    for parameter in policy.parameters():
+        parameter.grad = None
+    for part in algorithm.losses(policy, experience, seeded(seed)):
+        part.loss.backward()
+        value += part.loss.detach().double()
+        parts.append(part)
+        if part.ends_update:
+            grads = [p.grad.detach().clone().double().flatten() for p in policy.parameters()]
+            updates.append((value, torch.cat(grads), parts))
+            value, parts = 0.0, []
+            for parameter in policy.parameters():
+                parameter.grad = None
+            if move:
+                move(policy)
+    return updates
+
+
+def shift(amount):
+    def move(policy):
+        with torch.no_grad():
+            for i, parameter in enumerate(policy.parameters()):
+                noise = torch.randn(parameter.shape, generator=seeded(50 + i), dtype=torch.float64)
+                parameter.add_(amount * noise.to(parameter.dtype))
+
+    return move
+
+
+def log_probs(policy, trajectory, samples, transition=FLOW):
+    """[S, N] with gradient, step by step, as the rollout visited them."""
+    columns = []
+    for i in range(trajectory.num_trained):
+        x, sigma = trajectory.states[samples, i], trajectory.sigmas[i]
+        v = policy.velocity(x, sigma.expand(len(x)), trajectory.conditioning[samples])
+        step = transition(x, v, sigma, trajectory.sigmas[i + 1])
+        columns.append(step.log_prob_per_dim(trajectory.states[samples, i + 1]))
+    return torch.stack(columns, 1)
+
+
+def samples_of(parts):
+    return torch.cat([part.diagnostics["sample"] for part in parts]).unique()
+
+
+def chosen_of(parts, plan, num_samples):
+    """[B, C]: the chunks that an update trained."""
+    mask = torch.zeros(num_samples, plan.num_chunks, dtype=torch.bool)
+    for part in parts:
+        chunk = plan.chunk_of_step[part.diagnostics["step"]]
+        mask[part.diagnostics["sample"], chunk] = True
+    return mask
+
+
+def direct(policy, experience, plan, samples, mask, clip):
+    """The loss as the paper writes it, and its gradient."""
+    new = log_probs(policy, experience.trajectory, samples)
+    log_ratio = chunk_log_ratio(new, experience.trajectory.old_log_prob[samples], plan)
+    loss = clipped_surrogate(log_ratio, experience.advantages[samples], clip, clip)
+    value = loss[mask[samples]].mean()
+    grads = torch.autograd.grad(value, policy.parameters())
+    return value.detach(), torch.cat([g.double().flatten() for g in grads]), log_ratio.detach()
+
+
+def close(actual, expected, tolerance):
+    assert expected.norm() > 0
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+# --- the oracle -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize(
+    ("plan", "clip"), [(PLAN, 1e-3), (step_plan(7), 1e-3), (whole_plan(7), 3e-4)], ids=str
+)
+def test_pieces_sum_to_the_direct_loss_and_gradient(plan, clip, fraction):
+    policy = toy()
+    experience = make_experience(policy, group_size=32)
+    algorithm = ChunkGRPO(
+        plan, FLOW, UniformSelection(fraction), clip, clip, num_updates=2, micro_batch=5
+    )
+    _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
+    samples = samples_of(parts)
+    mask = chosen_of(parts, plan, experience.trajectory.num_samples)
+    expected, expected_grad, log_ratio = direct(policy, experience, plan, samples, mask, clip)
+    # All kinds of clipping occur, or the comparison would show little.
+    ratio, positive = log_ratio.exp(), experience.advantages[samples, None] > 0
+    for sign in (positive, ~positive):
+        assert (sign & (ratio > 1 + clip)).any()
+        assert (sign & (ratio < 1 - clip)).any()
+        assert (sign & ((ratio - 1).abs() < clip)).any()
+    assert abs(value - expected) <= 1e-6 * abs(expected) + 1e-7
+    close(grad, expected_grad, 1e-6)
+
+
+def collect_until(algorithm, policy, experience, move, seed=3):
+    """As ``collect``, but the policy stays where it is after the second update."""
+    moves = iter([move])
+    return collect(
+        algorithm, policy, experience, lambda p: next(moves, lambda policy: None)(p), seed
+    )
+
+
+def test_pieces_sum_to_the_direct_gradient_on_a_network(tiny_policy):
+    policy, clip = tiny_policy(Adaptation("full")), 1e-4
+    experience = make_experience(policy, ["a star", "two circles"], 4, sigmas=make_sigmas(5))
+    plan = ChunkPlan((1, 3))
+    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2, micro_batch=3)
+    _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(1e-3))
+    samples = samples_of(parts)
+    mask = chosen_of(parts, plan, 8)
+    expected, expected_grad, log_ratio = direct(policy, experience, plan, samples, mask, clip)
+    assert log_ratio.abs().max() > clip
+    assert abs(value - expected) <= 1e-6
+    close(grad, expected_grad, 1e-4)
+
+
+def test_any_micro_batch_gives_the_same_gradient():
+    found, first_values = [], None
+    for micro_batch in (1, 3, 7, 1000):
+        policy = toy()
+        algorithm = ChunkGRPO(PLAN, FLOW, clip_low=2e-3, clip_high=2e-3, micro_batch=micro_batch)
+        updates = collect(algorithm, policy, make_experience(policy), shift(0.02))
+        found.append(torch.stack([grad for _, grad, _ in updates]))
+        values = torch.stack([value for value, _, _ in updates])
+        first_values = values if first_values is None else first_values
+        close(found[-1], found[0], 1e-6)
+        assert torch.allclose(values, first_values, rtol=1e-6, atol=1e-7)
+        sizes = [len(part.diagnostics["step"]) for _, _, parts in updates for part in parts]
+        assert max(sizes) <= micro_batch
+
+
+def test_any_micro_batch_gives_the_same_gradient_on_a_network(tiny_policy):
+    found = []
+    for micro_batch in (3, 1000):
+        policy = tiny_policy()
+        experience = make_experience(policy, ["a star"], 4, sigmas=make_sigmas(5))
+        algorithm = ChunkGRPO(ChunkPlan((1, 3)), FLOW, micro_batch=micro_batch, num_updates=1)
+        # A fresh LoRA answers with 0, and so half of its gradient is 0: move it first.
+        shift(0.05)(policy)
+        found.append(collect(replace(algorithm, anchor="replay"), policy, experience)[0][1])
+    close(found[1], found[0], 1e-4)
+
+
+# --- the two ends of the scale ------------------------------------------------------------------
+
+
+def moved(plan, clip=2e-3):
+    policy = toy()
+    experience = make_experience(policy)
+    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2)
+    _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
+    samples = samples_of(parts)
+    new = log_probs(policy, experience.trajectory, samples)
+    old = experience.trajectory.old_log_prob[samples]
+    return policy, value, grad, new, old, experience.advantages[samples]
+
+
+def test_chunks_of_one_are_step_level_grpo():
+    policy, value, grad, new, old, advantages = moved(step_plan(7))
+    loss = 0
+    for i in range(7):
+        ratio = (new[:, i] - old[:, i]).exp()
+        unclipped = ratio * advantages
+        clipped = ratio.clip(1 - 2e-3, 1 + 2e-3) * advantages
+        loss = loss - torch.min(unclipped, clipped).mean() / 7
+    loss.backward()
+    assert abs(value - loss.detach()) < 1e-7
+    close(grad, policy.mean.grad, 1e-6)
+
+
+def test_one_chunk_of_all_steps_has_the_sequence_level_ratio():
+    policy, value, grad, new, old, advantages = moved(whole_plan(7))
+    dim = 12
+    # The whole sequence's densities, to the power 1 / (steps * elements).
+    ratio = ((new * dim).sum(1) - (old.double() * dim).sum(1)).div(7 * dim).exp()
+    loss = -torch.min(ratio * advantages, ratio.clip(1 - 2e-3, 1 + 2e-3) * advantages).mean()
+    loss.backward()
+    assert abs(value - loss.detach()) < 1e-7
+    close(grad, policy.mean.grad, 1e-6)
+
+
+# --- before any update --------------------------------------------------------------------------
+
+
+def first_log_ratios(policy, anchor, micro_batch, num_updates=1):
+    experience = make_experience(policy, ["a star", "two circles"], 3, sigmas=make_sigmas(5))
+    algorithm = ChunkGRPO(
+        ChunkPlan((1, 3)), FLOW, UniformSelection(1.0), anchor=anchor, micro_batch=micro_batch,
+        num_updates=num_updates,
+    )  # fmt: skip
+    parts = list(algorithm.losses(policy, experience, seeded(4)))
+    return torch.cat([part.diagnostics["log_ratio"] for part in parts])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("micro_batch", [5, 64])
+def test_a_replayed_anchor_starts_at_exactly_one(tiny_policy, precision, micro_batch):
+    log_ratio = first_log_ratios(tiny_policy(precision=precision), "replay", micro_batch)
+    assert len(log_ratio) == 6 * 4
+    assert (log_ratio == 0).all()
+
+
+def test_later_updates_replay_in_the_batches_they_train(tiny_policy):
+    log_ratio = first_log_ratios(tiny_policy(precision="bf16"), "replay", 5, num_updates=2)
+    assert (log_ratio == 0).all()
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-6), ("bf16", 1e-3)])
+def test_the_rollouts_anchor_starts_near_one(tiny_policy, precision, tolerance):
+    """Only batch shapes differ, and with them the order of sums inside the network."""
+    worst = first_log_ratios(tiny_policy(precision=precision), "rollout", 5).abs().max().item()
+    print(f"\n{precision}: largest |log ratio| before any update {worst:.2e}")
+    assert worst <= tolerance
+
+
+def test_the_toys_anchors_agree_to_rounding():
+    policy = toy()
+    experience = make_experience(policy)
+    for anchor in ("rollout", "replay"):
+        parts = ChunkGRPO(PLAN, FLOW, anchor=anchor).losses(policy, experience, seeded())
+        for part in parts:
+            assert part.diagnostics["log_ratio"].abs().max() < 1e-6
+
+
+def test_at_ratio_one_steps_weigh_as_the_inverse_of_their_chunk():
+    policy = toy()
+    experience = make_experience(policy)
+    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1)
+    ((value, grad, _),) = collect(algorithm, policy, experience)
+    weights = torch.tensor([7 / (3 * 1)] + [7 / (3 * 2)] * 2 + [7 / (3 * 4)] * 4)
+    new = log_probs(policy, experience.trajectory, torch.arange(24))
+    step_level = -(experience.advantages[:, None] * weights * new).mean()
+    step_level.backward()
+    close(grad, policy.mean.grad, 1e-6)
+    assert value.item() == pytest.approx(-experience.advantages.mean().item(), abs=1e-6)
+
+
+def test_drawing_chunks_keeps_these_weights_in_expectation():
+    policy = toy()
+    experience = make_experience(policy)
+
+    def gradient(selection):
+        algorithm = ChunkGRPO(PLAN, FLOW, selection, num_updates=1)
+        return collect(algorithm, policy, experience)[0][1]
+
+    every = gradient(UniformSelection(1.0))
+    drawn = [gradient(ListedSelection(pair)) for pair in combinations(range(3), 2)]
+    close(torch.stack(drawn).mean(0), every, 1e-6)
+
+
+# --- several updates ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_updates", [1, 2, 3, 24])
+def test_updates_deal_every_sample_once(num_updates):
+    policy = toy()
+    experience = make_experience(policy)
+    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=num_updates, micro_batch=4)
+    updates = collect(algorithm, policy, experience)
+    dealt = [samples_of(parts) for _, _, parts in updates]
+    assert len(updates) == num_updates
+    assert torch.cat(dealt).sort().values.tolist() == list(range(24))
+    assert {len(share) for share in dealt} == {24 // num_updates}
+    for _, _, parts in updates:
+        assert [part.ends_update for part in parts] == [False] * (len(parts) - 1) + [True]
+        pairs = {
+            (int(b), int(i))
+            for part in parts
+            for b, i in zip(part.diagnostics["sample"], part.diagnostics["step"], strict=True)
+        }
+        assert len(pairs) == sum(len(part.diagnostics["step"]) for part in parts)
+
+
+def test_later_updates_use_the_moved_policy():
+    policy = toy()
+    updates = collect(ChunkGRPO(PLAN, FLOW), policy, make_experience(policy), shift(0.02))
+    first, second = (parts[-1].diagnostics["chunk_log_ratio"] for _, _, parts in updates)
+    assert (first == 0).all()
+    assert (second != 0).all() and second.abs().max() > 1e-3
+    # The second pass sees exactly what the first one measured.
+    parts = updates[1][2]
+    measured = torch.zeros(24, 7)
+    for part in parts:
+        d = part.diagnostics
+        measured[d["sample"], d["step"]] = d["log_ratio"].float()
+    mask = chosen_of(parts, PLAN, 24)
+    again = PLAN.reduce(measured)[mask]
+    assert torch.allclose(again.sort().values, second.sort().values, atol=1e-6)
+
+
+def test_the_generator_decides_everything():
+    first, again, other = (
+        collect(ChunkGRPO(PLAN, FLOW), policy, make_experience(policy), shift(0.02), seed)[1]
+        for policy, seed in ((toy(), 3), (toy(), 3), (toy(), 4))
+    )
+    assert torch.equal(first[1], again[1])
+    assert not torch.allclose(first[1], other[1])
+
+
+def test_advantages_may_differ_by_chunk():
+    policy = toy()
+    experience = make_experience(policy)
+    per_chunk = replace(experience, advantages=experience.advantages[:, None].repeat(1, 3))
+    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1)
+    same = collect(algorithm, policy, per_chunk)[0]
+    plain = collect(algorithm, policy, experience)[0]
+    assert torch.equal(same[1], plain[1])
+    per_chunk.advantages[:, 1:] = 0
+    alone = collect(algorithm, policy, per_chunk)[0]
+    listed = replace(algorithm, selection=ListedSelection((0,)))
+    close(3 * alone[1], collect(listed, policy, experience)[0][1], 1e-6)
+
+
+# --- staying near a reference -------------------------------------------------------------------
+
+
+def torch_kl(policy, trajectory):
+    """Mean over samples, steps and elements of torch's own divergence, with gradient."""
+    total = 0
+    for i in range(trajectory.num_trained):
+        x, (sigma, sigma_next) = trajectory.states[:, i], trajectory.sigmas[i : i + 2]
+        rows = sigma.expand(len(x))
+        new = FLOW(x, policy.velocity(x, rows, trajectory.conditioning), sigma, sigma_next)
+        with policy.reference(), torch.no_grad():
+            ref = FLOW(x, policy.velocity(x, rows, trajectory.conditioning), sigma, sigma_next)
+        new, ref = (torch.distributions.Normal(g.mean, g.std) for g in (new, ref))
+        total = total + torch.distributions.kl_divergence(new, ref).mean() / trajectory.num_trained
+    return total
+
+
+def test_the_kl_term_is_the_divergence_per_element():
+    policy = toy()
+    shift(0.1)(policy)
+    experience = make_experience(policy)
+    silent = replace(experience, advantages=torch.zeros(24))
+    algorithm = ChunkGRPO(
+        PLAN, FLOW, UniformSelection(1.0), num_updates=1, kl_coefficient=0.5, micro_batch=13
+    )
+    ((value, grad, parts),) = collect(algorithm, policy, silent)
+    expected = 0.5 * torch_kl(policy, experience.trajectory)
+    expected.backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    close(grad, policy.mean.grad, 1e-6)
+    reported = torch.cat([part.diagnostics["reference_kl"] for part in parts]).mean()
+    assert reported.item() == pytest.approx(2 * expected.item(), rel=1e-6)
+
+
+def test_the_kl_term_is_zero_at_the_reference():
+    policy = toy()
+    experience = make_experience(policy)
+    silent = replace(experience, advantages=torch.zeros(24))
+    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=1, kl_coefficient=0.5)
+    ((value, grad, _),) = collect(algorithm, policy, silent)
+    assert value == 0 and (grad == 0).all()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_kl_term_reaches_a_network(tiny_policy, method):
+    policy = tiny_policy(Adaptation(method, rank=4))
+    shift(0.05)(policy)
+    before = [p.detach().clone() for p in policy.parameters()]
+    experience = make_experience(policy, ["a star"], 3, sigmas=make_sigmas(4))
+    silent = replace(experience, advantages=torch.zeros(3))
+    algorithm = ChunkGRPO(step_plan(3), FLOW, UniformSelection(1.0), num_updates=1)
+    algorithm = replace(algorithm, kl_coefficient=0.5, micro_batch=4)
+    ((value, grad, _),) = collect(algorithm, policy, silent)
+    expected = 0.5 * torch_kl(policy, experience.trajectory)
+    grads = torch.autograd.grad(expected, policy.parameters(), allow_unused=True)
+    flat = torch.cat([g.double().flatten() for g in grads])
+    assert value.item() == pytest.approx(expected.item(), rel=1e-4) and value > 0
+    close(grad, flat, 1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_what_can_not_work_is_refused():
+    policy = toy()
+    experience = make_experience(policy)
+
+    def start(algorithm):
+        next(iter(algorithm.losses(policy, experience, seeded())))
+
+    with pytest.raises(ValueError, match=r"sum to 8, but this schedule has 7 trained steps"):
+        start(ChunkGRPO(ChunkPlan((4, 4)), FLOW))
+    with pytest.raises(ValueError, match="25 updates need as many samples, the rollout has 24"):
+        start(ChunkGRPO(PLAN, FLOW, num_updates=25))
+    with pytest.raises(ValueError, match="needs a density"):
+        ChunkGRPO(PLAN, Transition(OdeDiffusion()))
+    with pytest.raises(ValueError, match="needs a density"):
+        ChunkGRPO(PLAN, Transition(DanceDiffusion(0.0)))
+    with pytest.raises(ValueError, match="unknown anchor 'memory'; known: rollout, replay"):
+        ChunkGRPO(PLAN, FLOW, anchor="memory")
+    with pytest.raises(ValueError, match="must be at least 1, got 0 and 64"):
+        ChunkGRPO(PLAN, FLOW, num_updates=0)
+    with pytest.raises(ValueError, match="must be at least 1, got 2 and 0"):
+        ChunkGRPO(PLAN, FLOW, micro_batch=0)
+
+
+# --- does it learn? -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", [step_plan(7), PLAN, whole_plan(7)], ids=str)
+@pytest.mark.parametrize("diffusion", [FlowDiffusion(0.7), DanceDiffusion(0.3)])
+def test_the_mean_moves_towards_what_is_rewarded(plan, diffusion):
+    transition, target = Transition(diffusion), torch.tensor([1.0, -1.0])
+    policy = GaussianPolicy(torch.zeros(2), 0.5)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
+    algorithm = ChunkGRPO(plan, transition, clip_low=0.2, clip_high=0.2, micro_batch=1000)
+    distances = []
+    for iteration in range(15):
+        generator = seeded(100 + iteration)
+        trajectory = rollout(policy, ["p"] * 2, transition, SIGMAS, 16, generator, same_noise=False)
+        rewards = -(trajectory.final - target).square().sum(1)
+        experience = Experience(trajectory, group_advantages(rewards, 2).values)
+        for part in algorithm.losses(policy, experience, generator):
+            part.loss.backward()
+            if part.ends_update:
+                optimizer.step()
+                optimizer.zero_grad()
+        distances.append((policy.mean.detach() - target).norm().item())
+    assert distances[4] < 1.41
+    assert distances[9] < distances[4]
+    assert distances[-1] < 0.7
