@@ -80,21 +80,18 @@ def rollout(
     )
     log_prob_BN = torch.zeros((num_samples, num_steps - 1), device=policy.device)
     num_evaluations = 0
-    per_step = num_samples
-    total = per_step * num_steps
-    done = 0
+    total = num_samples * (num_steps - 1) + (num_prompts if same_noise else num_samples)
 
     def velocity(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        nonlocal num_evaluations, done
+        nonlocal num_evaluations
         parts = []
         for start in range(0, len(x), batch_size):
             rows = slice(start, start + batch_size)
             part = x[rows]
             parts.append(policy.velocity(part, sigma.expand(len(part)), conditioning[rows]))
             num_evaluations += len(part)
-            done += len(part)
             if progress:
-                progress(min(done, total), total)
+                progress(num_evaluations, total)
         return torch.cat(parts)
 
     for i in range(num_steps):
