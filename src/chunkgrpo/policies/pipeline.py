@@ -73,6 +73,8 @@ class PipelinePolicy:
     ) -> None:
         self.pipe = pipe
         self.adaptation = adaptation or Adaptation()
+        if precision not in DTYPES:
+            raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
         self.dtype = DTYPES[precision]
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
@@ -229,7 +231,13 @@ def pipeline_class_name(model: str | Path) -> str:
         if len(path.parts) == 2 and not str(model).startswith((".", "/", "~")):
             from diffusers import DiffusionPipeline
 
-            return str(DiffusionPipeline.load_config(str(model))["_class_name"])
+            try:
+                return str(DiffusionPipeline.load_config(str(model))["_class_name"])
+            except OSError as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"{model} is neither a folder nor a pipeline on the hub: {reason}"
+                ) from error
         raise ValueError(
             f"model folder {model} does not exist; give a folder or a hub id owner/name"
         )
