@@ -20,7 +20,11 @@ FAMILIES = {
 
 
 def load_policy(
-    model: str | Path, adaptation: Adaptation | None = None, device: str = "cpu", **options: Any
+    model: str | Path,
+    adaptation: Adaptation | None = None,
+    device: str = "cpu",
+    lora: Path | None = None,
+    **options: Any,
 ) -> PipelinePolicy:
     """Load a diffusers pipeline as a policy.
 
@@ -28,6 +32,7 @@ def load_policy(
         model: Folder written by ``save_pretrained``, or a hub id.
         adaptation: Which weights are trained.
         device: Where it runs.
+        lora: Folder of a trained LoRA to fuse into the weights.
         options: Passed to :class:`PipelinePolicy`.
 
     Raises:
@@ -42,4 +47,8 @@ def load_policy(
     module, attribute = FAMILIES[name]
     with quiet_diffusers():
         pipe = DiffusionPipeline.from_pretrained(str(model)).to(device)
+        if lora is not None:
+            pipe.load_lora_weights(str(lora))
+            pipe.fuse_lora()
+            pipe.unload_lora_weights()
     return getattr(import_module(module), attribute)(pipe, adaptation, **options)

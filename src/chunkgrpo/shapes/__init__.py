@@ -9,5 +9,5 @@ from pathlib import Path
 
 
 def pipeline_path() -> Path:
-    """Return the folder of the embedded pipeline, ready for ``DiffusionPipeline.from_pretrained``."""
+    """Return the embedded pipeline's folder, for ``DiffusionPipeline.from_pretrained``."""
     return Path(__file__).parent / "weights" / "pipeline"

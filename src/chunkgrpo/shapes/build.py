@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
     while any(len(word) > 1 for word in pieces):
-        counts = Counter(pair for word in pieces for pair in zip(word, word[1:], strict=False))
+        counts = Counter(pair for word in pieces for pair in itertools.pairwise(word))
         best = max(counts, key=lambda pair: (counts[pair], pair))
         merges.append(best)
         for i, word in enumerate(pieces):

@@ -26,6 +26,9 @@ TASKS: tuple[str, ...] = (
     "color_attribution",
 )
 
+# Not part of the benchmark, but a thing people ask for: both colours and a relation.
+EXTRA_TASKS: tuple[str, ...] = ("color_position",)
+
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     {("purple", "star"), ("green", "cross"), ("orange", "triangle"), ("blue", "circle")}
 )
@@ -112,8 +115,15 @@ def _bodies(task: str) -> list[tuple[str, Ask]]:
             ARTICLES, itertools.permutations(SHAPES, 2), itertools.permutations(COLORS, 2)
         ):
             bodies.append((f"{_noun(a, c, s)} and {_noun(a, d, t)}", Ask(((c, s), (d, t)))))
+    elif task == "color_position":
+        for relation, (s, t), (c, d) in itertools.product(
+            RELATIONS, itertools.permutations(SHAPES, 2), itertools.permutations(COLORS, 2)
+        ):
+            for words in RELATION_WORDS[relation]:
+                text = f"{_noun('a', c, s)} {words} {_noun('a', d, t)}"
+                bodies.append((text, Ask(((c, s), (d, t)), relation)))
     else:
-        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {task!r}; known: {', '.join(TASKS + EXTRA_TASKS)}")
     return bodies
 
 
@@ -141,7 +151,8 @@ def prompts(task: str, split: str) -> tuple[Prompt, ...]:
     found: list[Prompt] = []
     # Only the short prompts carry a suffix, so that every prompt fits into 16 tokens.
     suffixes = SUFFIXES if task in ("single_object", "colors") else ("",)
-    for (body, ask), prefix, suffix in itertools.product(_bodies(task), PREFIXES, suffixes):
+    prefixes = PREFIXES[:2] if task in EXTRA_TASKS else PREFIXES
+    for (body, ask), prefix, suffix in itertools.product(_bodies(task), prefixes, suffixes):
         text = prefix + body + suffix
         kind = "held_out" if is_held_out_text(text) else "train"
         if binds_held_out_pair(ask):
@@ -184,7 +195,7 @@ def sample_prompts(
 
 @cache
 def _by_text() -> dict[str, Prompt]:
-    every = itertools.product(TASKS, ("train", "held_out", "held_out_pairs"))
+    every = itertools.product(TASKS + EXTRA_TASKS, ("train", "held_out", "held_out_pairs"))
     table: dict[str, Prompt] = {}
     for task, split in every:
         for prompt in prompts(task, split):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
@@ -29,8 +29,8 @@ class PretrainSettings:
     num_scenes: int = 40_000
     wrong_captions: float = 0.2
     vae_steps: int = 1200
-    transformer_steps: int = 5000
-    size: PipelineSize = PipelineSize()
+    transformer_steps: int = 4000
+    size: PipelineSize = field(default_factory=PipelineSize)
     threads: int = 0
 
 

@@ -22,8 +22,9 @@ class OptimizerPair:
     Args:
         named: Parameters by name.
         muon_lr, adam_lr: Peak learning rates.
-        total_steps: Length of the schedule: linear warm-up over the first 2 %, constant, and a
-            linear fall to zero over the last 35 %.
+        total_steps: Length of the schedule: linear warm-up, constant, and a linear fall to zero
+            over the last 35 %.
+        warmup: Steps of the warm-up.
         not_hidden: Name fragments of weights that AdamW keeps although they are matrices
             (embeddings, input and output layers).
     """
@@ -34,6 +35,7 @@ class OptimizerPair:
         muon_lr: float,
         adam_lr: float,
         total_steps: int,
+        warmup: int,
         not_hidden: tuple[str, ...],
     ) -> None:
         muon: list[Tensor] = []
@@ -44,12 +46,12 @@ class OptimizerPair:
         self.muon = Muon(muon, lr=muon_lr, weight_decay=0.01)
         self.adam = torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.peaks = (muon_lr, adam_lr)
-        self.total_steps = total_steps
+        self.total_steps, self.warmup = total_steps, warmup
 
     def factor(self, step: int) -> float:
         """Return the learning-rate factor of a step, 0 to 1."""
-        warmup, fall = 0.02 * self.total_steps, 0.35 * self.total_steps
-        return max(0.0, min((step + 1) / warmup, (self.total_steps - step) / fall, 1.0))
+        fall = 0.35 * self.total_steps
+        return max(0.0, min((step + 1) / self.warmup, (self.total_steps - step) / fall, 1.0))
 
     def step(self, step: int) -> None:
         """Take one step of both optimizers at the scheduled rate."""

@@ -67,11 +67,12 @@ def true_asks(scene: Scene) -> list[tuple[str, Ask]]:
             if a.color != b.color:
                 named = Ask(((a.color, a.shape), (b.color, b.shape)))
                 asks.append(("color_attribution", named))
-            asks += [
-                ("position", Ask(((None, a.shape), (None, b.shape)), relation))
-                for relation in RELATIONS
-                if related(a, b, relation, 10.0, 1.0)
-            ]
+            for relation in RELATIONS:
+                if related(a, b, relation, 10.0, 1.0):
+                    asks.append(("position", Ask(((None, a.shape), (None, b.shape)), relation)))
+                    if a.color != b.color:
+                        both = Ask(((a.color, a.shape), (b.color, b.shape)), relation)
+                        asks.append(("color_position", both))
     return asks
 
 
@@ -86,8 +87,7 @@ def corrupt(task: str, ask: Ask, rng: np.random.Generator) -> Ask:
         count = len(things) + (1 if rng.random() < 0.5 else -1)
         count = 2 if count < 1 else 3 if count > 4 else count
         return Ask((things[0],) * count)
-    if task == "position" and rng.random() < 0.5:
-        assert ask.relation is not None
+    if ask.relation is not None and rng.random() < 0.5:
         return Ask(ask.things, OPPOSITE[ask.relation])
     which = int(rng.integers(len(things)))
     color, shape = things[which]
@@ -111,21 +111,23 @@ def make_world(num_scenes: int, seed: int, wrong_captions: float) -> World:
     Returns:
         The world; no scene shows a held-out pair and no caption is a held-out prompt.
     """
-    rng = np.random.default_rng(seed)
+    scene_rng, rng = np.random.default_rng([seed, 0]), np.random.default_rng([seed, 1])
     phrasings: dict[Ask, dict[str, list[str]]] = {}
     pools: dict[str, list[Ask]] = {}
-    for task in grammar.TASKS:
+    for task in grammar.TASKS + grammar.EXTRA_TASKS:
         for prompt in grammar.prompts(task, "train"):
             phrasings.setdefault(prompt.ask, {}).setdefault(task, []).append(prompt.text)
         pools[task] = list(dict.fromkeys(p.ask for p in grammar.prompts(task, "train")))
     index: dict[str, int] = {}
     images = np.empty((num_scenes, IMAGE_SIZE, IMAGE_SIZE, 3), np.uint8)
     captions = np.empty((num_scenes, CAPTIONS_PER_SCENE), np.int32)
-    tasks = rng.choice(len(grammar.TASKS), num_scenes, p=[TASK_SHARES[t] for t in grammar.TASKS])
+    tasks = scene_rng.choice(
+        len(grammar.TASKS), num_scenes, p=[TASK_SHARES[t] for t in grammar.TASKS]
+    )
     for i, t in enumerate(tasks):
         task = grammar.TASKS[t]
-        ask = pools[task][rng.integers(len(pools[task]))]
-        scene = sample_scene(ask, rng, grammar.HELD_OUT_PAIRS)
+        ask = pools[task][scene_rng.integers(len(pools[task]))]
+        scene = sample_scene(ask, scene_rng, grammar.HELD_OUT_PAIRS)
         images[i] = render(scene)
         sayable = [(kind, a) for kind, a in true_asks(scene) if kind in phrasings.get(a, {})]
         for c in range(CAPTIONS_PER_SCENE):

@@ -105,7 +105,7 @@ def train_transformer(
     masters = Networks(pipe)
     compute = copy.deepcopy(masters).to(torch.bfloat16)
     pairs = list(zip(compute.parameters(), masters.parameters(), strict=True))
-    optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, steps, NOT_HIDDEN)
+    optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, steps, 100, NOT_HIDDEN)
     average = Average(masters, 0.999)
     checkpoint, start = folder / "transformer.pt", 0
     if checkpoint.exists():

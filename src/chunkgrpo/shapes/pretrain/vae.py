@@ -34,7 +34,7 @@ def train_vae(
     forgives the small errors of a generated latent.
     """
     optimizers = OptimizerPair(
-        vae.named_parameters(), 0.02, 2e-3, steps, ("conv_in", "encoder.conv_out")
+        vae.named_parameters(), 0.02, 2e-3, steps, 24, ("conv_in", "encoder.conv_out")
     )
     with torch.no_grad():
         # Start nearly deterministic: from the usual unit variance the noise drowns the code for

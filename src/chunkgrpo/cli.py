@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="chunkgrpo",
+    help="Post-train flow-matching text-to-image models with reinforcement learning: "
+    "sample step by step, optimise chunk by chunk (Chunk-GRPO, arXiv:2510.21583).\n\n"
+    "Start with `chunkgrpo train`: about five minutes on a laptop, nothing to download.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+shapes_app = typer.Typer(help="The embedded world: render it, pretrain its pipeline.")
+app.add_typer(shapes_app, name="shapes")
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting, e.g. --set optimizer.learning_rate=5e-5."),
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the errors of wrong input into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"chunkgrpo: {message}", err=True)
+        raise typer.Exit(2) from None
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
+    ] = "demo",
+    set_: SetOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run folder.")
+    ] = None,
+) -> None:
+    """Post-train a model; without arguments, the embedded one, in about five minutes.
+
+    Ctrl-C ends after the iteration, saves, and says how to go on.
+    """
+    with clear_errors():
+        from chunkgrpo.config import ConfigError, load_config
+
+        if resume is not None:
+            if set_ or out:
+                raise ConfigError("--resume takes no --set or --out: a run keeps its settings")
+            from chunkgrpo.runs import read_run
+
+            config, folder = read_run(resume), resume
+        else:
+            config = load_config(recipe, set_ or [])
+            from chunkgrpo.runs import new_folder
+
+            folder = out or new_folder(Path("runs"), config.name)
+            if (folder / "config.yaml").exists():
+                raise ConfigError(
+                    f"{folder} holds a run already; go on with it by --resume {folder}, or "
+                    "choose another --out"
+                )
+        from chunkgrpo.runs import train_run
+
+        display = Display(config.iterations, config.sampling.prompts * config.sampling.group_size)
+        display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
+        summary = train_run(config, folder, display.iteration, display.phase)
+    if summary is None:
+        display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
+        return
+    show_summary(display, summary, folder)
+
+
+def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the end of a run: the table, health, time, and where everything is."""
+    from chunkgrpo.report.statistics import Estimate
+    from chunkgrpo.report.tables import AccuracyRow, accuracy_table
+
+    rows = [
+        AccuracyRow(task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], 0))
+        for task, r in summary["by_task"].items()
+    ]
+    title = (
+        f"{summary['judge']} score on {summary['prompts']} held-out prompts, "
+        f"{summary['seeds_per_prompt']} images each, same noise before and after"
+    )
+    display.console.print(accuracy_table(rows, title))
+    ratios = ", ".join(f"{k} {v:.2f}" for k, v in summary["health_ratio"].items())
+    outside = summary["health_outside"]
+    verdict = f"outside its band: {', '.join(outside)}" if outside else "all within their bands"
+    display.say(f"Image health, tuned over base: {ratios} ({verdict})")
+    display.say(
+        f"Training took {summary['train_minutes']:.1f} minutes, everything "
+        f"{summary['total_minutes']:.1f}."
+    )
+    display.say(f"Pictures: {folder}/samples.png, {folder}/curves.png; page: {folder}/report.html")
+    display.say(
+        f"[bold]{100 * summary['base']:.1f} % to {100 * summary['tuned']:.1f} %[/bold]; "
+        f"the tuned model is in {folder}/model"
+    )
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    images: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="PNG; in the run folder by default.")] = None,
+) -> None:
+    """Draw a prompt with the base and the tuned model side by side."""
+    with clear_errors():
+        from chunkgrpo.config import build_sigmas, resolve_model
+        from chunkgrpo.evaluate import sample_images
+        from chunkgrpo.report.grids import save_comparison
+        from chunkgrpo.runs import load_tuned, load_untrained
+
+        config, tuned = load_tuned(run)
+        base = load_untrained(config, resolve_model(config.model.path))
+        sigmas = build_sigmas(config)
+        seeds = list(range(seed, seed + images))
+        drawn = {
+            name: sample_images(policy, [prompt] * images, sigmas, seeds).float() / 255
+            for name, policy in (("base", base), ("tuned", tuned))
+        }
+        marks = judge_marks(prompt, drawn) if config.model.path == "shapes" else None
+        words = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
+        path = out or run / "drawn" / f"{words}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_comparison(path, drawn, [f"{prompt} (seed {s})" for s in seeds], marks=marks)
+    if marks:
+        for name, right in marks.items():
+            typer.echo(f"{name}: {sum(right)} of {images} right")
+    typer.echo(f"The picture is {path}")
+
+
+def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] | None:
+    """Say of each image whether it is right, where the embedded world knows the prompt."""
+    from chunkgrpo.shapes.grammar import parse
+    from chunkgrpo.shapes.verifier import verify_batch
+
+    try:
+        ask = parse(prompt).ask
+    except ValueError as error:
+        typer.echo(f"not judged: {error}", err=True)
+        return None
+    arrays = {name: images.permute(0, 2, 3, 1).numpy() for name, images in drawn.items()}
+    return {
+        name: [verdict.strict for verdict in verify_batch(array, [ask] * len(array))]
+        for name, array in arrays.items()
+    }
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of the embedded world: train, held_out or held_out_pairs."),
+    ] = None,
+) -> None:
+    """Score the tuned model of a run on its held-out prompts again."""
+    with clear_errors():
+        from chunkgrpo.report.statistics import bootstrap_interval
+        from chunkgrpo.runs import evaluate_run
+
+        display = Display(0, 0)
+        result = evaluate_run(run, display.phase("evaluating the tuned model"), split)
+        display.close()
+        from rich.table import Table
+
+        name = next(iter(result.scores))
+        table = Table("task", "score", "95 % interval", "images", title=f"{name} score")
+        clusters = result.clusters()
+        for task, values in result.by_group(name).items():
+            e = bootstrap_interval(values, clusters=clusters[task])
+            span = f"{100 * e.low:.1f} to {100 * e.high:.1f}"
+            table.add_row(task, f"{100 * e.estimate:.1f} %", span, str(values.size))
+        values = result.scores[name].ravel()
+        labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
+        e = bootstrap_interval(values, clusters=labels)
+        span = f"{100 * e.low:.1f} to {100 * e.high:.1f}"
+        table.add_row("[bold]all", f"{100 * e.estimate:.1f} %", span, str(values.size))
+        display.console.print(table)
+    typer.echo(f"{100 * result.mean(name):.1f} % over {len(result.prompts)} prompts of {run}")
+
+
+@app.command()
+def chunks(
+    recipe: Annotated[str, typer.Argument(help="Recipe or .yaml file to profile.")] = "demo",
+    set_: SetOption = None,
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts, one trajectory each.")] = 96,
+    out: Annotated[Path, typer.Option(help="PNG of the curve.")] = Path("runs/dynamics.png"),
+) -> None:
+    """Measure how fast trajectories move and propose where to cut them."""
+    with clear_errors():
+        from chunkgrpo.config import build_policy, build_prompts, build_sigmas, load_config
+        from chunkgrpo.core import chunks as core_chunks
+        from chunkgrpo.core import sde
+        from chunkgrpo.core.dynamics import relative_l1
+        from chunkgrpo.report.curves import save_dynamics
+        from chunkgrpo.rollout import rollout
+
+        config = load_config(recipe, set_ or [])
+        s = config.sampling
+        policy, sigmas = build_policy(config), build_sigmas(config)
+        diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
+        texts = build_prompts(config, "train").texts[:prompts]
+        trajectory = rollout(
+            policy,
+            texts,
+            sde.Transition(diffusion),
+            sigmas,
+            1,
+            seeds=list(range(len(texts))),
+            batch_size=s.batch_size,
+        )
+        curve_BN = relative_l1(trajectory.states)
+        mean = curve_BN.mean(0).cpu()
+        half = 1.96 * curve_BN.std(0).cpu() / len(curve_BN) ** 0.5
+        trained = s.steps - 1
+        plans = {
+            "adaptive": core_chunks.adaptive_plan(mean, min(config.chunks.min_size, trained)),
+            "optimal": core_chunks.optimal_plan(mean),
+            "optimal, 4 chunks": core_chunks.optimal_plan(mean, min(4, trained)),
+        }
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_dynamics(
+            out,
+            mean.tolist(),
+            sigmas.tolist(),
+            {name: plan.sizes for name, plan in plans.items()},
+            (mean - half).tolist(),
+            (mean + half).tolist(),
+        )
+        from rich.console import Console
+        from rich.table import Table
+
+        console = Console()
+        table = Table("step", "sigma", "L1_rel", "95 %", "", title=f"{s.diffusion} SDE")
+        top = float(mean.max())
+        for i, (m, h) in enumerate(zip(mean.tolist(), half.tolist(), strict=True)):
+            bar = "#" * round(30 * m / top)
+            table.add_row(str(i), f"{sigmas[i]:.3f}", f"{m:.3f}", f"+-{h:.3f}", bar)
+        console.print(table)
+        spread = float((curve_BN.std(0).cpu() / mean).mean())
+        console.print(f"Over {len(texts)} prompts the curve varies by {100 * spread:.1f} % (std).")
+        for name, plan in plans.items():
+            console.print(f"{name}: {plan}", markup=False)
+    listed = ",".join(map(str, plans["optimal, 4 chunks"].sizes))
+    typer.echo(f"Train with: chunkgrpo train {recipe} --set chunks.sizes=[{listed}]")
+    typer.echo(f"The curve is drawn in {out}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
+) -> None:
+    """List the recipes, or print one with every setting it implies."""
+    with clear_errors():
+        from chunkgrpo.recipes import recipe_names, recipe_summary
+
+        if name is None:
+            for each in recipe_names():
+                typer.echo(f"{each:24} {recipe_summary(each)}")
+            return
+        from chunkgrpo.config import dump_config, load_config
+
+        config = load_config(name)
+        typer.echo(f"# {recipe_summary(name)}")
+        typer.echo(dump_config(config))
+
+
+@shapes_app.command("pretrain")
+def shapes_pretrain(
+    out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
+    scenes: Annotated[int, typer.Option(min=100, help="Scenes to render.")] = 0,
+    vae_steps: Annotated[int, typer.Option(min=1, help="Steps of the autoencoder.")] = 0,
+    transformer_steps: Annotated[int, typer.Option(min=1, help="Steps of the transformer.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Train the embedded pipeline from rendered scenes, as the shipped one was."""
+    with clear_errors():
+        from dataclasses import replace
+
+        from chunkgrpo.shapes.pretrain import PretrainSettings, pretrain
+
+        settings = PretrainSettings(seed=seed)
+        given = {
+            "num_scenes": scenes,
+            "vae_steps": vae_steps,
+            "transformer_steps": transformer_steps,
+        }
+        settings = replace(settings, **{k: v for k, v in given.items() if v})
+        folder = pretrain(out, settings)
+    typer.echo(f"The pipeline is in {folder}")
+
+
+class Display:
+    """Live progress on a terminal, plain lines elsewhere."""
+
+    def __init__(self, iterations: int, images: int) -> None:
+        from rich.console import Console
+
+        self.console = Console()
+        self.iterations, self.images = iterations, images
+        self.progress: Any = None
+        self.training: Any = None
+        self.accuracy = ""
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.close()
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        """End the live part."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = self.training = None
+
+    def _start(self, text: str, total: int) -> Any:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.close()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.progress.start()
+        return self.progress.add_task(text, total=total)
+
+    def phase(self, text: str) -> Callable[[int, int], None]:
+        """Show a phase; return its progress hook."""
+        if not self.console.is_terminal:
+            self.say(text)
+            return lambda done, total: None
+        task = self._start(text, 1)
+
+        def hook(done: int, total: int) -> None:
+            self.progress.update(task, completed=done, total=total)
+
+        return hook
+
+    def iteration(self, record: Mapping[str, Any]) -> None:
+        """Show one iteration."""
+        number = record["iteration"]
+        if "accuracy" in record:
+            self.accuracy = f"  held out {100 * record['accuracy']:.0f} %"
+        text = (
+            f"reward {record['reward_mean']:.3f}{self.accuracy}  "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+        if self.console.is_terminal:
+            if self.training is None:
+                self.training = self._start(text, self.iterations)
+            self.progress.update(self.training, completed=number, description=text)
+            return
+        left = record["seconds"] / number * (self.iterations - number) / 60
+        self.console.print(
+            f"{number:4}/{self.iterations}  {text}  clip {record.get('clip_fraction', 0):.2f}  "
+            f"grad {record['grad_norm']:.3f}  {left:.1f} min left",
+            highlight=False,
+        )
+
+
+def main() -> None:
+    """Run the command line."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("chunkgrpo: interrupted", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

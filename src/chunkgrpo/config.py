@@ -1,0 +1,473 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Typed, strict configuration, and how a run is built from it."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from chunkgrpo.core.chunks import ChunkPlan
+    from chunkgrpo.policies.pipeline import PipelinePolicy
+    from chunkgrpo.prompts import PromptSet
+    from chunkgrpo.train import Trainer
+
+
+class ConfigError(ValueError):
+    """A configuration that can not be run; the message says what to change."""
+
+
+class Section(BaseModel):
+    """Base of every section: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """The model and what of it is trained."""
+
+    path: str = Field("shapes", description="'shapes', a pipeline folder, or a hub id")
+    device: str = Field("auto", description="'auto', 'cpu' or 'cuda'")
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    guidance: float = Field(1.0, ge=0, description="classifier-free guidance; <= 1 is off")
+    height: int | None = Field(None, gt=0)
+    width: int | None = Field(None, gt=0)
+    max_sequence_length: int = Field(256, ge=1, le=512)
+    timestep: Literal["exact", "floor1000"] = "exact"
+    method: Literal["lora", "full"] = "lora"
+    rank: int = Field(32, ge=1)
+    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the rank where not given")
+    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class PromptConfig(Section):
+    """Prompts to train on and to evaluate with."""
+
+    train: str = Field("shapes", description="'shapes' or a .txt, .jsonl or .csv file")
+    held_out: str = Field("shapes", description="the same, for evaluation")
+    tasks: tuple[str, ...] | None = Field(None, description="tasks of the embedded world")
+
+
+class RewardConfig(Section):
+    """One reward."""
+
+    name: str = Field("shapes", description="a built-in name or package.module:function")
+    weight: float = 1.0
+    options: dict[str, Any] = {}
+
+
+class SamplingConfig(Section):
+    """How images are rolled out."""
+
+    steps: int = Field(17, ge=2, description="sampler steps; one less is trained")
+    shift: float = Field(3.0, gt=0)
+    diffusion: Literal["flow", "dance"] = "flow"
+    eta: float = Field(0.7, gt=0)
+    prompts: int = Field(16, ge=1, description="prompts a rollout")
+    group_size: int = Field(12, ge=2, description="images a prompt")
+    same_noise: bool = True
+    batch_size: int = Field(96, ge=1, description="most samples in one forward")
+
+
+class ChunkConfig(Section):
+    """Where time is cut, and which chunks are trained."""
+
+    plan: Literal["explicit", "equal", "steps", "whole", "paper", "adaptive", "optimal"] = "paper"
+    sizes: tuple[int, ...] | None = Field(None, description="of plan 'explicit'")
+    size: int = Field(4, ge=1, description="of plan 'equal'")
+    min_size: int = Field(4, ge=1, description="of plans 'adaptive' and 'optimal'")
+    num_chunks: int | None = Field(None, ge=1, description="of plan 'optimal'")
+    selection: Literal["uniform", "weighted", "softmax", "listed"] = "uniform"
+    fraction: float = Field(0.5, gt=0, le=1)
+    indices: tuple[int, ...] | None = Field(None, description="of selection 'listed'")
+
+
+class ObjectiveConfig(Section):
+    """The loss."""
+
+    clip_low: float = Field(5e-5, gt=0, lt=1)
+    clip_high: float = Field(5e-5, gt=0)
+    advantage: str = "group_std"
+    advantage_clip: float = Field(5.0, gt=0)
+    updates: int = Field(2, ge=1, description="optimizer steps a rollout")
+    micro_batch: int = Field(64, ge=1, description="(sample, step) pairs a forward")
+    anchor: Literal["rollout", "replay"] = "rollout"
+    kl: float = Field(0.0, ge=0, description="weight of KL to the base model")
+
+
+class OptimizerConfig(Section):
+    """AdamW and what surrounds it."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    warmup: int = Field(0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema: float = Field(0.9, ge=0, lt=1)
+
+
+class EvaluationConfig(Section):
+    """What is measured before, while and after training."""
+
+    reward: RewardConfig = RewardConfig(options={"mode": "strict", "name": "strict"})
+    every: int = Field(10, ge=0)
+    prompts: int = Field(96, ge=1, description="prompts of the small evaluations while training")
+    final_prompts: int = Field(504, ge=1)
+    final_seeds: int = Field(2, ge=1)
+    seed: int = 1234
+
+
+class Config(Section):
+    """A whole run."""
+
+    name: str = "run"
+    iterations: int = Field(50, ge=1)
+    seed: int = 0
+    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    checkpoint_every: int = Field(10, ge=1)
+    model: ModelConfig = ModelConfig()
+    prompts: PromptConfig = PromptConfig()
+    rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+    sampling: SamplingConfig = SamplingConfig()
+    chunks: ChunkConfig = ChunkConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+
+def parse_config(values: Mapping[str, Any]) -> Config:
+    """Validate a configuration.
+
+    Raises:
+        ConfigError: One line that names the key, the value, the rule, and the nearest key.
+    """
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(_one_line(error)) from None
+
+
+def _one_line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown_key(where)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"{where} = {first['input']!r}: {message}{more}"
+
+
+def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, str]:
+    """Return every dotted key with its description."""
+    keys: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        kinds = [info.annotation, *get_args(info.annotation)]
+        inner = [k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)]
+        dotted = prefix + name
+        keys[dotted] = info.description or ""
+        if inner:
+            middle = "" if inner[0] is info.annotation else "0."
+            keys |= known_keys(inner[0], f"{dotted}.{middle}")
+    return keys
+
+
+def unknown_key(key: str) -> str:
+    """Return the message for a key that does not exist, with the nearest that does."""
+    known = list(known_keys())
+    near = difflib.get_close_matches(key, known, 1, 0.5)
+    last = {k.rsplit(".", 1)[-1]: k for k in known}
+    if not near:
+        found = difflib.get_close_matches(key.rsplit(".", 1)[-1], list(last), 1, 0.6)
+        near = [last[f] for f in found]
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"unknown configuration key {key!r}{hint}"
+
+
+def set_value(values: dict[str, Any], assignment: str) -> None:
+    """Apply ``a.b=c`` to nested dictionaries; c is read as YAML."""
+    import yaml
+
+    key, separator, text = assignment.partition("=")
+    if not separator:
+        raise ConfigError(f"--set {assignment!r} must look like key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {assignment!r}: the value is no YAML: {error}") from None
+    if isinstance(value, str):  # YAML reads 1e-4 as text; people mean a number
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    if key not in known_keys() and "options" not in key:
+        raise ConfigError(unknown_key(key))
+    node: Any = values
+    *parents, last = key.split(".")
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+    if isinstance(node, list):
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def load_config(source: str | Path, assignments: Sequence[str] = ()) -> Config:
+    """Load a recipe or a YAML file and apply assignments.
+
+    Args:
+        source: Recipe name or path of a ``.yaml`` file.
+        assignments: ``a.b=c`` each.
+    """
+    import yaml
+
+    from chunkgrpo.recipes import recipe_names, recipe_path
+
+    path = Path(source)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ConfigError(f"configuration file {source} does not exist")
+    else:
+        names = recipe_names()
+        if str(source) not in names:
+            near = difflib.get_close_matches(str(source), names, 1, 0.4)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ConfigError(f"unknown recipe {str(source)!r}{hint}; known: {', '.join(names)}")
+        path = recipe_path(str(source))
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold keys and values")
+    for assignment in assignments:
+        set_value(values, assignment)
+    config = parse_config(values)
+    check_plan(config)
+    return config
+
+
+def dump_config(config: Config) -> str:
+    """Return a configuration as YAML, every key resolved."""
+    import yaml
+
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def check_plan(config: Config) -> None:
+    """Refuse chunk settings that do not fit the schedule, before anything is loaded.
+
+    Raises:
+        ConfigError: With the rule and the fix.
+    """
+    c, trained = config.chunks, config.sampling.steps - 1
+    if c.plan == "explicit":
+        if not c.sizes:
+            raise ConfigError("chunks.plan 'explicit' needs chunks.sizes, e.g. [2, 3, 4, 7]")
+        if sum(c.sizes) != trained:
+            listed = ", ".join(map(str, c.sizes))
+            raise ConfigError(
+                f"chunks.sizes ({listed}) sum to {sum(c.sizes)}, but sampling.steps = "
+                f"{config.sampling.steps} leaves {trained} trained steps; change a chunk or set "
+                f"sampling.steps to {sum(c.sizes) + 1}"
+            )
+        if min(c.sizes) < 1:
+            raise ConfigError(f"chunks.sizes must be at least 1 each, got {min(c.sizes)}")
+    if c.plan == "paper" and trained != 16:
+        raise ConfigError(
+            f"chunks.plan 'paper' is [2, 3, 4, 7] and needs sampling.steps = 17, not "
+            f"{config.sampling.steps}; use plan 'explicit' with sizes that sum to {trained}"
+        )
+    if c.plan == "equal" and c.size > trained:
+        raise ConfigError(f"chunks.size = {c.size} exceeds the {trained} trained steps")
+    if c.selection == "listed" and not c.indices:
+        raise ConfigError("chunks.selection 'listed' needs chunks.indices, e.g. [0, 1]")
+
+
+def resolve_model(path: str) -> str:
+    """Return the folder or hub id of a model name."""
+    if path != "shapes":
+        return path
+    from chunkgrpo.shapes import pipeline_path
+
+    return str(pipeline_path())
+
+
+def device_of(model: ModelConfig) -> str:
+    """Return the device a model runs on."""
+    import torch
+
+    if model.device != "auto":
+        return model.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def policy_options(model: ModelConfig) -> dict[str, Any]:
+    """Return the options of :class:`PipelinePolicy` that do not concern training."""
+    from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS
+
+    if (model.height is None) != (model.width is None):
+        raise ConfigError("model.height and model.width must be given together")
+    return {
+        "precision": model.precision,
+        "guidance": model.guidance,
+        "size": (model.height, model.width) if model.height and model.width else None,
+        "max_sequence_length": model.max_sequence_length,
+        "timestep": TIMESTEP_ROUNDINGS[model.timestep],
+    }
+
+
+def build_policy(config: Config) -> PipelinePolicy:
+    """Load the model as a policy."""
+    import torch
+
+    from chunkgrpo.policies.loading import load_policy
+    from chunkgrpo.policies.pipeline import Adaptation
+
+    m = config.model
+    # The first draw of a LoRA must not depend on what ran before.
+    torch.manual_seed(config.seed)
+    adaptation = Adaptation(m.method, m.rank, m.alpha or m.rank, m.targets)
+    return load_policy(resolve_model(m.path), adaptation, device_of(m), **policy_options(m))
+
+
+def build_sigmas(config: Config) -> Tensor:
+    """Return the sampling schedule."""
+    from chunkgrpo.core.schedules import make_sigmas
+
+    return make_sigmas(config.sampling.steps, config.sampling.shift)
+
+
+def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
+    """Return the chunk plan.
+
+    Args:
+        config: The run.
+        curve: Measures the policy's dynamics [N]; called only by the plans that need it.
+    """
+    from chunkgrpo.core import chunks
+
+    c, trained = config.chunks, config.sampling.steps - 1
+    if c.plan == "explicit":
+        return chunks.explicit_plan(c.sizes or (), trained)
+    if c.plan == "equal":
+        return chunks.equal_plan(c.size, trained)
+    if c.plan == "steps":
+        return chunks.step_plan(trained)
+    if c.plan == "whole":
+        return chunks.whole_plan(trained)
+    if c.plan == "paper":
+        return chunks.paper_plan(trained)
+    if c.plan == "adaptive":
+        return chunks.adaptive_plan(curve(), c.min_size)
+    return chunks.optimal_plan(curve(), c.num_chunks, c.min_size)
+
+
+def build_prompts(config: Config, which: str) -> PromptSet:
+    """Return the prompts to train on (``train``), to watch (``watch``) or to judge by (``final``).
+
+    Watched and judged prompts are disjoint where the held-out set is large enough.
+    """
+    from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
+
+    p, e = config.prompts, config.evaluation
+    if which == "train":
+        if p.train == "shapes":
+            return shapes_prompts("train", None, config.seed, p.tasks)
+        return read_prompts(p.train)
+    wanted = e.final_prompts + e.prompts
+    if p.held_out == "shapes":
+        found = shapes_prompts("held_out", wanted, e.seed, p.tasks)
+    else:
+        found = read_prompts(p.held_out)
+    if which == "final":
+        return found.head(e.final_prompts)
+    rest = PromptSet(found.texts[e.final_prompts :], found.groups[e.final_prompts :])
+    return rest.head(e.prompts) if len(rest) else found.head(e.prompts)
+
+
+def build_trainer(config: Config, folder: Path) -> Trainer:
+    """Build everything a run needs.
+
+    Raises:
+        ConfigError: Or another ValueError, with one clear line.
+    """
+    import torch
+
+    from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+    from chunkgrpo.core import chunks, sde
+    from chunkgrpo.core.credit import CONVENTIONS
+    from chunkgrpo.core.dynamics import mean_curve, relative_l1
+    from chunkgrpo.rewards import make_reward
+    from chunkgrpo.rollout import rollout
+    from chunkgrpo.train import Trainer, TrainSettings
+
+    s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
+    if o.advantage not in CONVENTIONS:
+        raise ConfigError(
+            f"unknown objective.advantage {o.advantage!r}; known: {', '.join(CONVENTIONS)}"
+        )
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    rewards = [(make_reward(r.name, r.options), r.weight) for r in config.rewards]
+    judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
+    train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
+    policy = build_policy(config)
+    sigmas = build_sigmas(config)
+    diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
+    transition = sde.Transition(diffusion)
+
+    def curve() -> Tensor:
+        probe = list(train.texts[:64])
+        seeds = list(range(len(probe)))
+        trajectory = rollout(
+            policy, probe, transition, sigmas, 1, seeds=seeds, batch_size=s.batch_size
+        )
+        return mean_curve(relative_l1(trajectory.states)).cpu()
+
+    selections = {
+        "uniform": lambda: chunks.UniformSelection(c.fraction),
+        "weighted": lambda: chunks.WeightedSelection(c.fraction),
+        "softmax": lambda: chunks.WeightedSelection(c.fraction, softmax=True),
+        "listed": lambda: chunks.ListedSelection(c.indices or ()),
+    }
+    algorithm = ChunkGRPO(
+        plan=build_plan(config, curve),
+        transition=transition,
+        selection=selections[c.selection](),
+        clip_low=o.clip_low,
+        clip_high=o.clip_high,
+        num_updates=o.updates,
+        micro_batch=o.micro_batch,
+        anchor=o.anchor,
+        kl_coefficient=o.kl,
+    )
+    settings = TrainSettings(
+        iterations=config.iterations,
+        num_prompts=s.prompts,
+        group_size=s.group_size,
+        same_noise=s.same_noise,
+        rollout_batch=s.batch_size,
+        advantage=o.advantage,
+        advantage_clip=o.advantage_clip,
+        learning_rate=opt.learning_rate,
+        betas=opt.betas,
+        eps=opt.eps,
+        weight_decay=opt.weight_decay,
+        warmup=opt.warmup,
+        max_grad_norm=opt.max_grad_norm,
+        ema_decay=opt.ema,
+        evaluate_every=config.evaluation.every,
+        checkpoint_every=config.checkpoint_every,
+        seed=config.seed,
+    )
+    return Trainer(
+        policy, transition, algorithm, sigmas, train, rewards, watch, judge, folder, settings
+    )

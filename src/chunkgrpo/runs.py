@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from its configuration to its report, in one folder."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from chunkgrpo.config import (
+    Config,
+    ConfigError,
+    build_prompts,
+    build_sigmas,
+    build_trainer,
+    device_of,
+    dump_config,
+    parse_config,
+    policy_options,
+    resolve_model,
+)
+from chunkgrpo.evaluate import Evaluation, evaluate
+from chunkgrpo.policies.loading import load_policy
+from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.curves import save_curves
+from chunkgrpo.report.grids import save_comparison
+from chunkgrpo.report.html import write_html
+from chunkgrpo.report.metrics import read_metrics
+from chunkgrpo.report.tables import HEADINGS, AccuracyRow, accuracy_cells, accuracy_rows
+from chunkgrpo.rewards import make_reward
+from chunkgrpo.runtime.files import atomic_write
+from chunkgrpo.types import ProgressHook
+
+# Health of tuned images over that of the base's; outside, a gain may have been hacked.
+HEALTH_BANDS = {
+    "texture": (0.5, 1.5),
+    "edge_sharpness": (0.8, 1.25),
+    "saturation": (0.75, 1.33),
+    "brightness": (0.75, 1.33),
+    "diversity": (0.75, 1.33),
+}
+NUM_SHOWN = 12
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """Return a folder that does not exist yet: ``root/name``, or with a number behind."""
+    number, folder = 1, root / name
+    while folder.exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    return folder
+
+
+def read_run(folder: Path) -> Config:
+    """Read the configuration of a run folder.
+
+    Raises:
+        ConfigError: If the folder holds no run.
+    """
+    import yaml
+
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
+    return parse_config(yaml.safe_load(path.read_text()))
+
+
+def save_evaluation(path: Path, result: Evaluation) -> None:
+    """Save scores, health and the images that reports show."""
+    shown = shown_rows(result)
+    arrays = {f"score.{name}": values for name, values in result.scores.items()}
+    partial = path.with_suffix(".partial.npz")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(
+        partial,
+        images=result.images[[row * result.num_seeds for row in shown]].numpy(),
+        texts=np.array(result.prompts.texts),
+        groups=np.array(result.prompts.groups),
+        health=json.dumps(result.health),
+        num_seeds=result.num_seeds,
+        **arrays,  # type: ignore[arg-type]
+    )
+    partial.replace(path)
+
+
+def shown_rows(result: Evaluation) -> list[int]:
+    """Choose prompts for the picture: round and round the groups, in order."""
+    groups = np.array(result.prompts.groups)
+    members = [list(np.flatnonzero(groups == g)) for g in dict.fromkeys(result.prompts.groups)]
+    rows: list[int] = []
+    while len(rows) < min(NUM_SHOWN, len(groups)):
+        rows += [int(m.pop(0)) for m in members if m]
+    return rows[:NUM_SHOWN]
+
+
+def load_evaluation(path: Path) -> Evaluation:
+    """Load what ``save_evaluation`` saved; images are only those shown."""
+    with np.load(path) as file:
+        scores = {k.removeprefix("score."): file[k] for k in file.files if k.startswith("score.")}
+        return Evaluation(
+            PromptSet(tuple(file["texts"].tolist()), tuple(file["groups"].tolist())),
+            int(file["num_seeds"]),
+            scores,
+            torch.from_numpy(file["images"]),
+            json.loads(str(file["health"])),
+        )
+
+
+def train_run(
+    config: Config,
+    folder: Path,
+    on_iteration: Callable[[Mapping[str, Any]], None],
+    on_phase: Callable[[str], ProgressHook],
+) -> dict[str, Any] | None:
+    """Evaluate the base, train, evaluate again and report.
+
+    Goes on where an earlier call with the same folder stopped.
+
+    Args:
+        config: What to run.
+        folder: The run directory.
+        on_iteration: Called with every metrics record.
+        on_phase: Called with the name of a long phase; returns its progress hook.
+
+    Returns:
+        The summary, or None where the run was interrupted (all is saved).
+    """
+    started = time.perf_counter()
+    trainer = build_trainer(config, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.yaml", dump_config(config))
+    trainer.on_iteration = on_iteration
+    e = config.evaluation
+    final = build_prompts(config, "final")
+    base_file = folder / "evaluation" / "base.npz"
+    if not base_file.exists():
+        hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
+        base = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
+        save_evaluation(base_file, base)
+    if not trainer.run():
+        return None
+    hook = on_phase(f"evaluating the tuned model on {len(final)} held-out prompts")
+    with trainer.averaged():
+        tuned = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
+        trainer.policy.save(folder / "model")
+    save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
+    minutes = (time.perf_counter() - started) / 60
+    return write_report(config, folder, trainer.seconds, minutes)
+
+
+def write_report(
+    config: Config, folder: Path, train_seconds: float, total_minutes: float
+) -> dict[str, Any]:
+    """Write summary.json, curves.png, samples.png and report.html; return the summary."""
+    base = load_evaluation(folder / "evaluation" / "base.npz")
+    tuned = load_evaluation(folder / "evaluation" / "tuned.npz")
+    judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options).name
+    rows = accuracy_rows(base.by_group(judge), tuned.by_group(judge), base.clusters())
+    records = read_metrics(folder / "metrics.jsonl")
+    ratios = {k: tuned.health[k] / max(base.health[k], 1e-9) for k in base.health}
+    outside = [k for k, r in ratios.items() if not HEALTH_BANDS[k][0] <= r <= HEALTH_BANDS[k][1]]
+    overall = rows[-1]
+    summary: dict[str, Any] = {
+        "name": config.name,
+        "seed": config.seed,
+        "judge": judge,
+        "prompts": len(base.prompts),
+        "seeds_per_prompt": base.num_seeds,
+        "base": overall.base,
+        "tuned": overall.tuned,
+        "difference": overall.difference.estimate,
+        "difference_low": overall.difference.low,
+        "difference_high": overall.difference.high,
+        "by_task": {
+            row.task: {
+                "base": row.base,
+                "tuned": row.tuned,
+                "difference": row.difference.estimate,
+                "low": row.difference.low,
+                "high": row.difference.high,
+            }
+            for row in rows
+        },
+        "health_base": base.health,
+        "health_tuned": tuned.health,
+        "health_ratio": ratios,
+        "health_bands": HEALTH_BANDS,
+        "health_outside": outside,
+        "train_minutes": train_seconds / 60,
+        "total_minutes": total_minutes,
+        "iterations": len(records),
+    }
+    atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    save_curves(folder / "curves.png", records)
+    shown = shown_rows(base)
+    marks = {
+        name: [bool(result.scores[judge][row, 0] > 0.5) for row in shown]
+        for name, result in (("base", base), ("tuned", tuned))
+    }
+    save_comparison(
+        folder / "samples.png",
+        {"base": base.images.float() / 255, "tuned": tuned.images.float() / 255},
+        [base.prompts.texts[row] for row in shown],
+        marks=marks,
+    )
+    write_html(
+        folder,
+        page(config, folder, summary, rows),
+        (folder / "config.yaml").read_text(),
+        {
+            "Same prompt, same noise: base and tuned": folder / "samples.png",
+            "Training": folder / "curves.png",
+        },
+    )
+    return summary
+
+
+def page(
+    config: Config, folder: Path, summary: Mapping[str, Any], rows: list[AccuracyRow]
+) -> dict[str, Any]:
+    """Return what the HTML page says."""
+    s = summary
+    health = [
+        [k, f"{s['health_base'][k]:.4f}", f"{s['health_tuned'][k]:.4f}",
+         f"{s['health_ratio'][k]:.2f}", f"{HEALTH_BANDS[k][0]} to {HEALTH_BANDS[k][1]}"]
+        for k in s["health_ratio"]
+    ]  # fmt: skip
+    return {
+        "title": f"{config.name}, seed {config.seed}",
+        "subtitle": f"{s['iterations']} iterations in {s['train_minutes']:.1f} minutes",
+        "headline": [
+            {"label": "base", "value": f"{100 * s['base']:.1f} %"},
+            {"label": "tuned", "value": f"{100 * s['tuned']:.1f} %"},
+            {
+                "label": "difference",
+                "value": f"{100 * s['difference']:+.1f} points",
+                "note": f"95 % interval {100 * s['difference_low']:+.1f} to "
+                f"{100 * s['difference_high']:+.1f}",
+            },
+        ],
+        "tables": [
+            {
+                "title": f"{s['judge']} score by task, {s['prompts']} held-out prompts",
+                "columns": list(HEADINGS),
+                "rows": [list(accuracy_cells(row)) for row in rows],
+                "note": "Same prompts and same initial noise before and after.",
+            },
+            {
+                "title": "Image health",
+                "columns": ["measure", "base", "tuned", "ratio", "band"],
+                "rows": health,
+                "note": "A ratio outside its band hints that the gain was hacked.",
+            },
+        ],
+        "command": f"chunkgrpo train {folder / 'config.yaml'}",
+        "files": [
+            {"path": "model/", "what": "the tuned model, for stock diffusers"},
+            {"path": "metrics.jsonl", "what": "one record an iteration"},
+            {"path": "checkpoints/", "what": "to go on from"},
+            {"path": "evaluation/", "what": "scores of every held-out image"},
+        ],
+    }
+
+
+def load_tuned(folder: Path) -> tuple[Config, PipelinePolicy]:
+    """Load the tuned model of a finished run."""
+    config = read_run(folder)
+    model = folder / "model"
+    if not model.is_dir():
+        raise ConfigError(
+            f"{folder} has no tuned model yet; finish it with: chunkgrpo train --resume {folder}"
+        )
+    if config.model.method == "full":
+        return config, load_untrained(config, str(model))
+    return config, load_untrained(config, resolve_model(config.model.path), model)
+
+
+def load_untrained(config: Config, path: str, lora: Path | None = None) -> PipelinePolicy:
+    """Load a model with a run's sampling settings and nothing to train."""
+    m = config.model
+    return load_policy(path, Adaptation("none"), device_of(m), lora=lora, **policy_options(m))
+
+
+def evaluate_run(folder: Path, progress: ProgressHook, split: str | None = None) -> Evaluation:
+    """Evaluate a finished run's tuned model again, or on another split of the embedded world."""
+    config, policy = load_tuned(folder)
+    e = config.evaluation
+    prompts = build_prompts(config, "final")
+    if split:
+        from chunkgrpo.prompts import shapes_prompts
+
+        prompts = shapes_prompts(split, e.final_prompts, e.seed)
+    judge = make_reward(e.reward.name, e.reward.options)
+    sigmas = build_sigmas(config)
+    return evaluate(policy, prompts, sigmas, [judge], e.final_seeds, e.seed, progress=progress)
