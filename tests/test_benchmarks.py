@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, and their two programs still do the same work."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.slow
+def test_iteration_benchmark_runs_and_compares() -> None:
+    pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "benchmarks/iteration.py", "--quick"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    for precision in ("bf16", "float32"):
+        found = re.search(rf"ratio \({precision}\): .* takes (\d+\.\d+) times", run.stdout)
+        assert found and float(found[1]) > 0, run.stdout
+    assert "same work: in float32" in run.stdout
