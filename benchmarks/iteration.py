@@ -233,6 +233,7 @@ class Result:
         seconds: By phase.
         edge: Least distance of a chunk's ratio from the edges of the clip range.
         outside: Chunks whose ratio left the clip range.
+        trained: (image, step) pairs trained.
     """
 
     losses: list[float]
@@ -241,6 +242,7 @@ class Result:
     seconds: dict[str, float]
     edge: float = math.inf
     outside: int = 0
+    trained: int = 0
 
     @property
     def total(self) -> float:
@@ -260,6 +262,11 @@ class Result:
 
 class WatchedTrainer(Trainer):
     """The trainer, timing its optimizer and keeping the gradients."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.gradients: list[list[Tensor | None]] = []
+        self.norms: list[float] = []
 
     def update(self) -> Tensor:
         """Take the step; gradients are clipped in place, so what is kept is clipped."""
@@ -293,7 +300,7 @@ def make_trainer(policy: FluxShapedPolicy) -> WatchedTrainer:
     transition = Transition(FlowDiffusion(ETA))
     prompts = PromptSet(PROMPTS, ("all",) * len(PROMPTS))
     reward = FunctionReward("warmth", warmth)
-    trainer = WatchedTrainer(
+    return WatchedTrainer(
         policy=policy,
         transition=transition,
         algorithm=WatchedChunkGRPO(
@@ -323,8 +330,6 @@ def make_trainer(policy: FluxShapedPolicy) -> WatchedTrainer:
             seed=SEED,
         ),
     )
-    trainer.gradients, trainer.norms = [], []  # type: ignore[attr-defined]
-    return trainer
 
 
 def batched_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
@@ -420,7 +425,7 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
     losses: list[float] = []
     norms: list[float] = []
     gradients: list[list[Tensor | None]] = []
-    edge, outside = math.inf, 0
+    edge, outside, trained = math.inf, 0, 0
     for share in order.chunk(NUM_UPDATES):
         running = 0.0
         for b in share.tolist():
@@ -449,6 +454,7 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
                 loss.backward()
                 clock.end_backward()
                 running += loss.item()
+                trained += len(steps)
                 moved = abs(ratio.item() - 1)
                 edge, outside = min(edge, abs(moved - CLIP)), outside + (moved > CLIP)
         gradients.append([p.grad for p in parameters])
@@ -462,7 +468,7 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
     inside = ("rollout network", "decode", "reward")
     seconds["rollout rest"] = sampled - sum(seconds[name] for name in inside)
     seconds["rest"] = total - sum(seconds.values())
-    return Result(losses, norms, gradients, seconds, edge, outside)
+    return Result(losses, norms, gradients, seconds, edge, outside, trained)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -602,13 +608,7 @@ def print_results(
         seconds = median(sum(result.seconds.get(n, 0.0) for n in names) for result in results)
         return f"{100 * flops / seconds / rate:.1f}"
 
-    # The same random choice as in both programs; only the number of chosen steps is needed.
-    generator = Generator().manual_seed(derive_seed(SEED, 0, 0))
-    torch.randint(2**62, (), generator=generator)
-    keys = torch.rand(num_images, len(PAPER_SIZES), generator=generator)
-    num_chosen = max(1, int(len(PAPER_SIZES) * FRACTION))
-    chosen = keys.argsort(dim=1)[:, :num_chosen].flatten().tolist()
-    trained = sum(PAPER_SIZES[c] for c in chosen)
+    trained = measured["float32"].naive[-1].trained
 
     table.add_section()
     rollout = ("rollout network", "rollout rest")
