@@ -49,7 +49,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
 
     from chunkgrpo.shapes.pretrain.data import make_world
     from chunkgrpo.shapes.pretrain.transformer import train_transformer
-    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae
+    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae, whiten
 
     settings = settings or PretrainSettings()
     if settings.threads:
@@ -69,6 +69,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         print("encoding every scene once", flush=True)
         latents = encode_all(pipe.vae, images)
         torch.save(latents, encoded)
+    latents = whiten(pipe.vae, latents)
     pipe.vae.register_to_config(
         scaling_factor=round(1 / latents[0].float().std().item(), 4),
         shift_factor=round(latents[0].float().mean().item(), 4),

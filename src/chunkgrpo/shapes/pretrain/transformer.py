@@ -55,6 +55,18 @@ class Networks(nn.Module):
         ).sample
 
 
+@torch.no_grad()
+def zero_modulation(transformer: Any) -> None:
+    """Start every block as the identity (adaLN-Zero) and the output at zero."""
+    for name, module in transformer.named_modules():
+        if isinstance(module, nn.Linear) and (
+            name.endswith(("norm1.linear", "norm1_context.linear", "norm_out.linear"))
+            or name == "proj_out"
+        ):
+            module.weight.zero_()
+            module.bias.zero_()
+
+
 def t5_ids(pipe: Any, texts: Sequence[str], rows: int) -> Tensor:
     """Tokenise for T5 as the pipeline does with ``max_sequence_length=rows``."""
     if rows == 1:  # truncation leaves only the end token
@@ -99,9 +111,10 @@ def train_transformer(
 ) -> None:
     """Train in place; ends with the averaged weights. Resumes from ``folder/transformer.pt``.
 
-    The flow-matching loss ``|v - (noise - x0)|^2`` at sigma = sigmoid(0.5 + 1.1 n), n normal, a
-    tenth uniform. Computation runs in bfloat16 on a copy of float32 master weights.
+    The flow-matching loss ``|v - (noise - x0)|^2`` at sigma = sigmoid(log 3 + n), n normal (a
+    logit-normal under the sampler's shift of 3), a tenth uniform. Computation runs in bfloat16 on a copy of float32 master weights.
     """
+    zero_modulation(pipe.transformer)
     masters = Networks(pipe)
     compute = copy.deepcopy(masters).to(torch.bfloat16)
     pairs = list(zip(compute.parameters(), masters.parameters(), strict=True))
@@ -141,7 +154,7 @@ def train_transformer(
         z = z + std[pick].float() * torch.randn(z.shape, generator=generator)
         x0 = (z - shift) * scale
         noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.sigmoid(0.5 + 1.1 * torch.randn(batch_size, generator=generator))
+        sigma = torch.sigmoid(1.0986 + torch.randn(batch_size, generator=generator))
         uniform = torch.rand(batch_size, generator=generator)
         sigma = torch.where(torch.rand(batch_size, generator=generator) < 0.1, uniform, sigma)
         s = sigma.view(-1, 1, 1, 1)

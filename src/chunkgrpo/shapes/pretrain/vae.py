@@ -88,3 +88,40 @@ def encode_all(vae: Any, images: Tensor, batch_size: int = 128) -> tuple[Tensor,
         means.append(posterior.mean.half())
         stds.append(posterior.std.half())
     return torch.cat(means).contiguous(), torch.cat(stds).contiguous()
+
+
+@torch.no_grad()
+def whiten(vae: Any, latents: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    r"""Give every latent channel unit variance and decorrelate them, in place and losslessly.
+
+    .. math:: z' = W z, \quad W = C^{-1/2}
+
+    with C the channels' covariance. W goes into the encoder's last convolution and its inverse
+    into the decoder's first, so decoding is unchanged. Without it one direction (the background)
+    holds 40 % of the variance and those that draw a shape's outline a hundredth of it: a flow
+    would settle the outline in its last steps only.
+
+    Args:
+        vae: The trained autoencoder.
+        latents: Means and standard deviations of its codes, float16 [S, C, h, w].
+
+    Returns:
+        The latents of the changed encoder.
+    """
+    mean, std = latents
+    channels = mean.shape[1]
+    flat = mean[:: max(1, len(mean) // 8000)].double().transpose(0, 1).flatten(1)
+    values, vectors = torch.linalg.eigh(torch.cov(flat))
+    forward = vectors @ torch.diag(values.rsqrt()) @ vectors.T
+    backward = vectors @ torch.diag(values.sqrt()) @ vectors.T
+    variance = (forward.float() ** 2) @ std.float().pow(2).mean((0, 2, 3))
+    out, into = vae.encoder.conv_out, vae.decoder.conv_in
+    out.weight[:channels] = torch.einsum("ij,jkxy->ikxy", forward.float(), out.weight[:channels])
+    out.bias[:channels] = forward.float() @ out.bias[:channels]
+    out.weight[channels:] = 0
+    out.bias[channels:] = variance.log()
+    into.weight.copy_(torch.einsum("kjxy,ji->kixy", into.weight, backward.float()))
+    white = torch.cat([torch.einsum("ij,sjxy->sixy", forward.float(), part.float()).half()
+                       for part in mean.split(2000)])  # fmt: skip
+    spread = variance.sqrt().view(1, -1, 1, 1).half().expand(len(mean), -1, *mean.shape[2:])
+    return white, spread
