@@ -30,8 +30,8 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[st
     """Restore what ``optimizer_tensors`` flattened; settings stay those of the optimizer."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        kind, index, name = key.split(".", 2)
-        if kind == "optimizer":
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: whole or not at all, and exact."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from chunkgrpo.runtime import checkpoints
+from chunkgrpo.runtime.attention import plain_attention
+from chunkgrpo.runtime.checkpoints import (
+    list_checkpoints,
+    load_checkpoint,
+    load_optimizer_tensors,
+    name_parameters,
+    optimizer_tensors,
+    save_checkpoint,
+)
+
+
+def test_what_is_saved_is_loaded(tmp_path):
+    tensors = {
+        "float.0": torch.randn(3, 4).T,  # not contiguous
+        "bf16": torch.randn(5).bfloat16(),
+        "int": torch.tensor([2**40]),
+        "scalar": torch.tensor(3.5),
+        "grad": torch.randn(2, requires_grad=True),
+    }
+    path = save_checkpoint(tmp_path / "c", 7, tensors, {"seconds": 1.5, "name": "x"})
+    assert path == tmp_path / "c" / "000007"
+    loaded, info = load_checkpoint(path)
+    assert info == {"iteration": 7, "seconds": 1.5, "name": "x"}
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype
+
+
+def test_only_the_newest_are_kept_in_order_of_number(tmp_path):
+    assert list_checkpoints(tmp_path / "none") == []
+    for iteration in (5, 10, 99, 100):
+        save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000099", "000100"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000099", "000100"]
+
+
+def test_saving_again_replaces(tmp_path):
+    for value in (1.0, 2.0):
+        save_checkpoint(tmp_path, 3, {"a": torch.tensor([value])}, {"value": value})
+    (path,) = list_checkpoints(tmp_path)
+    tensors, info = load_checkpoint(path)
+    assert tensors["a"].item() == info["value"] == 2.0
+
+
+def test_a_torn_checkpoint_is_not_listed(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, {"a": torch.ones(1)}, {})
+
+    def crash(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.os, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000001"]
+    (tmp_path / "000009").mkdir()  # without state.json, as when removal was cut short
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000001"]
+    save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000001", "000002"]
+    assert json.loads((tmp_path / "000002" / "state.json").read_text()) == {"iteration": 2}
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_restored_optimizer_goes_on_exactly(kind):
+    options = {"lr": 0.1} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
+    parameters = [torch.randn(3, requires_grad=True), torch.randn(2, 2, requires_grad=True)]
+    optimizer = kind(parameters, **options)
+
+    def step(parameters, optimizer):
+        for p in parameters:
+            p.grad = p.detach().sin()
+        optimizer.step()
+
+    for _ in range(3):
+        step(parameters, optimizer)
+    copies = copy.deepcopy(parameters)
+    tensors = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
+    assert tensors
+    restored = kind(copies, **options)
+    load_optimizer_tensors(restored, tensors | {"parameter.0": torch.zeros(1)})
+    for _ in range(2):
+        step(parameters, optimizer)
+        step(copies, restored)
+    assert all(torch.equal(a, b) for a, b in zip(parameters, copies, strict=True))
+
+
+def test_settings_are_those_of_the_new_optimizer():
+    parameter = torch.zeros(1, requires_grad=True)
+    old, new = torch.optim.AdamW([parameter], lr=0.1), torch.optim.AdamW([parameter], lr=0.5)
+    parameter.grad = torch.ones(1)
+    old.step()
+    load_optimizer_tensors(new, optimizer_tensors(old))
+    assert new.param_groups[0]["lr"] == 0.5
+
+
+def test_parameters_are_named_by_position():
+    values = [torch.zeros(1), torch.ones(1)]
+    assert name_parameters("ema", values) == {"ema.0": values[0], "ema.1": values[1]}
+
+
+def test_plain_attention_restores_the_setting():
+    read = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
+    before = read()
+    with plain_attention():
+        assert read()
+    assert read() == before
+    with pytest.raises(RuntimeError, match="stop"), plain_attention():
+        raise RuntimeError("stop")
+    assert read() == before
