@@ -182,8 +182,9 @@ class PipelinePolicy:
             for parameter, tensor in zip(self._trained, kept, strict=True):
                 parameter.data = tensor
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Save for stock diffusers: a LoRA for ``load_lora_weights``, or a whole pipeline."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adaptation.method == "full":
             with quiet_diffusers():

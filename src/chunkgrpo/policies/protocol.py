@@ -49,6 +49,6 @@ class Policy(Protocol):
         """Inside this context the policy answers as the model it started from."""
         ...
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Save what was trained in the form the model's own library loads."""
         ...

@@ -68,7 +68,8 @@ class GaussianPolicy:
         finally:
             self.mean = trained
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write ``mean.pt``."""
+        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.mean.detach(), folder / "mean.pt")

@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, as a person meets it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from typer.testing import CliRunner
+
+from chunkgrpo.cli import app
+from chunkgrpo.config import Config, ConfigError, known_keys, load_config, parse_config
+from chunkgrpo.recipes import recipe_names
+from chunkgrpo.shapes.build import PipelineSize, build_pipeline
+
+# 64 x 64 pixels, as the verifier wants, but next to no weights.
+SIZE = PipelineSize(
+    width=32, layers=1, head_dim=16, clip_width=16, clip_layers=2, t5_width=32,
+    vae_channels=(4, 4, 4, 4), latent_channels=4, latent_size=8,
+)  # fmt: skip
+SMALL = [
+    "--set", "iterations=3", "--set", "sampling.prompts=3", "--set", "sampling.group_size=4",
+    "--set", "sampling.steps=5", "--set", "chunks.sizes=[1,3]", "--set", "chunks.indices=[0]",
+    "--set", "evaluation.every=2", "--set", "evaluation.prompts=6",
+    "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_pipeline(SIZE).save_pretrained(folder)
+    return folder
+
+
+def call(*arguments: str, code: int = 0) -> str:
+    """Run the command line in this process; return what it prints."""
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def finished(request, small_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A finished small run and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    output = call(
+        "train", "demo", *SMALL, "--out", str(folder),
+        "--set", f"model.path={small_model}", "--set", f"model.method={request.param}",
+    )  # fmt: skip
+    return folder, output
+
+
+def test_a_run_leaves_everything_it_promises(finished) -> None:
+    folder, output = finished
+    for name in ("config.yaml", "metrics.jsonl", "summary.json", "curves.png", "samples.png",
+                 "report.html", "model", "checkpoints"):  # fmt: skip
+        assert (folder / name).exists(), name
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [r["iteration"] for r in records] == [1, 2, 3]
+    assert {
+        "reward_mean", "advantage_spread", "zero_spread_groups", "ratio_mean", "ratio_std",
+        "step_ratio_mean", "chunk_ratio_mean", "clip_fraction", "kl", "grad_norm", "l1_rel",
+        "phase_seconds", "rollout_evaluations", "trained_pairs", "images_per_second",
+    } <= set(records[0])  # fmt: skip
+    # 12 samples train the first of two chunks, one step long.
+    assert records[0]["trained_pairs"] == 12
+    # The shared first velocity is computed once for each of 3 prompts, then 4 steps of 12.
+    assert records[0]["rollout_evaluations"] == 3 + 4 * 12
+    assert "accuracy" in records[1]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["prompts"] == 12
+    assert summary["difference"] == pytest.approx(summary["tuned"] - summary["base"])
+    assert set(summary["by_task"]) >= {"counting", "position", "all"}
+    last = output.strip().splitlines()[-1]
+    assert str(folder / "model") in " ".join(output.split()) and "%" in last + output
+    assert Image.open(folder / "samples.png").size[0] > 200
+    assert "<script" not in (folder / "report.html").read_text()
+
+
+def test_the_resolved_configuration_reproduces_the_run(finished, tmp_path: Path) -> None:
+    folder, _ = finished
+    again = tmp_path / "again"
+    call("train", str(folder / "config.yaml"), "--out", str(again))
+    first = json.loads((folder / "summary.json").read_text())
+    second = json.loads((again / "summary.json").read_text())
+    assert first["tuned"] == second["tuned"]
+    assert first["health_tuned"] == second["health_tuned"]
+
+
+def test_sample_draws_both_models(finished) -> None:
+    folder, _ = finished
+    output = call("sample", str(folder), "a red square left of a blue circle", "--images", "2")
+    path = folder / "drawn" / "a-red-square-left-of-a-blue-circle.png"
+    assert str(path) in " ".join(output.split()) or path.name in output.replace("\n", "")
+    assert np.asarray(Image.open(path)).std() > 0
+
+
+def test_evaluate_repeats_the_final_score(finished) -> None:
+    folder, _ = finished
+    output = call("evaluate", str(folder))
+    summary = json.loads((folder / "summary.json").read_text())
+    assert f"{100 * summary['tuned']:.1f} % over 12 prompts" in " ".join(output.split())
+
+
+def test_what_is_saved_loads_in_stock_diffusers(finished, small_model: Path) -> None:
+    folder, _ = finished
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    code = (
+        "import sys, diffusers\n"
+        "model, base, method = sys.argv[1:]\n"
+        "path = model if method == 'full' else base\n"
+        "pipe = diffusers.DiffusionPipeline.from_pretrained(path)\n"
+        "if method == 'lora': pipe.load_lora_weights(model)\n"
+        "image = pipe('a red circle', num_inference_steps=2, max_sequence_length=1,"
+        " output_type='np').images\n"
+        "assert image.shape == (1, 64, 64, 3)\n"
+        "assert not any(name.startswith('chunkgrpo') for name in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code, str(folder / "model"), str(small_model)]
+    subprocess.run([*command, config["model"]["method"]], check=True, capture_output=True)
+
+
+def test_an_interrupted_run_says_how_to_go_on_and_does(small_model: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    settings = [*SMALL, "--set", f"model.path={small_model}", "--set", "evaluation.every=0"]
+    call("train", "demo", *settings, "--out", str(whole))
+    code = (
+        "import os, signal, sys\n"
+        "from chunkgrpo import train\n"
+        "inner = train.Trainer.train_once\n"
+        "def train_once(self):\n"
+        "    if self.iteration == 1: os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return inner(self)\n"
+        "train.Trainer.train_once = train_once\n"
+        "from chunkgrpo.cli import main\n"
+        "sys.argv = ['chunkgrpo', *sys.argv[1:]]\n"
+        "main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "train", "demo", *settings, "--out", str(cut)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert f"chunkgrpo train --resume {cut}" in " ".join(done.stdout.split())
+    assert not (cut / "summary.json").exists()
+    call("train", "--resume", str(cut))
+    keys = ("tuned", "health_tuned", "iterations")
+    first = json.loads((whole / "summary.json").read_text())
+    second = json.loads((cut / "summary.json").read_text())
+    assert [first[k] for k in keys] == [second[k] for k in keys]
+
+
+def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "dynamics.png"
+    output = call(
+        "chunks", "demo", "--prompts", "6", "--out", str(picture), "--set",
+        f"model.path={small_model}",
+    )  # fmt: skip
+    assert picture.exists()
+    found = re.search(r"chunks\.sizes=\[([\d,]+)\]", output)
+    assert found and sum(map(int, found[1].split(","))) == 9
+
+
+def test_recipes_are_listed_and_valid() -> None:
+    output = call("recipes")
+    for name in recipe_names():
+        assert name in output
+        assert isinstance(load_config(name), Config)
+    shown = yaml.safe_load(call("recipes", "demo"))
+    assert parse_config(shown) == load_config("demo")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "demoo"], "did you mean 'demo'"),
+        (["train", "--set", "optimizer.lerning_rate=1"], "'optimizer.learning_rate'"),
+        (["train", "--set", "lr=1"], "unknown configuration key 'lr'"),
+        (["train", "--set", "chunks.sizes=[2,3,4,8]"], "sum to 17"),
+        (["train", "--set", "sampling.group_size=1"], "greater than or equal to 2"),
+        (["train", "missing.yaml"], "does not exist"),
+        (["train", "--set", "model.path=/nowhere/at/all"], "does not exist"),
+        (["train", "--set", "model.path=TMP"], "no model_index.json"),
+        (["train", "--set", "prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
+        (["train", "--set", "objective.advantage=best"], "group_std"),
+        (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
+        (["train", "--set", "chunks.plan=paper"], "needs sampling.steps = 17"),
+        (["train", "--set", "nonsense"], "key=value"),
+        (["train", "--resume", "TMP"], "no run folder"),
+        (["sample", "TMP", "a circle"], "no run folder"),
+        (["evaluate", "TMP"], "no run folder"),
+    ],
+)
+def test_wrong_input_is_one_clear_line(
+    arguments: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, [a.replace("TMP", str(tmp_path)) for a in arguments])
+    assert result.exit_code == 2, result.output
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1, result.output
+    assert says in lines[0]
+    assert "Traceback" not in result.output
+
+
+def test_every_flag_is_known() -> None:
+    """The flags are an interface: changing one must change this test."""
+    import typer.main
+
+    group = typer.main.get_command(app)
+    flags = {
+        name: sorted(o for p in command.params for o in p.opts if o.startswith("--"))
+        for name, command in group.commands.items()  # type: ignore[attr-defined]
+        if name != "shapes"
+    }
+    assert flags == {
+        "train": ["--out", "--resume", "--set"],
+        "sample": ["--images", "--out", "--seed"],
+        "evaluate": ["--split"],
+        "chunks": ["--out", "--prompts", "--set"],
+        "recipes": [],
+    }
+
+
+def test_known_keys_and_errors() -> None:
+    keys = known_keys()
+    assert "sampling.steps" in keys and "evaluation.reward.name" in keys
+    with pytest.raises(ConfigError, match="optimizer"):
+        parse_config({"optimiser": {}})
+
+
+def test_help_answers_at_once() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "chunkgrpo.cli", "--help"]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    code = (
+        "import sys; from chunkgrpo import cli; "
+        "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'diffusers', 'pydantic')))"
+    )
+    started = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert time.perf_counter() - started < 30  # a hang, not a speed
+
+
+def test_quickstart_runs_as_printed_in_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_model: Path
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    code = (root / "examples" / "quickstart.py").read_text()
+    body = code.split('"""\n\n', 1)[1]
+    assert body.strip() in (root / "README.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    short = code.replace("range(20)", "range(2)").replace("pipeline_path()", repr(str(small_model)))
+    torch.manual_seed(0)
+    exec(compile(short, "quickstart.py", "exec"), {"__name__": "quickstart"})
+    assert (tmp_path / "runs/quickstart/pytorch_lora_weights.safetensors").is_file()
