@@ -9,6 +9,8 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from torch import Tensor
+
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
 
@@ -34,6 +36,12 @@ class PretrainSettings:
     threads: int = 0
 
 
+def spread(latents: tuple[Tensor, Tensor]) -> float:
+    """Variance of a latent element over scenes and posterior noise."""
+    mean, std = latents
+    return mean.float().var().item() + std.float().pow(2).mean().item()
+
+
 def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
     """Train the embedded pipeline from nothing and save it.
 
@@ -49,7 +57,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
 
     from chunkgrpo.shapes.pretrain.data import make_world
     from chunkgrpo.shapes.pretrain.transformer import train_transformer
-    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae, whiten
+    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae
 
     settings = settings or PretrainSettings()
     if settings.threads:
@@ -69,9 +77,8 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         print("encoding every scene once", flush=True)
         latents = encode_all(pipe.vae, images)
         torch.save(latents, encoded)
-    latents = whiten(pipe.vae, latents)
     pipe.vae.register_to_config(
-        scaling_factor=round(1 / latents[0].float().std().item(), 4),
+        scaling_factor=round(spread(latents) ** -0.5, 4),
         shift_factor=round(latents[0].float().mean().item(), 4),
     )
     train_transformer(
