@@ -46,7 +46,7 @@ from chunkgrpo.types import Conditioning, Experience, LossPart
 NUM_STEPS, ETA, CLIP, FRACTION, NUM_UPDATES = 17, 0.7, 5e-5, 0.5, 2
 # Large enough for random weights to leave the clip range by the second update, which the
 # comparison of both programs is meant to cover.
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 3e-4, (0.9, 0.999), 1e-8, 1e-4, 1.0
+LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY, MAX_GRAD_NORM = 1e-3, (0.9, 0.999), 1e-8, 1e-4, 1.0
 SEED, GUIDANCE = 0, 3.5
 PROMPTS = ("a red circle", "two blue stars")
 PRECISIONS = {"bf16": torch.bfloat16, "float32": torch.float32}

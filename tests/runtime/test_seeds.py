@@ -9,8 +9,8 @@ from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
 
 
 def test_seeds_are_fixed_for_ever():
-    assert derive_seed(0) == 7884864390125403431 or derive_seed(0) >= 0
-    assert derive_seed(1, 2) == derive_seed(1, 2)
+    assert derive_seed(0) == 7896617691693857887
+    assert derive_seed(42, 7) == 5236832352017723729
 
 
 def test_near_inputs_give_unrelated_seeds():

@@ -112,7 +112,8 @@ def train_transformer(
     """Train in place; ends with the averaged weights. Resumes from ``folder/transformer.pt``.
 
     The flow-matching loss ``|v - (noise - x0)|^2`` at sigma = sigmoid(log 3 + n), n normal (a
-    logit-normal under the sampler's shift of 3), a tenth uniform. Computation runs in bfloat16 on a copy of float32 master weights.
+    logit-normal under the sampler's shift of 3), a tenth uniform. Computation runs in bfloat16 on
+    a copy of float32 master weights.
     """
     zero_modulation(pipe.transformer)
     masters = Networks(pipe)
