@@ -9,8 +9,6 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor
-
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
 
@@ -34,12 +32,6 @@ class PretrainSettings:
     transformer_steps: int = 4000
     size: PipelineSize = field(default_factory=PipelineSize)
     threads: int = 0
-
-
-def spread(latents: tuple[Tensor, Tensor]) -> float:
-    """Variance of a latent element over scenes and posterior noise."""
-    mean, std = latents
-    return mean.float().var().item() + std.float().pow(2).mean().item()
 
 
 def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
@@ -78,8 +70,8 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         latents = encode_all(pipe.vae, images)
         torch.save(latents, encoded)
     pipe.vae.register_to_config(
-        scaling_factor=round(spread(latents) ** -0.5, 4),
-        shift_factor=round(latents[0].float().mean().item(), 4),
+        scaling_factor=round(1 / latents.float().std().item(), 4),
+        shift_factor=round(latents.float().mean().item(), 4),
     )
     train_transformer(
         pipe,
