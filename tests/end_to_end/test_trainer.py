@@ -1,0 +1,378 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole runs: interrupted and resumed, killed, refused, and learning something."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.metrics import read_metrics
+from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
+from chunkgrpo.train import Trainer, TrainSettings
+
+FLOW = Transition(FlowDiffusion(0.7))
+TRAIN = PromptSet(("a star", "two circles", "a red cross"), ("all",) * 3)
+HELD_OUT = PromptSet(("a blue square", "a star"), ("all",) * 2)
+BRIGHTNESS = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
+SETTINGS = TrainSettings(
+    iterations=6,
+    num_prompts=2,
+    group_size=3,
+    learning_rate=1e-3,
+    warmup=5,
+    evaluate_every=3,
+    checkpoint_every=2,
+)
+KEYS = (
+    "iteration", "seconds", "phase_seconds", "images_per_second", "reward_mean", "reward_std",
+    "rewards", "advantage_spread", "zero_spread_groups", "loss", "grad_norm", "l1_rel",
+    "rollout_evaluations", "trained_pairs", "ratio_mean", "ratio_std", "kl", "step_ratio_mean",
+    "step_ratio_std", "clip_fraction", "chunk_ratio_mean", "chunk_clip_fraction",
+)  # fmt: skip
+TIMES = ("seconds", "phase_seconds", "images_per_second")
+
+
+def make_trainer(policy, folder, settings=SETTINGS, reward=BRIGHTNESS, steps=4, **options):
+    return Trainer(
+        policy=policy,
+        transition=FLOW,
+        algorithm=ChunkGRPO(ChunkPlan((1, steps - 2)), FLOW, num_updates=2, micro_batch=4),
+        sigmas=make_sigmas(steps),
+        prompts=TRAIN,
+        rewards=[(reward, 1.0)],
+        held_out=HELD_OUT,
+        judge=BRIGHTNESS,
+        folder=folder,
+        settings=settings,
+        **options,
+    )
+
+
+def state_of(trainer):
+    tensors = {f"parameter {i}": p.detach() for i, p in enumerate(trainer.parameters)}
+    tensors |= {f"average {i}": value for i, value in enumerate(trainer.ema.values)}
+    return tensors | optimizer_tensors(trainer.optimizer)
+
+
+def assert_identical(a, b):
+    assert a.keys() == b.keys()
+    assert [key for key in a if not torch.equal(a[key], b[key])] == []
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+# --- resuming -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def reference_run(tmp_path_factory):
+    """Six iterations without interruption: the trainer's state and its records."""
+    from chunkgrpo.policies.pipeline import Adaptation
+    from chunkgrpo.policies.sd3 import StableDiffusion3Policy
+    from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
+
+    policy = StableDiffusion3Policy(
+        build_pipeline(TEST_SIZE), Adaptation(rank=4), precision="fp32", max_sequence_length=4
+    )
+    before = [p.detach().clone() for p in policy.parameters()]
+    folder = tmp_path_factory.mktemp("reference")
+    trainer = make_trainer(policy, folder)
+    assert trainer.run()
+    assert any(not torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    return state_of(trainer), read_metrics(folder / "metrics.jsonl"), trainer
+
+
+@pytest.mark.parametrize("draw", range(2))
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(
+    tiny_policy, tmp_path, reference_run, draw
+):
+    from chunkgrpo.policies.pipeline import Adaptation
+
+    stop_after = random.Random(f"draw {draw}").randint(1, 5)
+
+    def build():
+        return tiny_policy(Adaptation(rank=4))
+
+    first = make_trainer(build(), tmp_path)
+
+    def stop(record):
+        first.stopped = record["iteration"] == stop_after
+
+    first.on_iteration = stop
+    assert not first.run()
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == f"{stop_after:06d}"
+    second = make_trainer(build(), tmp_path)
+    assert second.run()
+    expected, records, _ = reference_run
+    assert_identical(state_of(second), expected)
+    assert second.num_updates == 12 and second.ema.num_updates == 12
+    found = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["iteration"] for record in found] == [1, 2, 3, 4, 5, 6]
+    assert without_times(found) == without_times(records)
+    seconds = [record["seconds"] for record in found]
+    assert seconds == sorted(seconds)
+
+
+def test_a_finished_run_does_nothing_more(reference_run):
+    _, records, trainer = reference_run
+    before = (trainer.folder / "metrics.jsonl").read_bytes()
+    again = make_trainer(trainer.policy, trainer.folder)
+    assert again.run()
+    assert (trainer.folder / "metrics.jsonl").read_bytes() == before
+    assert again.iteration == 6 and again.seconds == records[-1]["seconds"]
+
+
+def test_two_checkpoints_are_kept(reference_run):
+    folder = reference_run[2].folder / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["000004", "000006"]
+
+
+def test_records_hold_what_is_promised(reference_run):
+    _, records, _ = reference_run
+    for record in records:
+        keys = {*KEYS}
+        if record["iteration"] % 3 == 0:
+            keys |= {"accuracy", "accuracy_low", "accuracy_high"}
+        assert set(record) == keys
+        assert record["rewards"] == {"brightness": record["reward_mean"]}
+        assert set(record["phase_seconds"]) == {"rollout", "decode", "reward", "train"}
+        assert record["rollout_evaluations"] == 2 + 3 * 6  # one noise per group
+        assert 6 <= record["trained_pairs"] <= 12  # one chunk of 1 or 2 steps a sample
+        assert len(record["l1_rel"]) == len(record["step_ratio_mean"]) == 3
+        assert record["grad_norm"] > 0 and record["reward_std"] > 0
+        assert record["ratio_mean"] == pytest.approx(1, abs=0.1)
+        assert record["zero_spread_groups"] == 0
+    assert 0 <= records[2]["accuracy_low"] <= records[2]["accuracy_high"] <= 1
+
+
+# --- signals ------------------------------------------------------------------------------------
+
+CHILD = """
+import sys, time, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.train import Trainer, TrainSettings
+flow, prompts = Transition(FlowDiffusion(0.7)), PromptSet(("a star", "two circles"), ("all",) * 2)
+reward = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
+def pace(record):
+    print(record["iteration"], flush=True)
+    time.sleep(float(sys.argv[3]))
+trainer = Trainer(
+    GaussianPolicy(torch.zeros(4)), flow, ChunkGRPO(ChunkPlan((1, 2)), flow), make_sigmas(4),
+    prompts, [(reward, 1.0)], prompts, reward, Path(sys.argv[1]),
+    TrainSettings(int(sys.argv[2]), 2, 4, evaluate_every=0, checkpoint_every=3), pace,
+)
+print("finished" if trainer.run() else "interrupted", flush=True)
+"""
+
+
+def start_child(folder, iterations, pause):
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(folder), str(iterations), str(pause)],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(child, line):
+    for text in child.stdout:
+        if text.strip() == line:
+            return
+    raise AssertionError(f"the run ended without {line!r}")
+
+
+def finish_here(folder, iterations):
+    """Resume a child's run in this process, and run the same without interruption."""
+    runs = []
+    for place in (folder, folder.parent / "uninterrupted"):
+        settings = TrainSettings(iterations, 2, 4, evaluate_every=0, checkpoint_every=3)
+        prompts = PromptSet(("a star", "two circles"), ("all",) * 2)
+        trainer = Trainer(
+            GaussianPolicy(torch.zeros(4)), FLOW, ChunkGRPO(ChunkPlan((1, 2)), FLOW),
+            make_sigmas(4), prompts, [(BRIGHTNESS, 1.0)], prompts, BRIGHTNESS, place, settings,
+        )  # fmt: skip
+        assert trainer.run()
+        runs.append((state_of(trainer), read_metrics(place / "metrics.jsonl")))
+    (state, records), (expected, expected_records) = runs
+    assert_identical(state, expected)
+    assert [r["iteration"] for r in records] == list(range(1, iterations + 1))
+    assert without_times(records) == without_times(expected_records)
+
+
+def test_ctrl_c_ends_the_run_after_the_iteration_with_all_saved(tmp_path):
+    folder = tmp_path / "run"
+    child = start_child(folder, 1000, 0.2)
+    wait_for(child, "2")
+    child.send_signal(signal.SIGINT)
+    rest = child.communicate(timeout=300)[0].split()
+    assert child.returncode == 0 and rest[-1] == "interrupted"
+    last = read_metrics(folder / "metrics.jsonl")[-1]["iteration"]
+    assert list_checkpoints(folder / "checkpoints")[-1].name == f"{last:06d}"
+    finish_here(folder, last + 2)
+
+
+def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    child = start_child(folder, 1000, 0.05)
+    wait_for(child, "7")
+    child.send_signal(signal.SIGKILL)
+    child.communicate(timeout=300)
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    assert newest.name in ("000006", "000009")
+    # What a kill in the middle of a write leaves behind.
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 10, "loss": 0.')
+    torn = folder / "checkpoints" / ".000012.partial"
+    torn.mkdir()
+    (torn / "state.safetensors").write_bytes(b"half a file")
+    finish_here(folder, 13)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet())
+    presses = []
+
+    def press(record):
+        presses.append(record["iteration"])
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    trainer.on_iteration = press
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.run()
+    assert presses == [1]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# --- rewards that misbehave ---------------------------------------------------------------------
+
+
+def quiet(**changes):
+    """Settings for the toy, which has no images to look at."""
+    return replace(SETTINGS, **({"evaluate_every": 0} | changes))
+
+
+def test_a_reward_that_is_not_finite_stops_the_run(tmp_path):
+    calls = []
+
+    def broken(images, prompts):
+        calls.append(list(prompts))
+        scores = images.mean((1, 2, 3))
+        if len(calls) == 4:
+            scores[4] = float("nan")
+        return scores
+
+    reward = FunctionReward("broken", broken)
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet(), reward)
+    with pytest.raises(ValueError) as caught:
+        trainer.run()
+    message = str(caught.value)
+    assert "'broken'" in message and "nan" in message and repr(calls[3][4]) in message
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "000002"
+    assert [r["iteration"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    # With the reward mended, the run goes on.
+    resumed = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet())
+    assert resumed.run() and resumed.num_updates == 12
+
+
+def test_rewards_without_spread_teach_nothing_and_are_counted(tmp_path):
+    flat = FunctionReward("flat", lambda images, prompts: torch.full((len(images),), 0.7))
+    policy = GaussianPolicy(torch.zeros(4))
+    settings = quiet(iterations=2, weight_decay=0.0)
+    assert make_trainer(policy, tmp_path, settings, flat).run()
+    assert (policy.mean == 0).all()
+    for record in read_metrics(tmp_path / "metrics.jsonl"):
+        assert record["zero_spread_groups"] == 2
+        assert record["grad_norm"] == 0 and record["loss"] == 0
+        assert record["advantage_spread"] == 0
+
+
+def test_weights_of_rewards_add_up(tmp_path):
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet(iterations=1))
+    dark = FunctionReward("dark", lambda images, prompts: 1 - images.mean((1, 2, 3)))
+    trainer.rewards = [(BRIGHTNESS, 2.0), (dark, 0.5)]
+    trainer.run()
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    rewards = record["rewards"]
+    assert rewards["brightness"] + rewards["dark"] == pytest.approx(1)
+    expected = 2 * rewards["brightness"] + 0.5 * rewards["dark"]
+    assert record["reward_mean"] == pytest.approx(expected)
+
+
+# --- settings that must have an effect ------------------------------------------------------------
+
+
+def test_warm_up_scales_the_first_updates(tmp_path):
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet(iterations=1, warmup=8))
+    trainer.run()
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 8)
+
+
+def test_the_average_is_used_only_where_asked(tmp_path):
+    policy = GaussianPolicy(torch.zeros(4))
+    trainer = make_trainer(policy, tmp_path, quiet(iterations=3, ema_decay=0.99))
+    trainer.run()
+    trained = policy.mean.detach().clone()
+    with trainer.averaged():
+        assert torch.equal(policy.mean.detach(), trainer.ema.values[0])
+        assert not torch.equal(policy.mean.detach(), trained)
+    assert torch.equal(policy.mean.detach(), trained)
+    off = make_trainer(policy, tmp_path / "off", quiet(iterations=1, ema_decay=0.0))
+    off.run()
+    trained = policy.mean.detach().clone()
+    with off.averaged():
+        assert torch.equal(policy.mean.detach(), trained)
+
+
+def test_the_seed_decides_the_run(tmp_path):
+    means = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        policy = GaussianPolicy(torch.zeros(4))
+        make_trainer(policy, tmp_path / name, quiet(iterations=2, seed=seed)).run()
+        means.append(policy.mean.detach())
+    assert torch.equal(means[0], means[1]) and not torch.equal(means[0], means[2])
+
+
+# --- learning -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_brightness_rises_where_brightness_is_rewarded(tiny_policy, tmp_path):
+    started = time.perf_counter()
+    settings = replace(
+        SETTINGS, iterations=25, group_size=8, learning_rate=1e-2, warmup=0, evaluate_every=0
+    )
+    policy = tiny_policy()
+    algorithm = ChunkGRPO(
+        ChunkPlan((1, 2)), FLOW, clip_low=1e-2, clip_high=1e-2, micro_batch=64, num_updates=2
+    )
+    trainer = make_trainer(policy, tmp_path, settings)
+    trainer.algorithm = algorithm
+    before = trainer.evaluate(HELD_OUT, 8, seed=1)
+    assert trainer.run()
+    with trainer.averaged():
+        after = trainer.evaluate(HELD_OUT, 8, seed=1)
+    rise = after.mean("brightness") - before.mean("brightness")
+    spread = before.scores["brightness"].std()
+    print(f"\nbrightness rose by {rise:.4f}, {rise / spread:.1f} spreads", end=" ")
+    print(f"in {time.perf_counter() - started:.0f} s")
+    assert rise > spread
+    rewards = [record["reward_mean"] for record in read_metrics(tmp_path / "metrics.jsonl")]
+    assert sum(rewards[-5:]) > sum(rewards[:5])
