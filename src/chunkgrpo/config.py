@@ -37,7 +37,7 @@ class ModelConfig(Section):
 
     path: str = Field("shapes", description="'shapes', a pipeline folder, or a hub id")
     device: str = Field("auto", description="'auto', 'cpu' or 'cuda'")
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
     guidance: float = Field(1.0, ge=0, description="classifier-free guidance; <= 1 is off")
     height: int | None = Field(None, gt=0)
     width: int | None = Field(None, gt=0)

@@ -18,7 +18,12 @@ from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.types import Conditioning
 
 METHODS = ("lora", "full")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,9 @@ class PipelinePolicy:
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        precision: Autocast precision of the network: ``bf16``, ``fp16`` or ``fp32``.
+        precision: Precision of the network: autocast to ``bf16`` or ``fp16``, ``fp32``, or
+            ``bf16-pure``, which also keeps what lies between the matrix products in bfloat16 (the
+            weights and their gradients stay in float32); on CPUs a third faster in training.
         guidance: Guidance scale; at most 1 turns classifier-free guidance off.
         size: Height and width of images in pixels; the pipeline's default where None.
         max_sequence_length: Text rows of the longest text encoder.
@@ -76,6 +83,7 @@ class PipelinePolicy:
         if precision not in DTYPES:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
         self.dtype = DTYPES[precision]
+        self.pure = precision == "bf16-pure"
         self.guidance = guidance
         self.max_sequence_length = max_sequence_length
         self.timestep = timestep
@@ -119,10 +127,29 @@ class PipelinePolicy:
     def arithmetic(self) -> Iterator[None]:
         """Set autocast and the attention kernel for the network."""
         on_cpu = self.device.type == "cpu"
-        low = self.dtype != torch.float32
+        low = self.dtype != torch.float32 and not self.pure
         cast = torch.autocast(self.device.type, self.dtype) if low else nullcontext()
         with cast, plain_attention() if on_cpu else nullcontext():
             yield
+
+    def network(self, **inputs: Any) -> Tensor:
+        """Call the transformer and return its first output.
+
+        With ``bf16-pure`` it runs on bfloat16 casts of the weights, through which gradients reach
+        the float32 originals.
+        """
+        transformer = self.pipe.transformer
+        if not self.pure:
+            return transformer(**inputs, return_dict=False)[0]
+        weights = {n: p.to(self.dtype) for n, p in transformer.named_parameters()}
+        # The timestep keeps its precision: bfloat16 can not tell 979 from 980.
+        low = {
+            name: value.to(self.dtype) if name != "timestep" else value
+            for name, value in inputs.items()
+        }
+        return torch.func.functional_call(
+            transformer, weights, kwargs={**low, "return_dict": False}
+        )[0]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the pipeline's own encoders, each distinct prompt once."""

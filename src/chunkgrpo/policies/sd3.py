@@ -51,13 +51,12 @@ class StableDiffusion3Policy(PipelinePolicy):
             x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
             joint = torch.cat([t["negative"], joint])
             pooled = torch.cat([t["negative_pooled"], pooled])
-        v = self.pipe.transformer(
+        v = self.network(
             hidden_states=x,
             timestep=1000 * sigma,
             encoder_hidden_states=joint,
             pooled_projections=pooled,
-            return_dict=False,
-        )[0]
+        )
         if guided:
             without, with_prompt = v.float().chunk(2)
             v = without + self.guidance * (with_prompt - without)
