@@ -2,7 +2,6 @@
 """Fixtures shared by all tests: tiny policies, and torch on one thread."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,15 +30,3 @@ def tiny_policy() -> Callable[..., Any]:
         )
 
     return build
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Stable Diffusion 3 pipeline as ``save_pretrained`` writes it."""
-    from chunkgrpo.policies.pipeline import quiet_diffusers
-    from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
-
-    folder = tmp_path_factory.mktemp("tiny") / "sd3"
-    with quiet_diffusers():
-        build_pipeline(TEST_SIZE).save_pretrained(folder)
-    return folder
