@@ -213,7 +213,6 @@ def chunks(
         from chunkgrpo.config import build_policy, build_prompts, build_sigmas, load_config
         from chunkgrpo.core import chunks as core_chunks
         from chunkgrpo.core import sde
-        from chunkgrpo.core.dynamics import relative_l1
         from chunkgrpo.report.curves import save_dynamics
         from chunkgrpo.rollout import rollout
 
@@ -231,7 +230,7 @@ def chunks(
             seeds=list(range(len(texts))),
             batch_size=s.batch_size,
         )
-        curve_BN = relative_l1(trajectory.states)
+        curve_BN = trajectory.dynamics
         mean = curve_BN.mean(0).cpu()
         half = 1.96 * curve_BN.std(0).cpu() / len(curve_BN) ** 0.5
         trained = s.steps - 1

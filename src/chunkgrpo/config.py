@@ -35,32 +35,34 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The model and what of it is trained."""
 
-    path: str = Field("shapes", description="'shapes', a pipeline folder, or a hub id")
-    device: str = Field("auto", description="'auto', 'cpu' or 'cuda'")
+    path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
+    device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
     precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
-    guidance: float = Field(1.0, ge=0, description="classifier-free guidance; <= 1 is off")
-    height: int | None = Field(None, gt=0)
-    width: int | None = Field(None, gt=0)
-    max_sequence_length: int = Field(256, ge=1, le=512)
+    guidance: float = Field(default=1.0, ge=0, description="classifier-free guidance; <= 1 is off")
+    height: int | None = Field(default=None, gt=0)
+    width: int | None = Field(default=None, gt=0)
+    max_sequence_length: int = Field(default=256, ge=1, le=512)
     timestep: Literal["exact", "floor1000"] = "exact"
     method: Literal["lora", "full"] = "lora"
-    rank: int = Field(32, ge=1)
-    alpha: float | None = Field(None, gt=0, description="LoRA alpha; the rank where not given")
+    rank: int = Field(default=32, ge=1)
+    alpha: float | None = Field(
+        default=None, gt=0, description="LoRA alpha; the rank where not given"
+    )
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 class PromptConfig(Section):
     """Prompts to train on and to evaluate with."""
 
-    train: str = Field("shapes", description="'shapes' or a .txt, .jsonl or .csv file")
-    held_out: str = Field("shapes", description="the same, for evaluation")
-    tasks: tuple[str, ...] | None = Field(None, description="tasks of the embedded world")
+    train: str = Field(default="shapes", description="'shapes' or a .txt, .jsonl or .csv file")
+    held_out: str = Field(default="shapes", description="the same, for evaluation")
+    tasks: tuple[str, ...] | None = Field(default=None, description="tasks of the embedded world")
 
 
 class RewardConfig(Section):
     """One reward."""
 
-    name: str = Field("shapes", description="a built-in name or package.module:function")
+    name: str = Field(default="shapes", description="a built-in name or package.module:function")
     weight: float = 1.0
     options: dict[str, Any] = {}
 
@@ -68,62 +70,64 @@ class RewardConfig(Section):
 class SamplingConfig(Section):
     """How images are rolled out."""
 
-    steps: int = Field(17, ge=2, description="sampler steps; one less is trained")
-    shift: float = Field(3.0, gt=0)
+    steps: int = Field(default=17, ge=2, description="sampler steps; one less is trained")
+    shift: float = Field(default=3.0, gt=0)
     diffusion: Literal["flow", "dance"] = "flow"
-    eta: float = Field(0.7, gt=0)
-    prompts: int = Field(16, ge=1, description="prompts a rollout")
-    group_size: int = Field(12, ge=2, description="images a prompt")
+    eta: float = Field(default=0.7, gt=0)
+    prompts: int = Field(default=16, ge=1, description="prompts a rollout")
+    group_size: int = Field(default=12, ge=2, description="images a prompt")
     same_noise: bool = True
-    batch_size: int = Field(96, ge=1, description="most samples in one forward")
+    batch_size: int = Field(default=96, ge=1, description="most samples in one forward")
 
 
 class ChunkConfig(Section):
     """Where time is cut, and which chunks are trained."""
 
     plan: Literal["explicit", "equal", "steps", "whole", "paper", "adaptive", "optimal"] = "paper"
-    sizes: tuple[int, ...] | None = Field(None, description="of plan 'explicit'")
-    size: int = Field(4, ge=1, description="of plan 'equal'")
-    min_size: int = Field(4, ge=1, description="of plans 'adaptive' and 'optimal'")
-    num_chunks: int | None = Field(None, ge=1, description="of plan 'optimal'")
+    sizes: tuple[int, ...] | None = Field(default=None, description="of plan 'explicit'")
+    size: int = Field(default=4, ge=1, description="of plan 'equal'")
+    min_size: int = Field(default=4, ge=1, description="of plans 'adaptive' and 'optimal'")
+    num_chunks: int | None = Field(default=None, ge=1, description="of plan 'optimal'")
     selection: Literal["uniform", "weighted", "softmax", "listed"] = "uniform"
-    fraction: float = Field(0.5, gt=0, le=1)
-    indices: tuple[int, ...] | None = Field(None, description="of selection 'listed'")
+    fraction: float = Field(default=0.5, gt=0, le=1)
+    indices: tuple[int, ...] | None = Field(default=None, description="of selection 'listed'")
 
 
 class ObjectiveConfig(Section):
     """The loss."""
 
-    clip_low: float = Field(5e-5, gt=0, lt=1)
-    clip_high: float = Field(5e-5, gt=0)
+    clip_low: float = Field(default=5e-5, gt=0, lt=1)
+    clip_high: float = Field(default=5e-5, gt=0)
     advantage: str = "group_std"
-    advantage_clip: float = Field(5.0, gt=0)
-    updates: int = Field(2, ge=1, description="optimizer steps a rollout")
-    micro_batch: int = Field(64, ge=1, description="(sample, step) pairs a forward")
+    advantage_clip: float = Field(default=5.0, gt=0)
+    updates: int = Field(default=2, ge=1, description="optimizer steps a rollout")
+    micro_batch: int = Field(default=64, ge=1, description="(sample, step) pairs a forward")
     anchor: Literal["rollout", "replay"] = "rollout"
-    kl: float = Field(0.0, ge=0, description="weight of KL to the base model")
+    kl: float = Field(default=0.0, ge=0, description="weight of KL to the base model")
 
 
 class OptimizerConfig(Section):
     """AdamW and what surrounds it."""
 
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
-    warmup: int = Field(0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
-    ema: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    warmup: int = Field(default=0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=0.9, ge=0, lt=1)
 
 
 class EvaluationConfig(Section):
     """What is measured before, while and after training."""
 
     reward: RewardConfig = RewardConfig(options={"mode": "strict", "name": "strict"})
-    every: int = Field(10, ge=0)
-    prompts: int = Field(96, ge=1, description="prompts of the small evaluations while training")
-    final_prompts: int = Field(504, ge=1)
-    final_seeds: int = Field(2, ge=1)
+    every: int = Field(default=10, ge=0)
+    prompts: int = Field(
+        default=96, ge=1, description="prompts of the small evaluations while training"
+    )
+    final_prompts: int = Field(default=504, ge=1)
+    final_seeds: int = Field(default=2, ge=1)
     seed: int = 1234
 
 
@@ -131,10 +135,10 @@ class Config(Section):
     """A whole run."""
 
     name: str = "run"
-    iterations: int = Field(50, ge=1)
+    iterations: int = Field(default=50, ge=1)
     seed: int = 0
-    threads: int = Field(0, ge=0, description="CPU threads; 0 leaves torch's choice")
-    checkpoint_every: int = Field(10, ge=1)
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice")
+    checkpoint_every: int = Field(default=10, ge=1)
     model: ModelConfig = ModelConfig()
     prompts: PromptConfig = PromptConfig()
     rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
@@ -404,7 +408,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
     from chunkgrpo.core import chunks, sde
     from chunkgrpo.core.credit import CONVENTIONS
-    from chunkgrpo.core.dynamics import mean_curve, relative_l1
+    from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import make_reward
     from chunkgrpo.rollout import rollout
     from chunkgrpo.train import Trainer, TrainSettings
@@ -430,7 +434,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         trajectory = rollout(
             policy, probe, transition, sigmas, 1, seeds=seeds, batch_size=s.batch_size
         )
-        return mean_curve(relative_l1(trajectory.states)).cpu()
+        return mean_curve(trajectory.dynamics).cpu()
 
     selections = {
         "uniform": lambda: chunks.UniformSelection(c.fraction),

@@ -17,7 +17,7 @@ from torch import Generator, Tensor
 
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.core.credit import group_advantages
-from chunkgrpo.core.dynamics import mean_curve, relative_l1
+from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.sde import Transition
 from chunkgrpo.evaluate import Evaluation, evaluate
 from chunkgrpo.policies.protocol import Policy
@@ -187,7 +187,7 @@ class Trainer:
             "zero_spread_groups": advantages.num_zero_spread,
             "loss": torch.stack(losses).sum(),
             "grad_norm": torch.stack(norms).mean(),
-            "l1_rel": mean_curve(relative_l1(trajectory.states)).tolist(),
+            "l1_rel": mean_curve(trajectory.dynamics).tolist(),
             "rollout_evaluations": trajectory.num_evaluations,
             "trained_pairs": pairs,
         }
@@ -206,7 +206,8 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1
-        self.ema.update(self.parameters)
+        if s.ema_decay:
+            self.ema.update(self.parameters)
         return norm
 
     def look(self) -> dict[str, Any]:

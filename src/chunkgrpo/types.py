@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from chunkgrpo.core.dynamics import relative_l1
 
 ProgressHook = Callable[[int, int], None]
 """Called with (done, total) while something long runs."""
@@ -83,6 +86,11 @@ class Trajectory:
     def num_trained(self) -> int:
         """N, the number of stochastic transitions."""
         return self.states.shape[1] - 1
+
+    @cached_property
+    def dynamics(self) -> Tensor:
+        """Relative L1 change of each trained step, [B, N] (``core.dynamics.relative_l1``)."""
+        return relative_l1(self.states)
 
     @property
     def group_size(self) -> int:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Generator, Tensor
 
 from chunkgrpo.core.chunks import ChunkPlan, Selection, UniformSelection, chosen_mask
-from chunkgrpo.core.dynamics import relative_l1
 from chunkgrpo.core.objectives import (
     chunk_log_ratio,
     clipped_surrogate,
@@ -94,29 +94,19 @@ class ChunkGRPO:
             raise ValueError(
                 f"{self.num_updates} updates need as many samples, the rollout has {num_samples}"
             )
-        chosen_BM = self.selection(plan, relative_l1(trajectory.states), generator)
+        # Everything that decides which pairs are trained stays on the CPU, with the generator.
+        chosen_BM = self.selection(plan, trajectory.dynamics.cpu(), generator)
         mask_BC = chosen_mask(chosen_BM, plan.num_chunks)
-        num_chosen = chosen_BM.shape[1]
         order = torch.randperm(num_samples, generator=generator)
-        device = trajectory.states.device
-        shares = [share.to(device) for share in order.chunk(self.num_updates)]
-        batches = [self._pairs(share, mask_BC, generator) for share in shares]
+        shares = order.chunk(self.num_updates)
+        batches = [self._pairs(share, mask_BC, plan, generator) for share in shares]
         old_BN = trajectory.old_log_prob
         if self.anchor == "replay":
-            old_BN = old_BN.clone()
-            for pairs in (pairs for batch in batches for pairs in batch):
-                with torch.no_grad():
-                    old_BN[pairs[0], pairs[1]] = self._log_prob(policy, trajectory, pairs)[0]
+            old_BN = self._log_probs(policy, trajectory, list(chain(*batches)))
         for update, (share, batch) in enumerate(zip(shares, batches, strict=True)):
-            new_BN = old_BN.clone()
-            if update > 0:
-                # Only the moved policy can have ratios other than 1.
-                for pairs in batch:
-                    with torch.no_grad():
-                        new_BN[pairs[0], pairs[1]] = self._log_prob(policy, trajectory, pairs)[0]
-            yield from self._update(
-                policy, experience, plan, share, batch, mask_BC, num_chosen, old_BN, new_BN
-            )
+            # Only the moved policy can have ratios other than 1.
+            new_BN = self._log_probs(policy, trajectory, batch, old_BN) if update else old_BN
+            yield from self._update(policy, experience, plan, share, batch, mask_BC, old_BN, new_BN)
 
     def _update(
         self,
@@ -126,24 +116,24 @@ class ChunkGRPO:
         share_S: Tensor,
         batch: list[tuple[Tensor, Tensor]],
         mask_BC: Tensor,
-        num_chosen: int,
         old_BN: Tensor,
         new_BN: Tensor,
     ) -> Iterator[LossPart]:
         """Yield the pieces of one optimizer step, ratios already known in ``new_BN``."""
+        trajectory, advantages = experience.trajectory, experience.advantages
         clip = (self.clip_low, self.clip_high)
-        advantages = experience.advantages
+        mask = mask_BC.to(old_BN.device)
         log_ratio_BC = chunk_log_ratio(new_BN, old_BN, plan)
+        denominator = int(mask_BC[share_S].sum())
         slope_BC = surrogate_slope(log_ratio_BC, advantages, *clip)
-        denominator = num_chosen * len(share_S)
-        coefficient_BN = step_coefficients(mask_BC, slope_BC, plan, denominator)
+        coefficient_BN = step_coefficients(mask, slope_BC, plan, denominator)
         # Each step carries its part of the chunk's loss, so that the pieces sum to the loss.
         value_BC = clipped_surrogate(log_ratio_BC, advantages, *clip)
-        value_BN = step_coefficients(mask_BC, value_BC, plan, denominator)
+        value_BN = step_coefficients(mask, value_BC, plan, denominator)
         cut_BC = gradient_is_cut(log_ratio_BC, _per_chunk(advantages, plan), *clip)
         num_pairs = sum(len(pairs[0]) for pairs in batch)
         for index, pairs in enumerate(batch):
-            log_prob, step = self._log_prob(policy, trajectory := experience.trajectory, pairs)
+            log_prob, step = self._log_prob(policy, trajectory, pairs)
             weight = coefficient_BN[pairs]
             loss = (weight * (log_prob - log_prob.detach())).sum() + value_BN[pairs].sum()
             diagnostics = {
@@ -159,24 +149,37 @@ class ChunkGRPO:
                 diagnostics["reference_kl"] = kl.detach()
             ends = index == len(batch) - 1
             if ends:
-                chosen = mask_BC[share_S]
-                diagnostics["chunk_log_ratio"] = log_ratio_BC[share_S][chosen]
-                diagnostics["cut"] = cut_BC[share_S][chosen]
-                diagnostics["chunk"] = chosen.nonzero()[:, 1]
+                row, chunk = mask_BC[share_S].nonzero(as_tuple=True)
+                where = (share_S[row].to(mask.device), chunk.to(mask.device))
+                diagnostics["chunk_log_ratio"] = log_ratio_BC[where]
+                diagnostics["cut"] = cut_BC[where]
+                diagnostics["chunk"] = chunk
             yield LossPart(loss, ends, diagnostics)
 
     def _pairs(
-        self, share_S: Tensor, mask_BC: Tensor, generator: Generator
+        self, share_S: Tensor, mask_BC: Tensor, plan: ChunkPlan, generator: Generator
     ) -> list[tuple[Tensor, Tensor]]:
         """List the (sample, step) pairs of one update, in equal micro-batches."""
-        chunk_of_step = self.plan.chunk_of_step.to(mask_BC.device)
-        wanted_SN = mask_BC[share_S][:, chunk_of_step]
-        row, step = wanted_SN.nonzero(as_tuple=True)
+        row, step = mask_BC[share_S][:, plan.chunk_of_step].nonzero(as_tuple=True)
         sample = share_S[row]
         num_batches = -(-len(step) // self.micro_batch)
         # Shuffled, so that every micro-batch holds all noise levels and all are alike in size.
-        order = torch.randperm(len(step), generator=generator).to(step.device)
+        order = torch.randperm(len(step), generator=generator)
         return [(sample[part], step[part]) for part in order.tensor_split(num_batches)]
+
+    @torch.no_grad()
+    def _log_probs(
+        self,
+        policy: Policy,
+        trajectory: Trajectory,
+        batch: list[tuple[Tensor, Tensor]],
+        elsewhere_BN: Tensor | None = None,
+    ) -> Tensor:
+        """Return the present policy's log-probabilities of some pairs, [B, N]."""
+        filled_BN = (trajectory.old_log_prob if elsewhere_BN is None else elsewhere_BN).clone()
+        for pairs in batch:
+            filled_BN[pairs] = self._log_prob(policy, trajectory, pairs)[0]
+        return filled_BN
 
     def _transition(
         self, policy: Policy, trajectory: Trajectory, pairs: tuple[Tensor, Tensor]

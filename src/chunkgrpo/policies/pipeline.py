@@ -102,7 +102,7 @@ class PipelinePolicy:
 
             config = LoraConfig(
                 r=self.adaptation.rank,
-                lora_alpha=self.adaptation.alpha,
+                lora_alpha=self.adaptation.alpha,  # type: ignore[arg-type] # any number will do
                 init_lora_weights="gaussian",
                 target_modules=list(self.adaptation.targets),
             )
@@ -260,7 +260,8 @@ def pipeline_class_name(model: str | Path) -> str:
             from diffusers import DiffusionPipeline
 
             try:
-                return str(DiffusionPipeline.load_config(str(model))["_class_name"])
+                config: Any = DiffusionPipeline.load_config(str(model))
+                return str(config["_class_name"])
             except OSError as error:
                 reason = str(error).strip().split("\n")[0]
                 raise ValueError(

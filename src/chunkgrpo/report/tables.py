@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from chunkgrpo.report.statistics import Estimate, paired_difference
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from rich.table import Table
 
 __all__ = ["AccuracyRow", "accuracy_rows", "accuracy_cells", "accuracy_table", "accuracy_markdown"]
@@ -36,8 +37,8 @@ class AccuracyRow:
 
 
 def accuracy_rows(
-    base: Mapping[str, Sequence[float]],
-    tuned: Mapping[str, Sequence[float]],
+    base: Mapping[str, Sequence[float] | NDArray],
+    tuned: Mapping[str, Sequence[float] | NDArray],
     clusters: Mapping[str, Sequence[Hashable]] | None = None,
 ) -> list[AccuracyRow]:
     """Compare two models image by image, for each task and over all.
@@ -122,7 +123,10 @@ def accuracy_markdown(rows: Sequence[AccuracyRow]) -> str:
 
 
 def _row(
-    task: str, base: Sequence[float], tuned: Sequence[float], labels: Sequence[Hashable]
+    task: str,
+    base: Sequence[float] | NDArray,
+    tuned: Sequence[float] | NDArray,
+    labels: Sequence[Hashable],
 ) -> AccuracyRow:
     try:
         difference = paired_difference(base, tuned, clusters=labels)

@@ -89,7 +89,7 @@ def clip_tokenizer(words: Sequence[str], length: int = PROMPT_TOKENS) -> Any:
     merges = learn_merges(words)
     tokens = letters + [letter + "</w>" for letter in letters] + [a + b for a, b in merges]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), BOS, EOS])}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=length)  # type: ignore[arg-type]
 
 
 def t5_tokenizer(words: Sequence[str]) -> Any:
@@ -158,9 +158,9 @@ def build_pipeline(
             feed_forward_proj="gated-gelu",
         )
         vae = AutoencoderKL(
-            block_out_channels=size.vae_channels,
-            down_block_types=("DownEncoderBlock2D",) * len(size.vae_channels),
-            up_block_types=("UpDecoderBlock2D",) * len(size.vae_channels),
+            block_out_channels=size.vae_channels,  # type: ignore[arg-type]
+            down_block_types=("DownEncoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
+            up_block_types=("UpDecoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
             layers_per_block=1,
             latent_channels=size.latent_channels,
             norm_num_groups=4,
