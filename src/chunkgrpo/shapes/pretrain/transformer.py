@@ -158,7 +158,7 @@ def train_transformer(
         sigma = torch.where(torch.rand(batch_size, generator=generator) < 0.1, uniform, sigma)
         s = sigma.view(-1, 1, 1, 1)
         x = (1 - s) * x0 + s * noise
-        words = [texts[i] if i < len(texts) else "" for i in text.tolist()]
+        words = [str(texts[int(i)]) if i < len(texts) else "" for i in text.tolist()]
         with plain_attention():
             v = compute(x.bfloat16(), sigma, clip_ids[text], t5_ids(pipe, words, rows)).float()
             loss = F.mse_loss(v, noise - x0)
