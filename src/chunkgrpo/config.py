@@ -330,15 +330,11 @@ def policy_options(model: ModelConfig) -> dict[str, Any]:
 
 def build_policy(config: Config) -> PipelinePolicy:
     """Load the model as a policy."""
-    import torch
-
     from chunkgrpo.policies.loading import load_policy
     from chunkgrpo.policies.pipeline import Adaptation
 
     m = config.model
-    # The first draw of a LoRA must not depend on what ran before.
-    torch.manual_seed(config.seed)
-    adaptation = Adaptation(m.method, m.rank, m.alpha or m.rank, m.targets)
+    adaptation = Adaptation(m.method, m.rank, m.alpha or m.rank, m.targets, seed=config.seed)
     return load_policy(resolve_model(m.path), adaptation, device_of(m), **policy_options(m))
 
 

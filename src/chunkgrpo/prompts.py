@@ -89,18 +89,23 @@ def read_prompts(path: str | Path) -> PromptSet:
         raise ValueError(f"prompt file {path} does not exist")
     records: list[tuple[int, dict[str, str]]] = []
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
         records = [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
     elif path.suffix == ".jsonl":
-        for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        # Not splitlines: JSON strings may hold other line separators of Unicode.
+        for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
             if line.strip():
                 try:
-                    records.append((n, json.loads(line)))
+                    record = json.loads(line)
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {n} is no JSON: {error}") from error
+                if not isinstance(record, dict):
+                    raise ValueError(f"{path}, line {n} is no JSON object")
+                records.append((n, record))
     elif path.suffix == ".csv":
-        with path.open(encoding="utf-8", newline="") as file:
-            records = list(enumerate(csv.DictReader(file), 2))
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            records = [(reader.line_num, row) for row in reader]
     else:
         raise ValueError(f"prompt file {path} must end in .txt, .jsonl or .csv")
     texts, groups = [], []

@@ -305,7 +305,8 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
     Returns:
         ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the sampling policy, per dimension),
         ``clip_fraction``; ``step_ratio_mean``, ``step_ratio_std`` per step;
-        ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk of the updates after the first;
+        ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk, as of each update's start (so
+        the first update adds ratios of 1, none of them cut);
         ``reference_kl`` where that is on. Steps never trained are None.
     """
     columns: dict[str, list[Tensor]] = defaultdict(list)

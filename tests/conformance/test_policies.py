@@ -337,9 +337,9 @@ def test_what_does_not_fit_is_refused(family, folders):
     folder = folders[family.name]
     with pytest.raises(ValueError, match="32 x 33 must be divisible by 8"):
         load_policy(folder, size=(32, 33))
-    with pytest.raises(ValueError, match="unknown method 'lokr'; known: lora, full"):
+    with pytest.raises(ValueError, match="unknown method 'lokr'; known: lora, full, none"):
         Adaptation("lokr")
     with pytest.raises(ValueError, match="no_such_module"):
         load_policy(folder, Adaptation(targets=("no_such_module",)))
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; known: bf16, fp16, fp32"):
+    with pytest.raises(ValueError, match="unknown precision 'fp8'; known: bf16, bf16-pure, fp16, fp32"):
         load_policy(folder, precision="fp8")

@@ -17,7 +17,7 @@ from chunkgrpo.core.schedules import TimestepRounding, exact_timestep
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.types import Conditioning
 
-METHODS = ("lora", "full")
+METHODS = ("lora", "full", "none")
 DTYPES = {
     "bf16": torch.bfloat16,
     "bf16-pure": torch.bfloat16,
@@ -152,14 +152,15 @@ class PipelinePolicy:
         )[0]
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts with the pipeline's own encoders, each distinct prompt once."""
-        new = [p for p in dict.fromkeys(prompts) if p not in self._encoded]
-        for start in range(0, len(new), 256):
-            part = new[start : start + 256]
-            with torch.no_grad(), quiet_diffusers():
-                encoded = self.encode_texts(part)
-            for i, prompt in enumerate(part):
-                self._encoded[prompt] = encoded[i : i + 1]
+        """Encode prompts with the pipeline's own encoders, each distinct prompt once.
+
+        One at a time: in a batch the last bits of a row depend on the batch's size, and a resumed
+        run meets its prompts in other company than the uninterrupted one.
+        """
+        for prompt in dict.fromkeys(prompts):
+            if prompt not in self._encoded:
+                with torch.no_grad(), quiet_diffusers():
+                    self._encoded[prompt] = self.encode_texts([prompt])
         return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
 
     def encode_texts(self, prompts: list[str]) -> Conditioning:
