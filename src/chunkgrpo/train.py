@@ -179,6 +179,7 @@ class Trainer:
                 norms.append(self.update())
         clock.lap("train")
         pairs = sum(len(d["sample"]) for d in parts)
+        idle = sum(len(d["idle"]) for d in parts if "idle" in d)
         record: dict[str, Any] = {
             "reward_mean": rewards.total.mean(),
             "reward_std": rewards.total.std(),
@@ -189,7 +190,8 @@ class Trainer:
             "grad_norm": torch.stack(norms).mean(),
             "l1_rel": mean_curve(trajectory.dynamics).tolist(),
             "rollout_evaluations": trajectory.num_evaluations,
-            "trained_pairs": pairs,
+            "trained_pairs": pairs - idle,
+            "idle_pairs": idle,
         }
         record |= summarise(parts, trajectory.num_trained)
         seconds = clock.seconds()

@@ -341,5 +341,7 @@ def test_what_does_not_fit_is_refused(family, folders):
         Adaptation("lokr")
     with pytest.raises(ValueError, match="no_such_module"):
         load_policy(folder, Adaptation(targets=("no_such_module",)))
-    with pytest.raises(ValueError, match="unknown precision 'fp8'; known: bf16, bf16-pure, fp16, fp32"):
+    with pytest.raises(
+        ValueError, match="unknown precision 'fp8'; known: bf16, bf16-pure, fp16, fp32"
+    ):
         load_policy(folder, precision="fp8")

@@ -36,7 +36,8 @@ SETTINGS = TrainSettings(
 KEYS = (
     "iteration", "seconds", "phase_seconds", "images_per_second", "reward_mean", "reward_std",
     "rewards", "advantage_spread", "zero_spread_groups", "loss", "grad_norm", "l1_rel",
-    "rollout_evaluations", "trained_pairs", "ratio_mean", "ratio_std", "kl", "step_ratio_mean",
+    "rollout_evaluations", "trained_pairs", "idle_pairs", "ratio_mean", "ratio_std", "kl",
+    "step_ratio_mean",
     "step_ratio_std", "clip_fraction", "chunk_ratio_mean", "chunk_clip_fraction",
 )  # fmt: skip
 TIMES = ("seconds", "phase_seconds", "images_per_second")
@@ -149,7 +150,9 @@ def test_records_hold_what_is_promised(reference_run):
         assert record["rewards"] == {"brightness": record["reward_mean"]}
         assert set(record["phase_seconds"]) == {"rollout", "decode", "reward", "train"}
         assert record["rollout_evaluations"] == 2 + 3 * 6  # one noise per group
-        assert 6 <= record["trained_pairs"] <= 12  # one chunk of 1 or 2 steps a sample
+        assert (
+            6 <= record["trained_pairs"] + record["idle_pairs"] <= 12
+        )  # one chunk of 1 or 2 steps a sample
         assert len(record["l1_rel"]) == len(record["step_ratio_mean"]) == 3
         assert record["grad_norm"] > 0 and record["reward_std"] > 0
         assert record["ratio_mean"] == pytest.approx(1, abs=0.1)

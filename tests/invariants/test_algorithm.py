@@ -182,8 +182,33 @@ def test_any_micro_batch_gives_the_same_gradient():
         first_values = values if first_values is None else first_values
         close(found[-1], found[0], 1e-6)
         assert torch.allclose(values, first_values, rtol=1e-6, atol=1e-7)
-        sizes = [len(part.diagnostics["step"]) for _, _, parts in updates for part in parts]
-        assert max(sizes) <= micro_batch
+        computed = [
+            len(part.diagnostics["step"])
+            for _, _, parts in updates
+            for part in parts
+            if "idle" not in part.diagnostics
+        ]
+        assert max(computed) <= micro_batch
+
+
+def test_what_pulls_nowhere_is_not_computed():
+    policy = toy()
+    experience = make_experience(policy)
+    # One group of equal rewards: its advantages are 0.
+    group = experience.trajectory.group_size
+    advantages = experience.advantages.clone()
+    advantages[:group] = 0
+    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=5)
+    policy.calls.clear()
+    idle = replace(experience, advantages=advantages)
+    parts = list(algorithm.losses(policy, idle, torch.Generator().manual_seed(0)))
+    num_samples, num_trained = experience.trajectory.old_log_prob.shape
+    assert sum(policy.calls) == (num_samples - group) * num_trained
+    last = parts[-1]
+    assert last.ends_update and len(last.diagnostics["idle"]) == group * num_trained
+    assert last.loss == 0
+    last.loss.backward()
+    assert all((p.grad == 0).all() for p in policy.parameters())
 
 
 def test_any_micro_batch_gives_the_same_gradient_on_a_network(tiny_policy):

@@ -132,6 +132,10 @@ class ChunkGRPO:
         value_BN = step_coefficients(mask, value_BC, plan, denominator)
         cut_BC = gradient_is_cut(log_ratio_BC, _per_chunk(advantages, plan), *clip)
         num_pairs = sum(len(pairs[0]) for pairs in batch)
+        # Chunks that are cut and groups of equal rewards pull nowhere: no need to go there.
+        idle = None
+        if self.kl_coefficient == 0:
+            batch, idle = self._without_idle(batch, coefficient_BN)
         for index, pairs in enumerate(batch):
             log_prob, step = self._log_prob(policy, trajectory, pairs)
             weight = coefficient_BN[pairs]
@@ -147,14 +151,38 @@ class ChunkGRPO:
                 kl = step.kl_per_dim(reference)
                 loss = loss + self.kl_coefficient * kl.sum() / num_pairs
                 diagnostics["reference_kl"] = kl.detach()
-            ends = index == len(batch) - 1
+            ends = idle is None and index == len(batch) - 1
             if ends:
-                row, chunk = mask_BC[share_S].nonzero(as_tuple=True)
-                where = (share_S[row].to(mask.device), chunk.to(mask.device))
-                diagnostics["chunk_log_ratio"] = log_ratio_BC[where]
-                diagnostics["cut"] = cut_BC[where]
-                diagnostics["chunk"] = chunk
+                diagnostics |= _chunk_diagnostics(share_S, mask_BC, log_ratio_BC, cut_BC)
             yield LossPart(loss, ends, diagnostics)
+        if idle is not None:
+            nothing = 0.0 * policy.parameters()[0].float().sum()
+            diagnostics = {
+                "sample": idle[0],
+                "step": idle[1],
+                "log_ratio": new_BN[idle] - old_BN[idle],
+                "idle": torch.ones(len(idle[0])),
+            }
+            diagnostics |= _chunk_diagnostics(share_S, mask_BC, log_ratio_BC, cut_BC)
+            yield LossPart(nothing + value_BN[idle].sum(), True, diagnostics)
+
+    def _without_idle(
+        self, batch: list[tuple[Tensor, Tensor]], coefficient_BN: Tensor
+    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
+        """Take out the pairs whose coefficient is 0; return the others in equal micro-batches."""
+        sample = torch.cat([pairs[0] for pairs in batch])
+        step = torch.cat([pairs[1] for pairs in batch])
+        alive = (coefficient_BN[sample, step] != 0).cpu()
+        if alive.all():
+            return batch, None
+        left, at = sample[alive], step[alive]
+        num_batches = -(-len(at) // self.micro_batch)
+        parts = (
+            list(zip(left.tensor_split(num_batches), at.tensor_split(num_batches), strict=True))
+            if num_batches
+            else []
+        )
+        return parts, (sample[~alive], step[~alive])
 
     def _pairs(
         self, share_S: Tensor, mask_BC: Tensor, plan: ChunkPlan, generator: Generator
@@ -198,6 +226,15 @@ class ChunkGRPO:
         step = self._transition(policy, trajectory, pairs)
         value = trajectory.states[pairs[0], pairs[1] + 1]
         return step.log_prob_per_dim(value).float(), step
+
+
+def _chunk_diagnostics(
+    share_S: Tensor, mask_BC: Tensor, log_ratio_BC: Tensor, cut_BC: Tensor
+) -> dict[str, Tensor]:
+    """Return the log-ratio of each trained chunk of an update, and whether it is cut."""
+    row, chunk = mask_BC[share_S].nonzero(as_tuple=True)
+    where = (share_S[row].to(log_ratio_BC.device), chunk.to(log_ratio_BC.device))
+    return {"chunk_log_ratio": log_ratio_BC[where], "cut": cut_BC[where], "chunk": chunk}
 
 
 def _per_chunk(advantages: Tensor, plan: ChunkPlan) -> Tensor:
