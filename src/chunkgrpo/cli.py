@@ -79,8 +79,13 @@ def train(
         from chunkgrpo.runs import train_run
 
         display = Display(config.iterations, config.sampling.prompts * config.sampling.group_size)
-        display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
-        summary = train_run(config, folder, display.iteration, display.phase)
+        summary = train_run(
+            config,
+            folder,
+            display.iteration,
+            display.phase,
+            lambda: display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}"),
+        )
     if summary is None:
         display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
         return
@@ -178,8 +183,9 @@ def evaluate(
     """Score the tuned model of a run on its held-out prompts again."""
     with clear_errors():
         from chunkgrpo.report.statistics import bootstrap_interval
-        from chunkgrpo.runs import evaluate_run
+        from chunkgrpo.runs import evaluate_run, read_run
 
+        read_run(run)
         display = Display(0, 0)
         result = evaluate_run(run, display.phase("evaluating the tuned model"), split)
         display.close()

@@ -117,6 +117,7 @@ def train_run(
     folder: Path,
     on_iteration: Callable[[Mapping[str, Any]], None],
     on_phase: Callable[[str], ProgressHook],
+    on_start: Callable[[], None] = lambda: None,
 ) -> dict[str, Any] | None:
     """Evaluate the base, train, evaluate again and report.
 
@@ -127,12 +128,14 @@ def train_run(
         folder: The run directory.
         on_iteration: Called with every metrics record.
         on_phase: Called with the name of a long phase; returns its progress hook.
+        on_start: Called once everything is loaded and checked.
 
     Returns:
         The summary, or None where the run was interrupted (all is saved).
     """
     started = time.perf_counter()
     trainer = build_trainer(config, folder)
+    on_start()
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", dump_config(config))
     trainer.on_iteration = on_iteration

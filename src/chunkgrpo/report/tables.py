@@ -132,4 +132,5 @@ def _row(
         difference = paired_difference(base, tuned, clusters=labels)
     except ValueError as error:
         raise ValueError(f"task {task!r}: {error}") from error
-    return AccuracyRow(task, sum(base) / len(base), sum(tuned) / len(tuned), difference)
+    base_mean, tuned_mean = float(sum(base)) / len(base), float(sum(tuned)) / len(tuned)
+    return AccuracyRow(task, base_mean, tuned_mean, difference)
