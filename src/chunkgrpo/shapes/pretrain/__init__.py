@@ -83,8 +83,11 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         settings.seed,
     )
     folder = out / "pipeline"
-    # Half precision halves the download; the loader widens the weights again.
-    pipe.to(torch.float16).save_pretrained(folder)
+    # Half precision halves the size, and diffusers widens the weights again when it loads them.
+    # transformers does not: it would leave the text encoders in half beside a float32 transformer.
+    pipe.transformer.half()
+    pipe.vae.half()
+    pipe.save_pretrained(folder)
     shutil.copy(work / "pretrain.jsonl", out / "pretrain.jsonl")
     sums = {
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
