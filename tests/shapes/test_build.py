@@ -266,7 +266,7 @@ def test_a_stage_goes_on_in_its_middle(tmp_path, monkeypatch):
     monkeypatch.setattr(transformer, "quick_accuracy", lambda *_, **__: {"strict": 0.0})
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (6, 16, 16, 3), generator=generator, dtype=torch.uint8)
-    latents = torch.randn(6, 4, 4, 4, generator=generator), torch.rand(6, 4, 4, 4)
+    latents = torch.randn(6, 4, 4, 4, generator=generator)
     captions = torch.randint(0, 3, (6, 3), generator=generator)
     write = StageLog.write
 
