@@ -98,7 +98,9 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
     from chunkgrpo.report.tables import AccuracyRow, accuracy_table
 
     rows = [
-        AccuracyRow(task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], 0))
+        AccuracyRow(
+            task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], r["images"])
+        )
         for task, r in summary["by_task"].items()
     ]
     title = (
@@ -394,6 +396,7 @@ class Display:
             f"{number:4}/{self.iterations}  {text}  clip {record.get('clip_fraction', 0):.2f}  "
             f"grad {record['grad_norm']:.3f}  {left:.1f} min left",
             highlight=False,
+            soft_wrap=True,
         )
 
 

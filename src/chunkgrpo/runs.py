@@ -187,6 +187,7 @@ def write_report(
                 "difference": row.difference.estimate,
                 "low": row.difference.low,
                 "high": row.difference.high,
+                "images": row.difference.n,
             }
             for row in rows
         },
