@@ -218,27 +218,23 @@ def chunks(
 ) -> None:
     """Measure how fast trajectories move and propose where to cut them."""
     with clear_errors():
-        from chunkgrpo.config import build_policy, build_prompts, build_sigmas, load_config
+        from chunkgrpo.config import (
+            build_policy,
+            build_prompts,
+            build_sigmas,
+            build_transition,
+            load_config,
+            measure_dynamics,
+        )
         from chunkgrpo.core import chunks as core_chunks
-        from chunkgrpo.core import sde
         from chunkgrpo.report.curves import save_dynamics
-        from chunkgrpo.rollout import rollout
 
         config = load_config(recipe, set_ or [])
         s = config.sampling
         policy, sigmas = build_policy(config), build_sigmas(config)
-        diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
         texts = build_prompts(config, "train").texts[:prompts]
-        trajectory = rollout(
-            policy,
-            texts,
-            sde.Transition(diffusion),
-            sigmas,
-            1,
-            seeds=list(range(len(texts))),
-            batch_size=s.batch_size,
-        )
-        curve_BN = trajectory.dynamics
+        transition = build_transition(config)
+        curve_BN = measure_dynamics(config, policy, sigmas, transition, texts)
         mean = curve_BN.mean(0).cpu()
         half = 1.96 * curve_BN.std(0).cpu() / len(curve_BN) ** 0.5
         trained = s.steps - 1

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chunkgrpo.core.chunks import ChunkPlan
+    from chunkgrpo.core.sde import Transition
     from chunkgrpo.policies.pipeline import PipelinePolicy
     from chunkgrpo.prompts import PromptSet
     from chunkgrpo.train import Trainer
@@ -345,6 +346,31 @@ def build_sigmas(config: Config) -> Tensor:
     return make_sigmas(config.sampling.steps, config.sampling.shift)
 
 
+def build_transition(config: Config) -> Transition:
+    """Return the stochastic transition that rollout and algorithm share."""
+    from chunkgrpo.core import sde
+
+    s = config.sampling
+    diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
+    return sde.Transition(diffusion)
+
+
+def measure_dynamics(
+    config: Config,
+    policy: PipelinePolicy,
+    sigmas: Tensor,
+    transition: Transition,
+    prompts: Sequence[str],
+) -> Tensor:
+    """Roll out one trajectory a prompt, seeds 0, 1, ..., and return its dynamics [B, N]."""
+    from chunkgrpo.rollout import rollout
+
+    seeds = list(range(len(prompts)))
+    batch_size = config.sampling.batch_size
+    trajectory = rollout(policy, prompts, transition, sigmas, 1, seeds=seeds, batch_size=batch_size)
+    return trajectory.dynamics
+
+
 def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
     """Return the chunk plan.
 
@@ -402,11 +428,10 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     import torch
 
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-    from chunkgrpo.core import chunks, sde
+    from chunkgrpo.core import chunks
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import make_reward
-    from chunkgrpo.rollout import rollout
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -421,16 +446,11 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
     policy = build_policy(config)
     sigmas = build_sigmas(config)
-    diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
-    transition = sde.Transition(diffusion)
+    transition = build_transition(config)
 
     def curve() -> Tensor:
-        probe = list(train.texts[:64])
-        seeds = list(range(len(probe)))
-        trajectory = rollout(
-            policy, probe, transition, sigmas, 1, seeds=seeds, batch_size=s.batch_size
-        )
-        return mean_curve(trajectory.dynamics).cpu()
+        probe = train.texts[:64]
+        return mean_curve(measure_dynamics(config, policy, sigmas, transition, probe)).cpu()
 
     selections = {
         "uniform": lambda: chunks.UniformSelection(c.fraction),
