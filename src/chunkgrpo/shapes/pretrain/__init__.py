@@ -29,7 +29,7 @@ class PretrainSettings:
     num_scenes: int = 40_000
     wrong_captions: float = 0.2
     vae_steps: int = 1200
-    transformer_steps: int = 4000
+    transformer_steps: int = 12_000
     size: PipelineSize = field(default_factory=PipelineSize)
     threads: int = 0
 

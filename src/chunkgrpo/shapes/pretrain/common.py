@@ -6,7 +6,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +17,29 @@ from torch import Tensor, nn
 from chunkgrpo.shapes.muon import Muon
 
 
+@dataclass(frozen=True)
+class Round:
+    """A part of the schedule: warm-up, constant rate, and a linear fall to zero.
+
+    Attributes:
+        steps: Optimizer steps.
+        peak: Constant rate as a share of the optimizers' rates.
+        fall: Share of the steps over which the rate falls.
+    """
+
+    steps: int
+    peak: float = 1.0
+    fall: float = 0.35
+
+
 class OptimizerPair:
     """Muon for hidden matrices, AdamW for everything else, one learning-rate factor for both.
 
     Args:
         named: Parameters by name.
         muon_lr, adam_lr: Peak learning rates.
-        total_steps: Length of the schedule: linear warm-up, constant, and a linear fall to zero
-            over the last 35 %.
-        warmup: Steps of the warm-up.
+        rounds: The schedule, one round after the other.
+        warmup: Steps of the linear warm-up of each round.
         not_hidden: Name fragments of weights that AdamW keeps although they are matrices
             (embeddings, input and output layers).
     """
@@ -34,7 +49,7 @@ class OptimizerPair:
         named: Iterable[tuple[str, Tensor]],
         muon_lr: float,
         adam_lr: float,
-        total_steps: int,
+        rounds: Sequence[Round],
         warmup: int,
         not_hidden: tuple[str, ...],
     ) -> None:
@@ -46,12 +61,17 @@ class OptimizerPair:
         self.muon = Muon(muon, lr=muon_lr, weight_decay=0.01)
         self.adam = torch.optim.AdamW(adam, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0.0)
         self.peaks = (muon_lr, adam_lr)
-        self.total_steps, self.warmup = total_steps, warmup
+        self.rounds, self.warmup = tuple(rounds), warmup
 
     def factor(self, step: int) -> float:
-        """Return the learning-rate factor of a step, 0 to 1."""
-        fall = 0.35 * self.total_steps
-        return max(0.0, min((step + 1) / self.warmup, (self.total_steps - step) / fall, 1.0))
+        """Return the learning-rate factor of a step, 0 to 1; 0 after the last round."""
+        for part in self.rounds:
+            if step < part.steps:
+                rise = (step + 1) / self.warmup
+                fall = (part.steps - step) / (part.fall * part.steps)
+                return part.peak * min(rise, fall, 1.0)
+            step -= part.steps
+        return 0.0
 
     def step(self, step: int) -> None:
         """Take one step of both optimizers at the scheduled rate."""

@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.shapes import grammar
-from chunkgrpo.shapes.pretrain.common import Average, OptimizerPair, StageLog, save_state
+from chunkgrpo.shapes.pretrain.common import (
+    Average,
+    OptimizerPair,
+    Round,
+    StageLog,
+    save_state,
+)
 from chunkgrpo.shapes.verifier import verify_batch
 
 CAPTION_DROPOUT = 0.1
@@ -115,12 +121,17 @@ def train_transformer(
     logit-normal under the sampler's shift of 3), a tenth uniform. Computation runs in bfloat16 on
     a copy of float32 master weights. The target is the mean of a scene's code: under a strong KL
     the posterior is wide, and a sample of it would draw a blurred scene.
+
+    The rate falls to zero twice: after a third of the steps, then, from half the peak, all the way
+    to the end. At the full rate most of the loss that is left is noise of the optimizer itself.
     """
     zero_modulation(pipe.transformer)
     masters = Networks(pipe)
     compute = copy.deepcopy(masters).to(torch.bfloat16)
     pairs = list(zip(compute.parameters(), masters.parameters(), strict=True))
-    optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, steps, 100, NOT_HIDDEN)
+    first = steps // 3
+    rounds = (Round(first), Round(steps - first, peak=0.5, fall=1.0))
+    optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, rounds, 100, NOT_HIDDEN)
     average = Average(masters, 0.999)
     checkpoint, start = folder / "transformer.pt", 0
     if checkpoint.exists():

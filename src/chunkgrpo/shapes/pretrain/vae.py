@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.shapes.pretrain.common import OptimizerPair, StageLog, save_state
+from chunkgrpo.shapes.pretrain.common import OptimizerPair, Round, StageLog, save_state
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def train_vae(
     errors of a generated latent.
     """
     optimizers = OptimizerPair(
-        vae.named_parameters(), 0.02, 2e-3, steps, 24, ("conv_in", "encoder.conv_out")
+        vae.named_parameters(), 0.02, 2e-3, [Round(steps)], 24, ("conv_in", "encoder.conv_out")
     )
     with torch.no_grad():
         # Start nearly deterministic: from the usual unit variance the noise drowns the code for
