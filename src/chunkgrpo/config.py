@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chunkgrpo.core.chunks import ChunkPlan
-    from chunkgrpo.core.sde import Transition
+    from chunkgrpo.core.sde import Kernel
+    from chunkgrpo.core.windows import WindowSchedule
     from chunkgrpo.policies.pipeline import PipelinePolicy
     from chunkgrpo.prompts import PromptSet
+    from chunkgrpo.rollout import Tail
     from chunkgrpo.train import Trainer
 
 
@@ -68,12 +70,41 @@ class RewardConfig(Section):
     options: dict[str, Any] = {}
 
 
+class WindowConfig(Section):
+    """Which steps are stochastic and trained; the others follow the ODE."""
+
+    kind: Literal["all", "fixed", "random", "sliding", "chunk"] = Field(
+        default="all", description="'chunk' branches each group at a random chunk of the plan"
+    )
+    size: int = Field(default=4, ge=1, description="steps of the window")
+    start: int = Field(default=0, ge=0, description="of kind 'fixed'")
+    low: int = Field(default=0, ge=0, description="of kind 'random': first step it may hold")
+    high: int | None = Field(
+        default=None, ge=1, description="of kind 'random': steps it lies below"
+    )
+    every: int = Field(default=25, ge=1, description="of kind 'sliding': iterations at a place")
+    stride: int = Field(default=1, ge=1, description="of kind 'sliding': steps it moves by")
+    decay: Literal["constant", "linear", "exponential"] = Field(
+        default="constant", description="of kind 'sliding': how its stay shortens"
+    )
+    indices: tuple[int, ...] = Field(default=(), description="of kind 'chunk'; all where empty")
+    prefix: Literal["ode", "sde"] = Field(default="ode", description="steps before the window")
+    tail: Literal["euler", "dpm"] = Field(default="euler", description="steps after the window")
+    tail_fraction: float = Field(
+        default=0.4, gt=0, le=1, description="of tail 'dpm': share of the remaining steps"
+    )
+
+
 class SamplingConfig(Section):
     """How images are rolled out."""
 
     steps: int = Field(default=17, ge=2, description="sampler steps; one less is trained")
     shift: float = Field(default=3.0, gt=0)
-    diffusion: Literal["flow", "dance"] = "flow"
+    merge: tuple[int, ...] | None = Field(
+        default=None, description="grid steps taken as one, e.g. [1, 1, 2, 4, 9]; sum is steps"
+    )
+    diffusion: Literal["flow", "dance", "cps"] = "flow"
+    window: WindowConfig = WindowConfig()
     eta: float = Field(default=0.7, gt=0)
     prompts: int = Field(default=16, ge=1, description="prompts a rollout")
     group_size: int = Field(default=12, ge=2, description="images a prompt")
@@ -101,10 +132,29 @@ class ObjectiveConfig(Section):
     clip_high: float = Field(default=5e-5, gt=0)
     advantage: str = "group_std"
     advantage_clip: float = Field(default=5.0, gt=0)
+    credit: Literal["trajectory", "gain"] = Field(
+        default="trajectory", description="'gain': each chunk by what it adds to the reward"
+    )
+    ratio: Literal["per_dimension", "full", "guard", "squared_error"] = "per_dimension"
+    trust: Literal["clip", "kl_mask", "none"] = "clip"
+    kl_threshold: float = Field(default=1e-5, gt=0, description="of trust 'kl_mask'")
+    inner_weights: Literal["none", "equal_kappa"] = Field(
+        default="none", description="of the steps inside a chunk's ratio"
+    )
+    outer_weights: Literal["none", "noise_level", "inverse_dt"] = Field(
+        default="none", description="of the loss of a step or chunk"
+    )
+    consistency: float = Field(
+        default=0.0, ge=0, description="weight of the temporal consistency of chunks"
+    )
     updates: int = Field(default=2, ge=1, description="optimizer steps a rollout")
     micro_batch: int = Field(default=64, ge=1, description="(sample, step) pairs a forward")
     anchor: Literal["rollout", "replay"] = "rollout"
     kl: float = Field(default=0.0, ge=0, description="weight of KL to the base model")
+    kl_form: Literal["transition", "rate"] = Field(
+        default="transition", description="'rate' is Flow-GRPO's, without dt"
+    )
+    old_kl: float = Field(default=0.0, ge=0, description="weight of k3 KL to the sampling policy")
 
 
 class OptimizerConfig(Section):
@@ -272,7 +322,7 @@ def check_plan(config: Config) -> None:
     Raises:
         ConfigError: With the rule and the fix.
     """
-    c, trained = config.chunks, config.sampling.steps - 1
+    c, trained = config.chunks, num_planned(config)
     if c.plan == "explicit":
         if not c.sizes:
             raise ConfigError("chunks.plan 'explicit' needs chunks.sizes, e.g. [2, 3, 4, 7]")
@@ -341,16 +391,31 @@ def build_policy(config: Config) -> PipelinePolicy:
 
 def build_sigmas(config: Config) -> Tensor:
     """Return the sampling schedule."""
-    from chunkgrpo.core.schedules import make_sigmas
+    from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 
-    return make_sigmas(config.sampling.steps, config.sampling.shift)
+    sigmas = make_sigmas(config.sampling.steps, config.sampling.shift)
+    return merge_sigmas(sigmas, config.sampling.merge) if config.sampling.merge else sigmas
 
 
-def build_transition(config: Config) -> Transition:
+def num_trained(config: Config) -> int:
+    """Return N, the steps that can be trained: all sampler steps but the last."""
+    s = config.sampling
+    return (len(s.merge) if s.merge else s.steps) - 1
+
+
+def num_planned(config: Config) -> int:
+    """Return the steps that the chunk plan covers: those of the window."""
+    window = config.sampling.window
+    return num_trained(config) if window.kind in ("all", "chunk") else window.size
+
+
+def build_transition(config: Config) -> Kernel:
     """Return the stochastic transition that rollout and algorithm share."""
     from chunkgrpo.core import sde
 
     s = config.sampling
+    if s.diffusion == "cps":
+        return sde.CpsTransition(s.eta)
     diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
     return sde.Transition(diffusion)
 
@@ -359,7 +424,7 @@ def measure_dynamics(
     config: Config,
     policy: PipelinePolicy,
     sigmas: Tensor,
-    transition: Transition,
+    transition: Kernel,
     prompts: Sequence[str],
 ) -> Tensor:
     """Roll out one trajectory a prompt, seeds 0, 1, ..., and return its dynamics [B, N]."""
@@ -380,7 +445,7 @@ def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
     """
     from chunkgrpo.core import chunks
 
-    c, trained = config.chunks, config.sampling.steps - 1
+    c, trained = config.chunks, num_planned(config)
     if c.plan == "explicit":
         return chunks.explicit_plan(c.sizes or (), trained)
     if c.plan == "equal":
@@ -431,6 +496,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core import chunks
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
+    from chunkgrpo.core.objectives import Clip, KlMask, NoTrustRegion
     from chunkgrpo.rewards import make_reward
     from chunkgrpo.train import Trainer, TrainSettings
 
@@ -458,8 +524,14 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         "softmax": lambda: chunks.WeightedSelection(c.fraction, softmax=True),
         "listed": lambda: chunks.ListedSelection(c.indices or ()),
     }
+    trust = {
+        "clip": lambda: Clip(o.clip_low, o.clip_high),
+        "kl_mask": lambda: KlMask(o.kl_threshold),
+        "none": NoTrustRegion,
+    }
+    plan = build_plan(config, curve)
     algorithm = ChunkGRPO(
-        plan=build_plan(config, curve),
+        plan=plan,
         transition=transition,
         selection=selections[c.selection](),
         clip_low=o.clip_low,
@@ -468,6 +540,13 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         micro_batch=o.micro_batch,
         anchor=o.anchor,
         kl_coefficient=o.kl,
+        kl_form=o.kl_form,
+        old_kl_coefficient=o.old_kl,
+        trust=trust[o.trust](),
+        ratio=o.ratio,
+        inner_weights=o.inner_weights,
+        outer_weights=o.outer_weights,
+        consistency=o.consistency,
     )
     settings = TrainSettings(
         iterations=config.iterations,
@@ -477,6 +556,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         rollout_batch=s.batch_size,
         advantage=o.advantage,
         advantage_clip=o.advantage_clip,
+        credit=o.credit,
         learning_rate=opt.learning_rate,
         betas=opt.betas,
         eps=opt.eps,
@@ -489,5 +569,46 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         seed=config.seed,
     )
     return Trainer(
-        policy, transition, algorithm, sigmas, train, rewards, watch, judge, folder, settings
+        policy,
+        transition,
+        algorithm,
+        sigmas,
+        train,
+        rewards,
+        watch,
+        judge,
+        folder,
+        settings,
+        windows=build_windows(config, plan),
+        prefix=s.window.prefix,
+        tail=build_tail(config),
     )
+
+
+def build_windows(config: Config, plan: ChunkPlan) -> WindowSchedule | None:
+    """Return the schedule of windows; None where all steps are stochastic."""
+    from chunkgrpo.core import windows
+
+    w, trained = config.sampling.window, num_trained(config)
+    if w.kind == "all":
+        return None
+    if w.kind == "fixed":
+        return windows.FixedWindow(w.start, w.size, trained)
+    if w.kind == "random":
+        return windows.RandomWindow(w.size, trained, w.low, w.high)
+    if w.kind == "sliding":
+        return windows.SlidingWindow(w.size, trained, w.every, w.stride, w.decay)
+    if not config.sampling.same_noise:
+        raise ConfigError(
+            "sampling.window.kind 'chunk' compares images that branch from one state, so a group "
+            "must start from one noise; set sampling.same_noise to true"
+        )
+    return windows.ChunkWindow(plan, w.indices)
+
+
+def build_tail(config: Config) -> Tail | None:
+    """Return the solver of the steps after the window."""
+    from chunkgrpo.runtime.solvers import MultistepTail
+
+    w = config.sampling.window
+    return MultistepTail(w.tail_fraction) if w.tail == "dpm" else None

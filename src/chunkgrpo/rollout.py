@@ -3,25 +3,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Generator, Tensor
 
 from chunkgrpo.core.schedules import validate_sigmas
-from chunkgrpo.core.sde import Transition, predict_clean
+from chunkgrpo.core.sde import Kernel, OdeDiffusion, Transition, predict_clean
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
-from chunkgrpo.types import Conditioning, ProgressHook, Trajectory
+from chunkgrpo.types import ProgressHook, Trajectory
 
-# Axis names: B samples, M samples of one forward, N transitions.
+# Axis names: B samples, R rows that still differ, M samples of one forward, N transitions.
+
+PREFIXES = ("ode", "sde")
+
+Tail = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
+"""Finishes a trajectory without noise: (velocity(x, sigma), x, sigmas that are left) -> x0."""
 
 
 @torch.no_grad()
 def rollout(
     policy: Policy,
     prompts: Sequence[str],
-    transition: Transition,
+    transition: Kernel,
     sigmas: Tensor,
     group_size: int,
     generator: Generator | None = None,
@@ -29,38 +34,60 @@ def rollout(
     seeds: Sequence[int] | None = None,
     same_noise: bool = False,
     batch_size: int = 64,
+    window: range | None = None,
+    prefix: str = "ode",
+    tail: Tail | None = None,
+    keep_velocities: bool = False,
     progress: ProgressHook | None = None,
 ) -> Trajectory:
     """Sample ``group_size`` images of each prompt and keep what training needs.
 
-    Every step but the last draws from ``transition``; the last is deterministic, x0 = x - sigma v,
-    and is not stored. Each sample owns its random streams, so ``batch_size`` and the order of
-    prompts change nothing but rounding.
+    Every step of the window but the last of the schedule draws from ``transition``; the last is
+    deterministic, x0 = x - sigma v, and is not stored. Each sample owns its random streams, so
+    ``batch_size`` and the order of prompts change nothing but rounding.
+
+    Where a group starts from one noise and all steps before the window are shared too, its members
+    are one row until the window begins: the window's first state is a branching point, and the
+    prefix costs a network row per prompt, not per sample.
 
     Args:
         policy: The sampling policy.
         prompts: P prompts.
         transition: Shared with the algorithm, so that sampling and training can not disagree.
-        sigmas: [K+1] decreasing to 0; K-1 transitions are trained.
+        sigmas: [K+1] decreasing to 0; K-1 transitions can be trained.
         group_size: G >= 1 samples a prompt.
         generator: Source of the samples' seeds where ``seeds`` is None.
         seeds: One per sample, prompt-major.
-        same_noise: Start the whole group from one noise; the first velocity, which the group then
-            shares, is computed once a prompt.
+        same_noise: Start the whole group from one noise.
         batch_size: Most samples in one forward.
-        progress: Called after each forward with (done, total) network rows.
+        window: Sampler steps that are stochastic, stored and trained, within 0..K-2; all of them
+            where None. Outside it, steps follow the ODE.
+        prefix: ``"ode"``, or ``"sde"``: steps before the window draw noise too, and where the group
+            shares its first noise it shares this noise as well.
+        tail: Solver of the steps after the window; Euler where None.
+        keep_velocities: Store the sampling policy's velocities.
+        progress: Called after each forward with (done, expected) network rows.
 
     Returns:
         The trajectory, prompt-major.
 
     Raises:
-        ValueError: If the schedule, the group size or the seeds do not fit.
+        ValueError: If the schedule, the window, the group size or the seeds do not fit.
     """
     sigmas = validate_sigmas(sigmas).to(policy.device)
     num_prompts = len(prompts)
     num_samples = num_prompts * group_size
+    num_steps = len(sigmas) - 1
     if num_prompts < 1 or group_size < 1:
         raise ValueError(f"need at least one prompt and one image, got {num_prompts}, {group_size}")
+    window = range(num_steps - 1) if window is None else window
+    if not (0 <= window.start < window.stop < num_steps and window.step == 1):
+        raise ValueError(
+            f"the window of stochastic steps is {window}, but a schedule of {num_steps} steps has "
+            f"the trained steps 0 to {num_steps - 2}; move or shorten it"
+        )
+    if prefix not in PREFIXES:
+        raise ValueError(f"the prefix is {prefix!r}; it must be one of {', '.join(PREFIXES)}")
     if seeds is None:
         base = int(torch.randint(2**62, (), generator=generator))
         seeds = [derive_seed(base, b) for b in range(num_samples)]
@@ -68,27 +95,35 @@ def rollout(
         raise ValueError(f"{len(seeds)} seeds for {num_samples} samples; give one a sample")
 
     conditioning = policy.encode(prompts).repeat_interleave(group_size)
-    if same_noise:
-        first = NoiseSource([seeds[b - b % group_size] for b in range(num_samples)])
-    else:
-        first = NoiseSource([derive_seed(seed, 1) for seed in seeds])
-    source = NoiseSource(list(seeds) if not same_noise else [derive_seed(s, 2) for s in seeds])
-    num_steps = len(sigmas) - 1
-    x_B = sigmas[0] * first.draw(policy.latent_shape, policy.device)
-    states_BN = torch.empty(
-        (num_samples, num_steps, *policy.latent_shape), dtype=torch.float32, device=policy.device
-    )
-    log_prob_BN = torch.zeros((num_samples, num_steps - 1), device=policy.device)
+    # Members of a group are one row until noise of their own tells them apart.
+    fold = group_size if same_noise else 1
+    rows = seeds[::fold]
+    first = NoiseSource(list(rows) if same_noise else [derive_seed(seed, 1) for seed in rows])
+    before = NoiseSource([derive_seed(seed, 3) for seed in rows])
+    inside = NoiseSource([derive_seed(s, 2) for s in seeds] if same_noise else list(seeds))
+    ode = Transition(OdeDiffusion())
+    latent, device = policy.latent_shape, policy.device
+    num_trained = len(window)
+    states_BN = torch.empty((num_samples, num_trained + 1, *latent), device=device)
+    velocities_BN = None
+    if keep_velocities:
+        velocities_BN = torch.empty((num_samples, num_trained, *latent), device=device)
+    log_prob_BN = torch.zeros((num_samples, num_trained), device=device)
+    x_R = sigmas[0] * first.draw(latent, device)
     num_evaluations = 0
-    total = num_samples * (num_steps - 1) + (num_prompts if same_noise else num_samples)
+    shared_steps = window.start + 1
+    total = num_samples // fold * shared_steps + num_samples * (num_steps - shared_steps)
 
-    def velocity(x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         nonlocal num_evaluations
+        step = num_samples // len(x)
+        rows_of = conditioning[::step] if step > 1 else conditioning
         parts = []
         for start in range(0, len(x), batch_size):
-            rows = slice(start, start + batch_size)
-            part = x[rows]
-            parts.append(policy.velocity(part, sigma.expand(len(part)), conditioning[rows]))
+            part = x[start : start + batch_size]
+            parts.append(
+                policy.velocity(part, sigma.expand(len(part)), rows_of[start : start + batch_size])
+            )
             num_evaluations += len(part)
             if progress:
                 progress(num_evaluations, total)
@@ -96,27 +131,39 @@ def rollout(
 
     for i in range(num_steps):
         sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        states_BN[:, i] = x_B
-        if i == 0 and same_noise:
-            one = slice(None, None, group_size)
-            v_B = velocity(x_B[one], sigma, conditioning[one]).repeat_interleave(group_size, 0)
-        else:
-            v_B = velocity(x_B, sigma, conditioning)
-        if i == num_steps - 1:
-            x_B = predict_clean(x_B, v_B, sigma)
+        if i == window.stop and tail is not None:
+            states_BN[:, num_trained] = x_R
+            x_R = tail(velocity, x_R, sigmas[i:])
             break
-        step = transition(x_B, v_B, sigma, sigma_next)
-        if step.has_density:
-            x_B = step.sample(noise=source.draw(policy.latent_shape, policy.device)).float()
-            log_prob_BN[:, i] = step.log_prob_per_dim(x_B).float()
+        v_R = velocity(x_R, sigma)
+        if i in window and len(x_R) < num_samples:
+            x_R, v_R = x_R.repeat_interleave(fold, 0), v_R.repeat_interleave(fold, 0)
+        if window.start <= i <= window.stop:
+            states_BN[:, i - window.start] = x_R
+        if i in window and velocities_BN is not None:
+            velocities_BN[:, i - window.start] = v_R
+        if i == num_steps - 1:
+            x_R = predict_clean(x_R, v_R, sigma)
+        elif i in window:
+            step = transition(x_R, v_R, sigma, sigma_next)
+            if step.has_density:
+                x_R = step.sample(noise=inside.draw(latent, device)).float()
+                log_prob_BN[:, i - window.start] = step.log_prob_per_dim(x_R).float()
+            else:
+                x_R = step.mean.float()
+        elif i < window.start and prefix == "sde":
+            step = transition(x_R, v_R, sigma, sigma_next)
+            x_R = step.sample(noise=before.draw(latent, device)).float()
         else:
-            x_B = step.mean.float()
+            x_R = ode(x_R, v_R, sigma, sigma_next).mean.float()
     return Trajectory(
         states=states_BN,
         sigmas=sigmas,
         old_log_prob=log_prob_BN,
-        final=x_B.float(),
+        final=x_R.float(),
         conditioning=conditioning,
         num_prompts=num_prompts,
         num_evaluations=num_evaluations,
+        offset=window.start,
+        velocities=velocities_BN,
     )

@@ -8,7 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ import torch
 from torch import Generator, Tensor
 
 from chunkgrpo.algorithms.protocol import Algorithm
-from chunkgrpo.core.credit import group_advantages
+from chunkgrpo.core.chunks import ChunkPlan
+from chunkgrpo.core.credit import chunk_advantages, chunk_gains, group_advantages
 from chunkgrpo.core.dynamics import mean_curve
-from chunkgrpo.core.sde import Transition
+from chunkgrpo.core.sde import Kernel, predict_clean
+from chunkgrpo.core.windows import ChunkWindow, WindowSchedule, restrict_plan
 from chunkgrpo.evaluate import Evaluation, evaluate
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
@@ -26,7 +28,7 @@ from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
 from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards import score
 from chunkgrpo.rewards.protocol import Reward
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -37,7 +39,7 @@ from chunkgrpo.runtime.checkpoints import (
 )
 from chunkgrpo.runtime.ema import Ema
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import Experience
+from chunkgrpo.types import Experience, RewardBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class TrainSettings:
         rollout_batch: Most samples in one rollout forward.
         advantage: Convention of the advantages (``core.credit.CONVENTIONS``).
         advantage_clip: Largest absolute advantage.
+        credit: ``"trajectory"`` credits every chunk with the image's reward; ``"gain"`` each chunk
+            with what it added to the reward of the predicted clean image.
         learning_rate, betas, eps, weight_decay: Of AdamW.
         warmup: Optimizer steps of linear warm-up.
         max_grad_norm: Gradient clipping.
@@ -68,6 +72,7 @@ class TrainSettings:
     rollout_batch: int = 96
     advantage: str = "group_std"
     advantage_clip: float = 5.0
+    credit: str = "trajectory"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -94,10 +99,13 @@ class Trainer:
         folder: The run directory.
         settings: See :class:`TrainSettings`.
         on_iteration: Called with every metrics record.
+        windows: Which steps are stochastic and trained; all where None. With a ``ChunkWindow`` the
+            algorithm's plan covers all steps, else it covers the window.
+        prefix, tail: How the steps before and after the window are taken, see ``rollout``.
     """
 
     policy: Policy
-    transition: Transition
+    transition: Kernel
     algorithm: Algorithm
     sigmas: Tensor
     prompts: PromptSet
@@ -107,6 +115,9 @@ class Trainer:
     folder: Path
     settings: TrainSettings = field(default_factory=TrainSettings)
     on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
+    windows: WindowSchedule | None = None
+    prefix: str = "ode"
+    tail: Tail | None = None
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -149,6 +160,7 @@ class Trainer:
         clock = PhaseClock(self.policy.device)
         generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
         prompts = self.prompts.batch(self.iteration, s.num_prompts, derive_seed(s.seed, 1))
+        algorithm, window = self.plan_iteration(generator)
         trajectory = rollout(
             self.policy,
             prompts,
@@ -158,27 +170,36 @@ class Trainer:
             generator,
             same_noise=s.same_noise,
             batch_size=s.rollout_batch,
+            window=window,
+            prefix=self.prefix,
+            tail=self.tail,
+            keep_velocities=algorithm.needs_velocities or s.credit == "gain",
         )
         clock.lap("rollout")
         images = self.policy.decode(trajectory.final)
         clock.lap("decode")
-        rewards = score(self.rewards, images, [p for p in prompts for _ in range(s.group_size)])
-        clock.lap("reward")
+        repeated = [p for p in prompts for _ in range(s.group_size)]
+        rewards = score(self.rewards, images, repeated)
         advantages = group_advantages(
             rewards.total, len(prompts), s.advantage, clip=s.advantage_clip
         )
-        experience = Experience(trajectory, advantages.values.to(trajectory.states.device))
+        credit = advantages.values
+        if s.credit == "gain":
+            gains_BC = self.gains(trajectory, plan_of(algorithm), rewards, repeated)
+            credit = chunk_advantages(gains_BC, len(prompts), s.advantage, s.advantage_clip)
+        clock.lap("reward")
+        experience = Experience(trajectory, credit.to(trajectory.states.device))
         parts: list[Mapping[str, Tensor]] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
-        for part in self.algorithm.losses(self.policy, experience, generator):
+        for part in algorithm.losses(self.policy, experience, generator):
             part.loss.backward()
             losses.append(part.loss.detach())
             parts.append(part.diagnostics)
             if part.ends_update:
                 norms.append(self.update())
         clock.lap("train")
-        pairs = sum(len(d["sample"]) for d in parts)
+        pairs = sum(len(d["sample"]) for d in parts if "sample" in d)
         idle = sum(len(d["idle"]) for d in parts if "idle" in d)
         record: dict[str, Any] = {
             "reward_mean": rewards.total.mean(),
@@ -192,11 +213,42 @@ class Trainer:
             "rollout_evaluations": trajectory.num_evaluations,
             "trained_pairs": pairs - idle,
             "idle_pairs": idle,
+            "window": [window.start, window.stop] if window else None,
         }
+        if s.credit == "gain":
+            record["chunk_gain"] = gains_BC.mean(0).tolist()
         record |= summarise(parts, trajectory.num_trained)
         seconds = clock.seconds()
         images_per_second = trajectory.num_samples / sum(seconds.values())
         return record | {"phase_seconds": seconds, "images_per_second": images_per_second}
+
+    def plan_iteration(self, generator: Generator) -> tuple[Algorithm, range | None]:
+        """Choose the iteration's window, and the algorithm whose plan fits it."""
+        if self.windows is None:
+            return self.algorithm, None
+        window = self.windows(self.iteration, generator)
+        if not isinstance(self.windows, ChunkWindow):
+            return self.algorithm, window
+        plan = restrict_plan(plan_of(self.algorithm), window)
+        return replace(self.algorithm, plan=plan), window  # type: ignore[type-var]
+
+    def gains(
+        self,
+        trajectory: Trajectory,
+        plan: ChunkPlan,
+        rewards: RewardBatch,
+        prompts: Sequence[str],
+    ) -> Tensor:
+        """Score the clean prediction where each chunk begins; return the chunks' gains [B, C]."""
+        assert trajectory.velocities is not None
+        columns = []
+        for start in plan.starts:
+            sigma = trajectory.trained_sigmas[start]
+            clean = predict_clean(
+                trajectory.states[:, start], trajectory.velocities[:, start], sigma
+            )
+            columns.append(score(self.rewards, self.policy.decode(clean), prompts).total)
+        return chunk_gains(torch.stack([*columns, rewards.total], dim=1))
 
     def update(self) -> Tensor:
         """Clip, step, average; return the gradient's norm before clipping."""
@@ -283,6 +335,21 @@ class Trainer:
             signal.signal(signal.SIGINT, before)
 
 
+def plan_of(algorithm: Algorithm) -> ChunkPlan:
+    """Return an algorithm's chunk plan.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    plan = getattr(algorithm, "plan", None)
+    if plan is None:
+        raise ValueError(
+            f"{type(algorithm).__name__} does not work on chunks of steps, so chunks cannot be "
+            "credited or branched at; use credit 'trajectory' and no chunk window"
+        )
+    return plan
+
+
 class PhaseClock:
     """Seconds by phase; waits for the device only at the end of a phase."""
 
@@ -336,6 +403,7 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
         record["chunk_clip_fraction"] = [
             joined["cut"][m].float().mean().item() if m.any() else None for m in chunks
         ]
-    if "reference_kl" in joined:
-        record["reference_kl"] = joined["reference_kl"].mean()
+    for name in ("reference_kl", "consistency"):
+        if name in joined:
+            record[name] = joined[name].mean()
     return record

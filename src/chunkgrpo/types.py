@@ -59,7 +59,7 @@ class Trajectory:
     """What a rollout leaves behind.
 
     Attributes:
-        states: [B, N+1, *latent] float32; ``states[:, i]`` is the latent at ``sigmas[i]``.
+        states: [B, N+1, *latent] float32; ``states[:, i]`` is the latent at ``sigmas[offset + i]``.
         sigmas: [K+1], from 1 (noise) to 0.
         old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
             policy.
@@ -67,6 +67,9 @@ class Trajectory:
         conditioning: One row per sample.
         num_prompts: P.
         num_evaluations: Network rows evaluated to make it.
+        offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
+        velocities: [B, N, *latent], what the sampling policy predicted at ``states[:, :-1]``; kept
+            only where an algorithm compares means or clean predictions with it.
     """
 
     states: Tensor
@@ -76,6 +79,13 @@ class Trajectory:
     conditioning: Conditioning
     num_prompts: int
     num_evaluations: int
+    offset: int = 0
+    velocities: Tensor | None = None
+
+    @property
+    def trained_sigmas(self) -> Tensor:
+        """Noise levels of ``states``, [N+1]."""
+        return self.sigmas[self.offset : self.offset + self.num_trained + 1]
 
     @property
     def num_samples(self) -> int:

@@ -2,7 +2,8 @@
 """Chunk-GRPO (arXiv:2510.21583): one clipped importance ratio per chunk of steps.
 
 Step-level GRPO is a plan of chunks of one and sequence-level GRPO a plan of one chunk; neither is
-code of its own.
+code of its own. Nor are the neighbours that differ in the ratio's form, the trust region or the
+weights of steps: all are this loss with other parts.
 """
 
 from __future__ import annotations
@@ -16,49 +17,79 @@ from torch import Generator, Tensor
 
 from chunkgrpo.core.chunks import ChunkPlan, Selection, UniformSelection, chosen_mask
 from chunkgrpo.core.objectives import (
-    chunk_log_ratio,
-    clipped_surrogate,
-    gradient_is_cut,
+    INNER_WEIGHTS,
+    OUTER_WEIGHTS,
+    RATIO_FORMS,
+    Clip,
+    TrustRegion,
+    k3_kl,
+    k3_slope,
+    ratio_scale,
+    region_slope,
     step_coefficients,
-    surrogate_slope,
+    transition_scale,
 )
-from chunkgrpo.core.sde import Gaussian, Transition
+from chunkgrpo.core.sde import Gaussian, Kernel
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.types import Experience, LossPart, Trajectory
 
 # Axis names: B samples, N transitions, C chunks, S samples of one update, Q (sample, step) pairs.
 
 ANCHORS = ("rollout", "replay")
+KL_FORMS = ("transition", "rate")
+
+Pairs = tuple[Tensor, Tensor]
+"""Sample and step of Q (sample, step) pairs."""
 
 
 @dataclass(frozen=True)
 class ChunkGRPO:
     r"""The chunk-level clipped surrogate with its exact, memory-bounded gradient.
 
-    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{chosen}}
-              \max(-A_b s_{bj}, -A_b\,\mathrm{clip}(s_{bj}, 1-\epsilon_l, 1+\epsilon_h))
+    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{chosen}} \lambda_{bj}
+              \max(-A_b s_{bj}, -A_b\,\mathrm{clip}(s_{bj}, 1-\epsilon_l, 1+\epsilon_h)),
+              \qquad \log s_{bj} = \frac{1}{cs_j} \sum_{i \in ch_j} a_i
+              (\ell_{bi} - \ell^{old}_{bi} + b_{bi})
 
-    with S samples per update, M chosen chunks per sample, and :math:`s_{bj}` the chunk's ratio
-    (:func:`~chunkgrpo.core.objectives.chunk_log_ratio`). A pass without gradient finds the ratios
-    (none is needed while the policy is still the one the anchor was computed with); the second
-    back-propagates (sample, step) pairs in equal micro-batches of any size, so memory does not
-    depend on how long chunks are.
+    with S samples per update and M chosen chunks per sample. As published for Chunk-GRPO, a = 1,
+    b = 0 and lambda = 1; ``ratio``, ``inner_weights``, ``outer_weights``, ``trust`` and the
+    selection's own weights change them. A pass without gradient finds the ratios (none is needed
+    while the policy is still the one the anchor was computed with); the second back-propagates
+    (sample, step) pairs in equal micro-batches of any size, so memory does not depend on how long
+    chunks are.
 
     Args:
         plan: How the trained steps form chunks.
         transition: The one the rollout used.
         selection: Which chunks of a sample are trained.
-        clip_low, clip_high: Clip range of the ratio, below and above 1.
+        clip_low, clip_high: Clip range of the ratio, below and above 1; unused with ``trust``.
         num_updates: Optimizer steps per rollout; samples are dealt to them at random.
         micro_batch: (sample, step) pairs per forward and backward.
         anchor: ``"rollout"`` uses the log-densities the rollout computed; ``"replay"`` recomputes
             them in the very micro-batches that will be trained, so that ratios start at exactly 1
             in any precision, for one more forward a pair.
         kl_coefficient: Weight of KL(new || reference), per dimension, averaged over trained pairs.
+        kl_form: ``"transition"``, the KL between the two transitions, or ``"rate"``, that times
+            dt (Flow-GRPO divides by g^2 and not by g^2 dt).
+        old_kl_coefficient: Weight of the k3 estimate of KL to the sampling policy, per chunk.
+        trust: Trust region in place of the clip.
+        ratio: Form of the ratio, see :func:`~chunkgrpo.core.objectives.ratio_scale`.
+        inner_weights: ``"equal_kappa"`` weights the steps inside a chunk's ratio.
+        outer_weights: ``"noise_level"`` or ``"inverse_dt"`` weights the loss of a step; of a chunk,
+            with the mean over its steps.
+        consistency: Weight of the temporal consistency term. For neighbouring chunks with first
+            steps i < k it is the mean square of how far the update has moved the two clean-image
+            predictions apart,
+
+            .. math:: \frac1D \| (\hat x_0^k - \hat x_0^i) - (\hat x_0^{k,old} -
+                      \hat x_0^{i,old}) \|^2,
+
+            averaged over samples and neighbours. It is zero, and so is its gradient, until the
+            first update has moved the policy.
     """
 
     plan: ChunkPlan
-    transition: Transition
+    transition: Kernel
     selection: Selection = field(default_factory=UniformSelection)
     clip_low: float = 5e-5
     clip_high: float = 5e-5
@@ -66,6 +97,13 @@ class ChunkGRPO:
     micro_batch: int = 64
     anchor: str = "rollout"
     kl_coefficient: float = 0.0
+    kl_form: str = "transition"
+    old_kl_coefficient: float = 0.0
+    trust: TrustRegion | None = None
+    ratio: str = "per_dimension"
+    inner_weights: str = "none"
+    outer_weights: str = "none"
+    consistency: float = 0.0
 
     needs_trajectory = True
 
@@ -75,13 +113,35 @@ class ChunkGRPO:
                 "Chunk-GRPO needs a density of each trained step, and an ODE step (eta 0) has "
                 "none; use a flow or dance diffusion with eta > 0"
             )
-        if self.anchor not in ANCHORS:
-            raise ValueError(f"unknown anchor {self.anchor!r}; known: {', '.join(ANCHORS)}")
+        for name, value, known in (
+            ("anchor", self.anchor, ANCHORS),
+            ("KL form", self.kl_form, KL_FORMS),
+            ("ratio form", self.ratio, RATIO_FORMS),
+            ("inner weighting", self.inner_weights, INNER_WEIGHTS),
+            ("outer weighting", self.outer_weights, OUTER_WEIGHTS),
+        ):
+            if value not in known:
+                raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
         if self.num_updates < 1 or self.micro_batch < 1:
             raise ValueError(
                 f"num_updates and micro_batch must be at least 1, got {self.num_updates} and "
                 f"{self.micro_batch}"
             )
+
+    @property
+    def region(self) -> TrustRegion:
+        """The trust region in force."""
+        return self.trust or Clip(self.clip_low, self.clip_high)
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the mean of each step is compared with the sampling policy's."""
+        return self.ratio == "guard" or self.region.needs_divergence
+
+    @property
+    def needs_velocities(self) -> bool:
+        """Whether the rollout must keep the sampling policy's velocities."""
+        return self.needs_divergence or self.consistency > 0
 
     def losses(
         self, policy: Policy, experience: Experience, generator: Generator
@@ -94,151 +154,242 @@ class ChunkGRPO:
             raise ValueError(
                 f"{self.num_updates} updates need as many samples, the rollout has {num_samples}"
             )
+        if self.needs_velocities and trajectory.velocities is None:
+            raise ValueError(
+                "this objective compares the policy's predictions with those of the sampling "
+                "policy, and the rollout kept none; roll out with keep_velocities=True"
+            )
         # Everything that decides which pairs are trained stays on the CPU, with the generator.
-        chosen_BM = self.selection(plan, trajectory.dynamics.cpu(), generator)
+        curve_BN = trajectory.dynamics.cpu()
+        chosen_BM = self.selection(plan, curve_BN, generator)
         mask_BC = chosen_mask(chosen_BM, plan.num_chunks)
+        weight_BC = self.selection.loss_weights(plan, curve_BN, chosen_BM)
         order = torch.randperm(num_samples, generator=generator)
         shares = order.chunk(self.num_updates)
         batches = [self._pairs(share, mask_BC, plan, generator) for share in shares]
-        old_BN = trajectory.old_log_prob
+        old = _Anchor(trajectory.old_log_prob, torch.zeros_like(trajectory.old_log_prob))
         if self.anchor == "replay":
-            old_BN = self._log_probs(policy, trajectory, list(chain(*batches)))
+            replayed = self._measure(policy, trajectory, list(chain(*batches)), old)
+            old = _Anchor(replayed.log_prob, old.divergence)
+        scales = _Scales.of(self, trajectory, plan)
         for update, (share, batch) in enumerate(zip(shares, batches, strict=True)):
             # Only the moved policy can have ratios other than 1.
-            new_BN = self._log_probs(policy, trajectory, batch, old_BN) if update else old_BN
-            yield from self._update(policy, experience, plan, share, batch, mask_BC, old_BN, new_BN)
-
-    def _update(
-        self,
-        policy: Policy,
-        experience: Experience,
-        plan: ChunkPlan,
-        share_S: Tensor,
-        batch: list[tuple[Tensor, Tensor]],
-        mask_BC: Tensor,
-        old_BN: Tensor,
-        new_BN: Tensor,
-    ) -> Iterator[LossPart]:
-        """Yield the pieces of one optimizer step, ratios already known in ``new_BN``."""
-        trajectory, advantages = experience.trajectory, experience.advantages
-        clip = (self.clip_low, self.clip_high)
-        mask = mask_BC.to(old_BN.device)
-        log_ratio_BC = chunk_log_ratio(new_BN, old_BN, plan)
-        denominator = int(mask_BC[share_S].sum())
-        slope_BC = surrogate_slope(log_ratio_BC, advantages, *clip)
-        coefficient_BN = step_coefficients(mask, slope_BC, plan, denominator)
-        # Each step carries its part of the chunk's loss, so that the pieces sum to the loss.
-        value_BC = clipped_surrogate(log_ratio_BC, advantages, *clip)
-        value_BN = step_coefficients(mask, value_BC, plan, denominator)
-        cut_BC = gradient_is_cut(log_ratio_BC, _per_chunk(advantages, plan), *clip)
-        num_pairs = sum(len(pairs[0]) for pairs in batch)
-        # Chunks that are cut and groups of equal rewards pull nowhere: no need to go there.
-        idle = None
-        if self.kl_coefficient == 0:
-            batch, idle = self._without_idle(batch, coefficient_BN)
-        for index, pairs in enumerate(batch):
-            log_prob, step = self._log_prob(policy, trajectory, pairs)
-            weight = coefficient_BN[pairs]
-            loss = (weight * (log_prob - log_prob.detach())).sum() + value_BN[pairs].sum()
-            diagnostics = {
-                "sample": pairs[0],
-                "step": pairs[1],
-                "log_ratio": log_prob.detach() - old_BN[pairs],
-            }
-            if self.kl_coefficient > 0:
-                with torch.no_grad(), policy.reference():
-                    reference = self._transition(policy, trajectory, pairs)
-                kl = step.kl_per_dim(reference)
-                loss = loss + self.kl_coefficient * kl.sum() / num_pairs
-                diagnostics["reference_kl"] = kl.detach()
-            ends = idle is None and index == len(batch) - 1
-            if ends:
-                diagnostics |= _chunk_diagnostics(share_S, mask_BC, log_ratio_BC, cut_BC)
-            yield LossPart(loss, ends, diagnostics)
-        if idle is not None:
-            nothing = 0.0 * policy.parameters()[0].float().sum()
-            diagnostics = {
-                "sample": idle[0],
-                "step": idle[1],
-                "log_ratio": new_BN[idle] - old_BN[idle],
-                "idle": torch.ones(len(idle[0])),
-            }
-            diagnostics |= _chunk_diagnostics(share_S, mask_BC, log_ratio_BC, cut_BC)
-            yield LossPart(nothing + value_BN[idle].sum(), True, diagnostics)
-
-    def _without_idle(
-        self, batch: list[tuple[Tensor, Tensor]], coefficient_BN: Tensor
-    ) -> tuple[list[tuple[Tensor, Tensor]], tuple[Tensor, Tensor] | None]:
-        """Take out the pairs whose coefficient is 0; return the others in equal micro-batches."""
-        sample = torch.cat([pairs[0] for pairs in batch])
-        step = torch.cat([pairs[1] for pairs in batch])
-        alive = (coefficient_BN[sample, step] != 0).cpu()
-        if alive.all():
-            return batch, None
-        left, at = sample[alive], step[alive]
-        num_batches = -(-len(at) // self.micro_batch)
-        parts = (
-            list(zip(left.tensor_split(num_batches), at.tensor_split(num_batches), strict=True))
-            if num_batches
-            else []
-        )
-        return parts, (sample[~alive], step[~alive])
+            new = self._measure(policy, trajectory, batch, old) if update else old
+            step = _Update(self, experience, plan, share, mask_BC, weight_BC, scales, old, new)
+            yield from step.parts(policy, batch, moved=update > 0)
 
     def _pairs(
         self, share_S: Tensor, mask_BC: Tensor, plan: ChunkPlan, generator: Generator
-    ) -> list[tuple[Tensor, Tensor]]:
+    ) -> list[Pairs]:
         """List the (sample, step) pairs of one update, in equal micro-batches."""
         row, step = mask_BC[share_S][:, plan.chunk_of_step].nonzero(as_tuple=True)
         sample = share_S[row]
-        num_batches = -(-len(step) // self.micro_batch)
         # Shuffled, so that every micro-batch holds all noise levels and all are alike in size.
         order = torch.randperm(len(step), generator=generator)
-        return [(sample[part], step[part]) for part in order.tensor_split(num_batches)]
+        return self.split((sample[order], step[order]), self.micro_batch)
+
+    @staticmethod
+    def split(pairs: Pairs, size: int) -> list[Pairs]:
+        """Cut pairs into the fewest equal micro-batches of at most ``size``."""
+        number = -(-len(pairs[0]) // size)
+        if not number:
+            return []
+        return list(zip(pairs[0].tensor_split(number), pairs[1].tensor_split(number), strict=True))
 
     @torch.no_grad()
-    def _log_probs(
-        self,
-        policy: Policy,
-        trajectory: Trajectory,
-        batch: list[tuple[Tensor, Tensor]],
-        elsewhere_BN: Tensor | None = None,
-    ) -> Tensor:
-        """Return the present policy's log-probabilities of some pairs, [B, N]."""
-        filled_BN = (trajectory.old_log_prob if elsewhere_BN is None else elsewhere_BN).clone()
+    def _measure(
+        self, policy: Policy, trajectory: Trajectory, batch: list[Pairs], start: _Anchor
+    ) -> _Anchor:
+        """Return the present policy's log-probabilities and divergences of some pairs, [B, N]."""
+        filled = _Anchor(start.log_prob.clone(), start.divergence.clone())
         for pairs in batch:
-            filled_BN[pairs] = self._log_prob(policy, trajectory, pairs)[0]
-        return filled_BN
+            step = self.step_of(policy, trajectory, pairs)
+            filled.log_prob[pairs] = self.log_prob(trajectory, pairs, step)
+            if self.needs_divergence:
+                filled.divergence[pairs] = self.divergence(trajectory, pairs, step)
+        return filled
 
-    def _transition(
-        self, policy: Policy, trajectory: Trajectory, pairs: tuple[Tensor, Tensor]
-    ) -> Gaussian:
+    def step_of(self, policy: Policy, trajectory: Trajectory, pairs: Pairs) -> Gaussian:
         """Return the current policy's transition of each pair."""
         sample, step = pairs
+        x, sigmas = trajectory.states[sample, step], trajectory.trained_sigmas
+        v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
+        return self.transition(x, v, sigmas[step], sigmas[step + 1])
+
+    def log_prob(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
+        """Return each pair's log-probability per dimension, [Q]."""
+        return step.log_prob_per_dim(trajectory.states[pairs[0], pairs[1] + 1]).float()
+
+    def divergence(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
+        """Return each pair's KL(new || sampling policy) per dimension, [Q]."""
+        assert trajectory.velocities is not None
+        sigmas = trajectory.trained_sigmas
+        before = self.transition(
+            trajectory.states[pairs], trajectory.velocities[pairs], sigmas[pairs[1]],
+            sigmas[pairs[1] + 1],
+        )  # fmt: skip
+        return step.kl_per_dim(before).float()
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """Log-probabilities per dimension and divergences from the sampling policy, [B, N] each."""
+
+    log_prob: Tensor
+    divergence: Tensor
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Numbers per step that are known before training.
+
+    Attributes:
+        inner_N: a, the factor of a step's log-ratio inside its chunk.
+        outer_C: lambda, the factor of a chunk's loss.
+        kl_N: Factor of a step's KL to the reference.
+    """
+
+    inner_N: Tensor
+    outer_C: Tensor
+    kl_N: Tensor
+
+    @staticmethod
+    def of(algorithm: ChunkGRPO, trajectory: Trajectory, plan: ChunkPlan) -> _Scales:
+        sigmas = trajectory.trained_sigmas
+        dt_N = sigmas[:-1] - sigmas[1:]
+        std_N = algorithm.transition.std(sigmas[:-1], sigmas[1:])
+        num_elements = trajectory.final[0].numel()
+        kappa_N = transition_scale(algorithm.transition, sigmas)
+        inner_N = ratio_scale(algorithm.ratio, std_N, num_elements)
+        inner_N = inner_N * INNER_WEIGHTS[algorithm.inner_weights](kappa_N)
+        outer_N = OUTER_WEIGHTS[algorithm.outer_weights](std_N, dt_N)
+        kl_N = dt_N if algorithm.kl_form == "rate" else torch.ones_like(dt_N)
+        return _Scales(inner_N, plan.reduce(outer_N[None])[0], kl_N)
+
+
+@dataclass(frozen=True)
+class _Update:
+    """The pieces of one optimizer step."""
+
+    algorithm: ChunkGRPO
+    experience: Experience
+    plan: ChunkPlan
+    share_S: Tensor
+    mask_BC: Tensor
+    weight_BC: Tensor
+    scales: _Scales
+    old: _Anchor
+    new: _Anchor
+
+    def parts(self, policy: Policy, batch: list[Pairs], moved: bool) -> Iterator[LossPart]:
+        a, plan, scales = self.algorithm, self.plan, self.scales
+        advantages = self.experience.advantages
+        bias_BN = self.new.divergence if a.ratio == "guard" else 0.0
+        ratio_BN = scales.inner_N * (self.new.log_prob - self.old.log_prob + bias_BN)
+        log_ratio_BC = plan.reduce(ratio_BN)
+        divergence_BC = plan.reduce(self.new.divergence)
+        region, mask = a.region, self.mask_BC.to(ratio_BN.device)
+        weight_BC = self.weight_BC.to(ratio_BN) * scales.outer_C
+        value_BC = region.value(log_ratio_BC, advantages, divergence_BC)
+        slope_BC = region_slope(region, log_ratio_BC, advantages, divergence_BC)
+        if a.old_kl_coefficient:
+            value_BC = value_BC + a.old_kl_coefficient * k3_kl(log_ratio_BC)
+            slope_BC = slope_BC + a.old_kl_coefficient * k3_slope(log_ratio_BC)
+        denominator = int(self.mask_BC[self.share_S].sum())
+        # Each step carries its part of the chunk's loss, so that the pieces sum to the loss.
+        value_BN = step_coefficients(mask, weight_BC * value_BC, plan, denominator)
+        slope_BN = step_coefficients(mask, weight_BC * slope_BC, plan, denominator)
+        slope_BN = slope_BN * scales.inner_N
+        cut_BC = region.is_cut(log_ratio_BC, advantages, divergence_BC)
+        num_pairs = sum(len(pairs[0]) for pairs in batch)
+        # Chunks that are cut and groups of equal rewards pull nowhere: no need to go there.
+        idle = None
+        if a.kl_coefficient == 0:
+            batch, idle = self.without_idle(batch, slope_BN)
+        neighbours = self.neighbours() if a.consistency > 0 and moved else []
+        number = len(batch) + len(neighbours) + (idle is not None)
+        last = self.chunk_diagnostics(log_ratio_BC, cut_BC)
+        for index in range(number):
+            if index < len(batch):
+                loss, diagnostics = self.pair_part(
+                    policy, batch[index], slope_BN, value_BN, num_pairs
+                )
+            elif index < len(batch) + len(neighbours):
+                loss, diagnostics = self.neighbour_part(policy, neighbours[index - len(batch)])
+            else:
+                assert idle is not None
+                nothing = 0.0 * policy.parameters()[0].float().sum()
+                loss = nothing + value_BN[idle].sum()
+                diagnostics = {
+                    "sample": idle[0],
+                    "step": idle[1],
+                    "log_ratio": self.new.log_prob[idle] - self.old.log_prob[idle],
+                    "idle": torch.ones(len(idle[0])),
+                }
+            ends = index == number - 1
+            yield LossPart(loss, ends, diagnostics | last if ends else diagnostics)
+
+    def pair_part(
+        self, policy: Policy, pairs: Pairs, slope_BN: Tensor, value_BN: Tensor, num_pairs: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        a, trajectory = self.algorithm, self.experience.trajectory
+        step = a.step_of(policy, trajectory, pairs)
+        log_prob = a.log_prob(trajectory, pairs, step)
+        moving = log_prob
+        if a.ratio == "guard":
+            moving = moving + a.divergence(trajectory, pairs, step)
+        loss = (slope_BN[pairs] * (moving - moving.detach())).sum() + value_BN[pairs].sum()
+        diagnostics = {
+            "sample": pairs[0],
+            "step": pairs[1],
+            "log_ratio": log_prob.detach() - self.old.log_prob[pairs],
+        }
+        if a.kl_coefficient > 0:
+            with torch.no_grad(), policy.reference():
+                reference = a.step_of(policy, trajectory, pairs)
+            kl = step.kl_per_dim(reference)
+            weighted = (kl * self.scales.kl_N[pairs[1]]).sum()
+            loss = loss + a.kl_coefficient * weighted / num_pairs
+            diagnostics["reference_kl"] = kl.detach()
+        return loss, diagnostics
+
+    def neighbours(self) -> list[Pairs]:
+        """List (sample, chunk) of neighbouring chunks, ``chunk`` the earlier of the two."""
+        number = self.plan.num_chunks - 1
+        sample = self.share_S.repeat_interleave(number)
+        chunk = torch.arange(number).repeat(len(self.share_S))
+        return self.algorithm.split((sample, chunk), max(1, self.algorithm.micro_batch // 2))
+
+    def neighbour_part(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
+        trajectory = self.experience.trajectory
+        assert trajectory.velocities is not None
+        starts = torch.tensor(self.plan.starts)
+        sample, step = pairs[0].repeat(2), torch.cat([starts[pairs[1]], starts[pairs[1] + 1]])
+        sigma = trajectory.trained_sigmas[step]
         x = trajectory.states[sample, step]
-        sigma, sigma_next = trajectory.sigmas[step], trajectory.sigmas[step + 1]
         v = policy.velocity(x, sigma, trajectory.conditioning[sample])
-        return self.transition(x, v, sigma, sigma_next)
+        # x0 = x - sigma v, so the clean prediction moves by -sigma times the velocity's change.
+        moved = (v - trajectory.velocities[sample, step]).flatten(1) * sigma[:, None]
+        early, late = moved.chunk(2)
+        term = (late - early).square().mean(1)
+        total = len(self.share_S) * (self.plan.num_chunks - 1)
+        loss = self.algorithm.consistency * term.sum() / total
+        return loss, {"consistency": term.detach()}
 
-    def _log_prob(
-        self, policy: Policy, trajectory: Trajectory, pairs: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Gaussian]:
-        """Return each pair's log-probability per dimension and its transition."""
-        step = self._transition(policy, trajectory, pairs)
-        value = trajectory.states[pairs[0], pairs[1] + 1]
-        return step.log_prob_per_dim(value).float(), step
+    def without_idle(
+        self, batch: list[Pairs], slope_BN: Tensor
+    ) -> tuple[list[Pairs], Pairs | None]:
+        """Take out the pairs whose coefficient is 0; return the others in equal micro-batches."""
+        sample = torch.cat([pairs[0] for pairs in batch])
+        step = torch.cat([pairs[1] for pairs in batch])
+        alive = (slope_BN[sample, step] != 0).cpu()
+        if alive.all():
+            return batch, None
+        parts = self.algorithm.split((sample[alive], step[alive]), self.algorithm.micro_batch)
+        return parts, (sample[~alive], step[~alive])
 
-
-def _chunk_diagnostics(
-    share_S: Tensor, mask_BC: Tensor, log_ratio_BC: Tensor, cut_BC: Tensor
-) -> dict[str, Tensor]:
-    """Return the log-ratio of each trained chunk of an update, and whether it is cut."""
-    row, chunk = mask_BC[share_S].nonzero(as_tuple=True)
-    where = (share_S[row].to(log_ratio_BC.device), chunk.to(log_ratio_BC.device))
-    return {"chunk_log_ratio": log_ratio_BC[where], "cut": cut_BC[where], "chunk": chunk}
-
-
-def _per_chunk(advantages: Tensor, plan: ChunkPlan) -> Tensor:
-    """[B] -> [B, C]; [B, C] stays."""
-    if advantages.ndim == 1:
-        return advantages[:, None].expand(-1, plan.num_chunks)
-    return advantages
+    def chunk_diagnostics(self, log_ratio_BC: Tensor, cut_BC: Tensor) -> dict[str, Tensor]:
+        """Return the log-ratio of each trained chunk, and whether it is cut."""
+        row, chunk = self.mask_BC[self.share_S].nonzero(as_tuple=True)
+        where = (self.share_S[row].to(log_ratio_BC.device), chunk.to(log_ratio_BC.device))
+        return {"chunk_log_ratio": log_ratio_BC[where], "cut": cut_BC[where], "chunk": chunk}

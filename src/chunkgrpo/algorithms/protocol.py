@@ -18,9 +18,14 @@ class Algorithm(Protocol):
     Attributes:
         needs_trajectory: True where stored states and their densities are read; False where the
             clean latents suffice.
+        needs_velocities: True where the sampling policy's velocities are read as well.
     """
 
-    needs_trajectory: bool
+    @property
+    def needs_trajectory(self) -> bool: ...
+
+    @property
+    def needs_velocities(self) -> bool: ...
 
     def losses(
         self, policy: Policy, experience: Experience, generator: Generator

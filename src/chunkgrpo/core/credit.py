@@ -273,3 +273,61 @@ def group_advantages(
         spread=torch.where(all_equal_P, 0.0, rewards_PG.std(dim=1)),
         num_zero_spread=all_equal_P.sum(),
     )
+
+
+def chunk_gains(rewards_BE: Tensor) -> Tensor:
+    r"""What each chunk added to the reward of the predicted clean image.
+
+    .. math:: \Delta_j = r(\hat x_0 \text{ at the end of chunk } j)
+              - r(\hat x_0 \text{ at its start})
+
+    The clean-image prediction is the posterior mean of the image, so for a reward that is linear
+    in the latent the gains are exactly what each chunk's noise contributed. For a curved reward a
+    blurred early prediction scores differently from the images it stands for, and the gains are
+    biased: they sum to the final reward minus that of the first prediction either way.
+
+    Args:
+        rewards_BE: Rewards of the predictions at the E = C + 1 chunk boundaries, the last being
+            that of the final image, [B, C+1].
+
+    Returns:
+        [B, C].
+
+    Raises:
+        ValueError: If there is no chunk.
+    """
+    if rewards_BE.ndim != 2 or rewards_BE.shape[1] < 2:
+        raise ValueError(
+            f"boundary rewards have shape {tuple(rewards_BE.shape)}; one column per chunk boundary "
+            "is needed, [B, C+1] with at least one chunk"
+        )
+    return at_least_float32(rewards_BE).diff(dim=1)
+
+
+def chunk_advantages(
+    gains_BC: Tensor,
+    num_prompts: int,
+    convention: str = "group_std",
+    clip: float | None = 5.0,
+) -> Tensor:
+    """Group-relative advantages of each chunk by its own gain.
+
+    Every chunk is compared with the same chunk of its siblings, as :func:`group_advantages` does
+    with the final reward.
+
+    Args:
+        gains_BC: :func:`chunk_gains`, [B, C].
+        num_prompts: P.
+        convention: A name in ``CONVENTIONS``.
+        clip: As in :func:`group_advantages`.
+
+    Returns:
+        [B, C].
+
+    Reference: Stepwise-Flow-GRPO (gains by step); the chunk form is this library's.
+    """
+    columns = [
+        group_advantages(gain_B, num_prompts, convention, clip).values
+        for gain_B in gains_BC.unbind(1)
+    ]
+    return torch.stack(columns, dim=1)

@@ -11,12 +11,16 @@ Axes: B samples, N trained steps, K sampler steps, C chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from .chunks import ChunkPlan
 from .precision import at_least_float32
-from .sde import Diffusion, Gaussian
+from .sde import Diffusion, Gaussian, Kernel
 
 
 def chunk_log_ratio(new_BN: Tensor, old_BN: Tensor, plan: ChunkPlan) -> Tensor:
@@ -122,6 +126,218 @@ def surrogate_slope(
     return (-_beside(advantages, log_ratio) * log_ratio.exp()).masked_fill(cut, 0.0)
 
 
+class TrustRegion(Protocol):
+    """Decides where a chunk has moved far enough, and what its loss is.
+
+    Attributes:
+        needs_divergence: Whether the KL of the chunk to the sampling policy is read.
+    """
+
+    needs_divergence: bool
+
+    def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Loss of each ratio, shape of ``log_ratio``."""
+        ...
+
+    def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Where the gradient is zero, bool, shape of ``log_ratio``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The two-sided clip of :func:`clipped_surrogate`.
+
+    Attributes:
+        low, high: Clip range below and above 1.
+    """
+
+    low: float = 5e-5
+    high: float = 5e-5
+    needs_divergence = False
+
+    def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """:func:`clipped_surrogate`."""
+        return clipped_surrogate(log_ratio, advantages, self.low, self.high)
+
+    def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """:func:`gradient_is_cut`."""
+        return gradient_is_cut(log_ratio, advantages, self.low, self.high)
+
+
+@dataclass(frozen=True)
+class KlMask:
+    r"""Drop a chunk that has left the trust region and still moves the rewarded way.
+
+    .. math:: L = -A s\,m, \qquad
+              m = 0 \iff \mathrm{KL}_j \ge \delta \wedge A \log s > 0
+
+    :math:`\mathrm{KL}_j` is the mean over the chunk of the closed-form KL(new || old) per latent
+    element: unlike the ratio it depends on the step's mean alone, not on the noise that was drawn.
+
+    Attributes:
+        threshold: delta > 0, nats per element.
+
+    Reference: Flow-DPPO (step level); the chunk form is this library's.
+    """
+
+    threshold: float = 1e-5
+    needs_divergence = True
+
+    def __post_init__(self) -> None:
+        """Refuse a threshold that would drop everything."""
+        if not self.threshold > 0:
+            raise ValueError(f"the KL threshold is {self.threshold}; it must be above 0; try 1e-5")
+
+    def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """-A s, and 0 where dropped."""
+        loss = -_beside(advantages, log_ratio) * log_ratio.exp()
+        return loss.masked_fill(self.is_cut(log_ratio, advantages, divergence), 0.0)
+
+    def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Where the chunk is dropped."""
+        moved = _beside(advantages, log_ratio) * log_ratio > 0
+        return moved & (divergence >= self.threshold)
+
+
+@dataclass(frozen=True)
+class NoTrustRegion:
+    """The plain importance-weighted surrogate, -A s."""
+
+    needs_divergence = False
+
+    def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """-A s."""
+        return -_beside(advantages, log_ratio) * log_ratio.exp()
+
+    def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """False everywhere."""
+        return torch.zeros_like(log_ratio, dtype=torch.bool)
+
+
+def ratio_scale(form: str, std_N: Tensor, num_elements: int) -> Tensor:
+    r"""What a step's log-ratio per dimension is multiplied with before it enters a chunk's ratio.
+
+    Published objectives use log-ratios on different scales; all are the per-dimension one times a
+    number known before training, so one code path serves them. With s the step's standard
+    deviation and D latent elements:
+
+    - ``per_dimension``: 1. Chunk-GRPO, DanceGRPO, Flow-GRPO.
+    - ``full``: D, the true density ratio; explodes with the resolution.
+    - ``guard``: s, which gives the ratio the same spread at every step; used with the bias
+      b = KL(new || old) per dimension added, so that it is centred as well. GRPO-Guard.
+    - ``squared_error``: 2 s^2, which leaves the difference of the squared errors
+      mean_d (x' - mu)^2 without a variance below it. Flow-CPS.
+
+    Args:
+        form: One of ``RATIO_FORMS``.
+        std_N: Standard deviation of each step, [N] > 0.
+        num_elements: D >= 1.
+
+    Returns:
+        [N].
+
+    Raises:
+        ValueError: If the form is unknown.
+    """
+    if form not in RATIO_FORMS:
+        raise ValueError(f"the ratio form is {form!r}; it must be one of {', '.join(RATIO_FORMS)}")
+    return RATIO_FORMS[form](at_least_float32(std_N), num_elements)
+
+
+RATIO_FORMS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "per_dimension": lambda std_N, num_elements: torch.ones_like(std_N),
+    "full": lambda std_N, num_elements: torch.full_like(std_N, float(num_elements)),
+    "guard": lambda std_N, num_elements: std_N.clone(),
+    "squared_error": lambda std_N, num_elements: 2 * std_N.square(),
+}
+"""Scales of :func:`ratio_scale` by the name a configuration uses: (std_N, D) -> [N]."""
+
+
+def equal_kappa_weights(kappa_N: Tensor) -> Tensor:
+    r"""Weights that give every step's policy gradient the same size, with mean 1.
+
+    .. math:: w_i = \frac{1/\kappa_i}{\frac1N \sum_k 1/\kappa_k}
+
+    kappa (:func:`policy_gradient_scale`) grows by more than an order of magnitude towards low
+    noise, and with it the part of the update that the last steps decide. The weights multiply the
+    steps' log-ratios inside a chunk.
+
+    Args:
+        kappa_N: [N] > 0.
+
+    Returns:
+        [N] > 0, mean 1.
+    """
+    inverse = 1 / at_least_float32(kappa_N)
+    return inverse / inverse.mean()
+
+
+def noise_level_weights(std_N: Tensor) -> Tensor:
+    r"""Weights proportional to the noise a step injects, with mean 1.
+
+    .. math:: w_i = \frac{s_i}{\frac1N \sum_k s_k}
+
+    They multiply the loss of a step (of a chunk: their mean over its steps).
+
+    Args:
+        std_N: Standard deviation of each step, [N] > 0.
+
+    Returns:
+        [N] > 0, mean 1.
+
+    Reference: TempFlow-GRPO, arXiv:2508.04324, eq. 8.
+    """
+    std_N = at_least_float32(std_N)
+    return std_N / std_N.mean()
+
+
+def inverse_dt_weights(dt_N: Tensor) -> Tensor:
+    r"""Weights 1 / dt, which multiply the loss of a step.
+
+    Args:
+        dt_N: Length of each step, [N] > 0.
+
+    Returns:
+        [N] > 0; not normalised, as published.
+
+    Reference: GRPO-Guard, arXiv:2510.22319.
+    """
+    return 1 / at_least_float32(dt_N)
+
+
+INNER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    "equal_kappa": equal_kappa_weights,
+}
+"""Weights inside a chunk's ratio by name: kappa_N -> [N]."""
+
+OUTER_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda std_N, dt_N: torch.ones_like(std_N),
+    "noise_level": lambda std_N, dt_N: noise_level_weights(std_N),
+    "inverse_dt": lambda std_N, dt_N: inverse_dt_weights(dt_N),
+}
+"""Weights of a step's loss by name: (std_N, dt_N) -> [N]."""
+
+
+def region_slope(
+    region: TrustRegion, log_ratio: Tensor, advantages: Tensor, divergence: Tensor
+) -> Tensor:
+    r"""Derivative of a trust region's loss with respect to the log-ratio, -A s where not cut.
+
+    Args:
+        region: The trust region.
+        log_ratio: [B, C].
+        advantages: [B], or the shape of ``log_ratio``.
+        divergence: KL(new || old) per element of each chunk, [B, C]; a constant.
+
+    Returns:
+        Shape of ``log_ratio``.
+    """
+    cut = region.is_cut(log_ratio, advantages, divergence)
+    return (-_beside(advantages, log_ratio) * log_ratio.exp()).masked_fill(cut, 0.0)
+
+
 def step_coefficients(
     chosen_mask_BC: Tensor, slope_BC: Tensor, plan: ChunkPlan, denominator: float | Tensor
 ) -> Tensor:
@@ -170,6 +386,18 @@ def k3_kl(log_ratio: Tensor) -> Tensor:
     Reference: GRPO, arXiv:2402.03300, eq. 4.
     """
     return torch.expm1(-log_ratio) + log_ratio
+
+
+def k3_slope(log_ratio: Tensor) -> Tensor:
+    r"""Derivative of :func:`k3_kl`, :math:`1 - e^{-r}`.
+
+    Args:
+        log_ratio: r, any shape.
+
+    Returns:
+        Shape of ``log_ratio``; 0 where r = 0, so the penalty starts to pull with the second update.
+    """
+    return -torch.expm1(-log_ratio)
 
 
 def reference_kl(new: Gaussian, ref: Gaussian) -> Tensor:
@@ -252,3 +480,24 @@ def policy_gradient_scale(sigmas: Tensor, diffusion: Diffusion) -> Tensor:
     g_K = diffusion(sigma_K, sigma_next_K)
     slope_K = 1 + g_K.square() * (1 - sigma_K) / (2 * sigma_K)
     return (sigma_K - sigma_next_K).sqrt() * slope_K / g_K
+
+
+def transition_scale(kernel: Kernel, sigmas: Tensor) -> Tensor:
+    r"""kappa of any kernel: how strongly each step's policy gradient reacts to the velocity.
+
+    .. math:: \kappa_i = \frac{|\partial \mu_i / \partial v|}{s_i}
+
+    The mean of every kernel is linear in x and v, so the derivative is read off the kernel itself:
+    mu(x=0, v=1). For a :class:`~.sde.Transition` it equals :func:`policy_gradient_scale`.
+
+    Args:
+        kernel: A kernel with a density.
+        sigmas: Noise levels of the steps, [N+1].
+
+    Returns:
+        [N] > 0.
+    """
+    sigma_N, next_N = at_least_float32(sigmas[:-1]), at_least_float32(sigmas[1:])
+    zeros = torch.zeros_like(sigma_N)[:, None]
+    step = kernel(zeros, torch.ones_like(zeros), sigma_N, next_N)
+    return step.mean[:, 0].abs() / kernel.std(sigma_N, next_N)

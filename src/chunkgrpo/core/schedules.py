@@ -10,8 +10,9 @@ Axes: K sampler steps.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -180,3 +181,29 @@ def network_timestep(sigma: Tensor, rounding: TimestepRounding = exact_timestep)
         Time in units of sigma, [0, 1], shape of ``sigma``.
     """
     return rounding(sigma)
+
+
+def merge_sigmas(sigmas: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Take several grid steps as one.
+
+    Args:
+        sigmas: Schedule, [K+1].
+        sizes: How many grid steps each merged step spans; at least 1 each, sum K.
+
+    Returns:
+        [len(sizes) + 1], the levels where merged steps begin, and the last.
+
+    Raises:
+        ValueError: If the sizes do not cover the schedule.
+
+    Reference: E-GRPO (merging consecutive stochastic steps so that each explores enough).
+    """
+    num_steps = len(sigmas) - 1
+    if not sizes or min(sizes) < 1 or sum(sizes) != num_steps:
+        listed = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"merged steps ({listed}) sum to {sum(sizes)}, but the schedule has {num_steps} steps; "
+            "every size must be at least 1 and all must sum to the number of steps"
+        )
+    edges = torch.tensor([0, *itertools.accumulate(sizes)], device=sigmas.device)
+    return sigmas[edges]

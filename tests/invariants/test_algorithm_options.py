@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of Chunk-GRPO's objective against one graph, one loss and autograd.
+
+Axes: B samples, N trained steps, C chunks.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.core import (
+    ChunkPlan,
+    Clip,
+    CpsTransition,
+    DanceDiffusion,
+    KlMask,
+    NoTrustRegion,
+    Transition,
+    UniformSelection,
+    group_advantages,
+    policy_gradient_scale,
+    transition_scale,
+)
+from chunkgrpo.rollout import rollout
+from chunkgrpo.types import Experience
+from oracles import (
+    FLOW,
+    PLAN,
+    PROMPTS,
+    SIGMAS,
+    chosen_of,
+    close,
+    collect,
+    samples_of,
+    seeded,
+    shift,
+    toy,
+)
+
+
+def experience_of(policy, transition=FLOW, window=None):
+    trajectory = rollout(
+        policy, PROMPTS, transition, SIGMAS, 8, seeded(1), keep_velocities=True, window=window
+    )
+    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
+    return Experience(trajectory, group_advantages(rewards, len(PROMPTS)).values)
+
+
+@dataclass(frozen=True)
+class Doubling(UniformSelection):
+    """Uniform choice whose second chunk counts double."""
+
+    def loss_weights(self, plan, curve_BN, chosen_BM):
+        weights = torch.ones(len(curve_BN), plan.num_chunks)
+        weights[:, 1] = 2.0
+        return weights
+
+
+def direct(policy, experience, algorithm, samples, mask):
+    """The loss as its formula says, all in one graph; returns value and gradient."""
+    t, a = experience.trajectory, algorithm
+    sigmas = t.sigmas[t.offset :]
+    logs, bias, kls, clean = [], [], [], []
+    for i in range(t.num_trained):
+        x, s, n = t.states[samples, i], sigmas[i], sigmas[i + 1]
+        v = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+        new = a.transition(x, v, s, n)
+        old_v = t.velocities[samples, i].to(v.dtype)
+        old = a.transition(x, old_v, s, n)
+        logs.append(new.log_prob_per_dim(t.states[samples, i + 1]))
+        bias.append(((new.mean - old.mean) ** 2 / (2 * old.std**2)).mean(1))
+        clean.append(-s * (v - old_v))
+        with torch.no_grad(), policy.reference():
+            v_ref = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+        ref = a.transition(x, v_ref, s, n)
+        kl = ((new.mean - ref.mean) ** 2 / (2 * ref.std**2)).mean(1)
+        kls.append(kl * (s - n) if a.kl_form == "rate" else kl)
+    new_BN, bias_BN, kl_BN = torch.stack(logs, 1), torch.stack(bias, 1), torch.stack(kls, 1)
+    step = new_BN - t.old_log_prob[samples]
+    std = a.transition.std(sigmas[: t.num_trained], sigmas[1 : t.num_trained + 1])
+    dt = sigmas[: t.num_trained] - sigmas[1 : t.num_trained + 1]
+    if a.ratio == "guard":
+        step = (step + bias_BN) * std
+    elif a.ratio == "full":
+        step = step * t.final[0].numel()
+    elif a.ratio == "squared_error":
+        step = step * 2 * std**2
+    if a.inner_weights == "equal_kappa":
+        kappa = policy_gradient_scale(t.sigmas, a.transition.diffusion)
+        kappa = kappa[t.offset : t.offset + t.num_trained]
+        step = step * (1 / kappa) / (1 / kappa).mean()
+    outer = {"none": torch.ones_like(dt), "noise_level": std / std.mean(), "inverse_dt": 1 / dt}
+    losses = []
+    weights = a.selection.loss_weights(a.plan, t.dynamics, None)[samples]
+    A = experience.advantages[samples]
+    for c in range(a.plan.num_chunks):
+        inside = list(a.plan.steps_of(c))
+        log_s = step[:, inside].mean(1)
+        s = log_s.exp()
+        region = a.region
+        if isinstance(region, Clip):
+            loss = torch.maximum(-A * s, -A * s.clamp(1 - region.low, 1 + region.high))
+        elif isinstance(region, KlMask):
+            gone = (bias_BN[:, inside].mean(1) >= region.threshold) & (A * log_s > 0)
+            loss = -A * s * (~gone).detach()
+        else:
+            loss = -A * s
+        k3 = (-log_s).exp() - 1 + log_s
+        loss = (loss + a.old_kl_coefficient * k3) * outer[a.outer_weights][inside].mean()
+        losses.append(loss * weights[:, c])
+    value = torch.stack(losses, 1)[mask[samples]].mean()
+    if a.kl_coefficient:
+        trained = mask[samples][:, a.plan.chunk_of_step]
+        value = value + a.kl_coefficient * kl_BN[trained].mean()
+    if a.consistency:
+        starts = a.plan.starts
+        terms = [((clean[k] - clean[i]) ** 2).mean() for i, k in itertools.pairwise(starts)]
+        value = value + a.consistency * torch.stack(terms).mean()
+    grads = torch.autograd.grad(value, policy.parameters())
+    return value.detach(), torch.cat([g.double().flatten() for g in grads])
+
+
+OPTIONS = {
+    "published": {},
+    "full": {"ratio": "full", "clip_low": 0.05, "clip_high": 0.1},
+    "guard": {"ratio": "guard", "clip_low": 1e-3, "clip_high": 1e-3},
+    "guard, weighted as published": {"ratio": "guard", "outer_weights": "inverse_dt"},
+    "squared error": {"ratio": "squared_error", "clip_low": 1e-3, "clip_high": 1e-3},
+    "KL mask": {"trust": KlMask(1e-4)},
+    "KL mask that drops nothing": {"trust": KlMask(10.0)},
+    "no trust region": {"trust": NoTrustRegion()},
+    "equal kappa": {"inner_weights": "equal_kappa", "clip_low": 2e-3, "clip_high": 2e-3},
+    "noise level": {"outer_weights": "noise_level"},
+    "k3 to the sampling policy": {"old_kl_coefficient": 3.0, "trust": NoTrustRegion()},
+    "reference KL": {"kl_coefficient": 0.5},
+    "reference KL as a rate": {"kl_coefficient": 0.5, "kl_form": "rate"},
+    "consistency": {"consistency": 50.0},
+    "weighted selection": {"selection": Doubling(0.67)},
+    "all at once": {
+        "ratio": "guard",
+        "inner_weights": "equal_kappa",
+        "outer_weights": "noise_level",
+        "trust": KlMask(1e-4),
+        "old_kl_coefficient": 2.0,
+        "kl_coefficient": 0.3,
+        "consistency": 0.4,
+        "selection": Doubling(0.67),
+    },
+}
+
+
+@pytest.mark.parametrize("micro_batch", [7, 1000])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
+    policy = toy()
+    shift(0.02)(policy)  # away from the reference, so that its KL is not flat
+    experience = experience_of(policy)
+    options = {"selection": UniformSelection(0.67), "clip_low": 1e-3, "clip_high": 1e-3}
+    algorithm = ChunkGRPO(
+        PLAN, FLOW, num_updates=3, micro_batch=micro_batch, **options | OPTIONS[name]
+    )
+    kept = policy.mean.detach().clone()
+    updates = collect(algorithm, policy, experience, move=shift(0.05))
+    with torch.no_grad():
+        policy.mean.copy_(kept)
+    for value, gradient, parts in updates:
+        samples = torch.cat([p.diagnostics["sample"] for p in parts if "sample" in p.diagnostics])
+        samples = samples.unique()
+        mask = chosen_of([p for p in parts if "sample" in p.diagnostics], PLAN, 24)
+        expected, expected_gradient = direct(policy, experience, algorithm, samples, mask)
+        close(value, expected, 1e-5)
+        close(gradient, expected_gradient, 1e-4)
+        shift(0.05)(policy)
+
+
+def test_options_change_the_gradient():
+    """No option is read and then forgotten."""
+    seen = {}
+    for name, options in OPTIONS.items():
+        policy = toy()
+        shift(0.02)(policy)
+        experience = experience_of(policy)
+        base = {"selection": UniformSelection(0.67), "clip_low": 1e-3, "clip_high": 1e-3}
+        algorithm = ChunkGRPO(PLAN, FLOW, num_updates=2, **base | options)
+        last = collect(algorithm, policy, experience, move=shift(0.05))[-1]
+        seen[name] = last[1]
+    same = {"KL mask that drops nothing", "no trust region"}
+    names = list(seen)
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            if {first, second} == same:
+                torch.testing.assert_close(seen[first], seen[second])
+            else:
+                assert not torch.allclose(seen[first], seen[second], rtol=1e-3), (first, second)
+
+
+def test_reference_kl_pulls_towards_the_reference():
+    policy = toy()
+    shift(0.3)(policy)
+    experience = experience_of(policy)
+    experience = Experience(experience.trajectory, torch.zeros_like(experience.advantages))
+    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=1, kl_coefficient=1.0)
+    ((_, gradient, _),) = collect(algorithm, policy, experience)
+    away = (policy.mean - policy._base).detach()
+    # Here every element's KL is quadratic in its own distance, with one positive factor for all.
+    factor = gradient / away
+    assert (factor > 0).all()
+    torch.testing.assert_close(factor, factor.mean().expand_as(factor), rtol=1e-5, atol=0)
+
+
+def test_consistency_is_flat_until_the_policy_moves():
+    policy = toy()
+    experience = experience_of(policy)
+    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=2, consistency=5.0)
+    plain = ChunkGRPO(PLAN, FLOW, num_updates=2)
+    with_term = collect(algorithm, policy, experience)
+    without = collect(plain, policy, experience)
+    for (_, a, _), (_, b, _) in zip(with_term, without, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_windows_train_their_own_steps():
+    policy = toy()
+    experience = experience_of(policy, window=range(2, 5))
+    algorithm = ChunkGRPO(ChunkPlan((1, 2)), FLOW, num_updates=2, selection=UniformSelection(1.0))
+    updates = collect(algorithm, policy, experience, move=shift(0.05))
+    fresh = toy()
+    for value, gradient, parts in updates:
+        mask = chosen_of(parts, algorithm.plan, 24)
+        expected, expected_gradient = direct(fresh, experience, algorithm, samples_of(parts), mask)
+        close(value, expected, 1e-5)
+        close(gradient, expected_gradient, 1e-4)
+        shift(0.05)(fresh)
+
+
+@pytest.mark.parametrize("kernel", [FLOW, Transition(DanceDiffusion(0.3))])
+def test_scale_read_off_the_kernel_is_the_closed_form(kernel):
+    sigmas = SIGMAS[:-1].double()
+    torch.testing.assert_close(
+        transition_scale(kernel, sigmas), policy_gradient_scale(sigmas, kernel.diffusion)
+    )
+
+
+def test_cps_ratio_is_the_difference_of_squared_errors():
+    """What Flow-CPS publishes, from a density whose variance cancels."""
+    policy, kernel = toy(), CpsTransition(0.8)
+    experience = experience_of(policy, kernel)
+    t = experience.trajectory
+    algorithm = ChunkGRPO(
+        ChunkPlan((1,) * 7), kernel, ratio="squared_error", num_updates=1,
+        selection=UniformSelection(1.0), trust=NoTrustRegion(),
+    )  # fmt: skip
+    shift(0.05)(policy)
+    replayed = ChunkGRPO(
+        algorithm.plan, kernel, ratio="squared_error", num_updates=2,
+        selection=UniformSelection(1.0), trust=NoTrustRegion(),
+    )  # fmt: skip
+    for _, _, parts in collect(replayed, policy, experience)[1:]:
+        for part in parts:
+            d = part.diagnostics
+            if "chunk_log_ratio" not in d:
+                continue
+            samples = samples_of(parts)
+            errors = []
+            for i in range(7):
+                x, s, n = t.states[samples, i], t.sigmas[i], t.sigmas[i + 1]
+                v = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+                old = kernel(x, t.velocities[samples, i], s, n)
+                after = t.states[samples, i + 1]
+                new_error = (after - kernel(x, v, s, n).mean).square().mean(1)
+                errors.append((after - old.mean).square().mean(1) - new_error)
+            expected = torch.stack(errors, 1).detach().double()
+            order = torch.argsort(d["chunk"], stable=True)
+            got = d["chunk_log_ratio"][order].double()
+            torch.testing.assert_close(
+                got.sort().values, expected.flatten().sort().values, rtol=1e-3, atol=1e-7
+            )
