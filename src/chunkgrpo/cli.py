@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -288,6 +289,49 @@ def recipes(
         config = load_config(name)
         typer.echo(f"# {recipe_summary(name)}")
         typer.echo(dump_config(config))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Print this method's recipe.")] = None,
+) -> None:
+    """List the published methods: what each needs and costs; or print one's recipe.
+
+    Every method is a recipe on the embedded model: `chunkgrpo train NAME` runs it.
+    """
+    with clear_errors():
+        from chunkgrpo.methods import read_method, read_methods
+        from chunkgrpo.recipes import method_names, recipe_path
+
+        if name is not None:
+            if name not in method_names():
+                near = difflib.get_close_matches(name, method_names(), 1, 0.4)
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                raise ValueError(
+                    f"unknown method {name!r}{hint}; known: {', '.join(method_names())}"
+                )
+            method = read_method(name)
+            typer.echo(recipe_path(name).read_text().rstrip())
+            cost = method.cost
+            typer.echo(
+                f"# costs: {cost.forwards} network rows an iteration: {cost.rollout} rolled out, "
+                f"{cost.measured} measured, {cost.trained} trained (forward and backward); "
+                f"{cost.rewards} images scored"
+            )
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("method", "what", "paper", "needs", "rows", "trained", "scored", box=None)
+        for method in read_methods():
+            cost = method.cost
+            numbers = (str(cost.forwards), str(cost.trained), str(cost.rewards))
+            table.add_row(method.name, method.summary, method.paper, method.needs, *numbers)
+        Console().print(table)
+        typer.echo(
+            "rows: network forwards an iteration; trained: how many of them go backward too; "
+            "scored: images the reward sees. `chunkgrpo methods NAME` prints a recipe."
+        )
 
 
 @shapes_app.command("pretrain")

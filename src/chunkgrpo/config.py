@@ -281,32 +281,53 @@ def load_config(source: str | Path, assignments: Sequence[str] = ()) -> Config:
         source: Recipe name or path of a ``.yaml`` file.
         assignments: ``a.b=c`` each.
     """
+    values = _read(source)
+    for assignment in assignments:
+        set_value(values, assignment)
+    config = parse_config(values)
+    check_plan(config)
+    return config
+
+
+def _read(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a recipe or a file, with what it extends underneath."""
     import yaml
 
-    from chunkgrpo.recipes import recipe_names, recipe_path
+    from chunkgrpo.recipes import base_names, method_names, recipe_names, recipe_path
 
     path = Path(source)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ConfigError(f"configuration file {source} does not exist")
     else:
-        names = recipe_names()
+        names = base_names() if seen else sorted([*recipe_names(), *method_names()])
         if str(source) not in names:
             near = difflib.get_close_matches(str(source), names, 1, 0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"unknown recipe {str(source)!r}{hint}; known: {', '.join(names)}")
         path = recipe_path(str(source))
+    if str(path) in seen:
+        raise ConfigError(f"{' extends '.join([*seen, str(path)])}: a recipe can not extend itself")
     try:
         values = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values")
-    for assignment in assignments:
-        set_value(values, assignment)
-    config = parse_config(values)
-    check_plan(config)
-    return config
+    below = values.pop("extends", None)
+    return _over(_read(str(below), (*seen, str(path))), values) if below else values
+
+
+def _over(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Put settings over others, section by section; lists are replaced whole."""
+    merged = dict(below)
+    for key, value in above.items():
+        inner = merged.get(key)
+        if isinstance(inner, dict) and isinstance(value, dict):
+            merged[key] = _over(inner, value)
+        else:
+            merged[key] = value
+    return merged
 
 
 def dump_config(config: Config) -> str:

@@ -37,14 +37,17 @@ LAYERS: dict[str, set[str]] = {
     "train": MACHINERY | {"rollout", "evaluate", "prompts"},
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
+    "methods": {"config", "recipes"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
-    "cli": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config", "recipes", "runs"},
+    "cli": MACHINERY
+    | {"rollout", "evaluate", "train", "prompts", "config", "recipes", "runs"}
+    | {"methods"},
     "__main__": {"cli"},
     "": {"core", "types"},
 }
 
 MODEL_LIBRARIES = {"diffusers", "transformers", "peft"}
-MODEL_LIBRARY_USERS = ("policies", "rewards", "shapes")
+MODEL_LIBRARY_USERS = ("policies", "rewards", "shapes", "runtime.solvers")
 CORE_MAY_IMPORT = set(sys.stdlib_module_names) | {"torch"}
 LATE = {"diffusers", "transformers", "peft", "matplotlib", "scipy"}
 # What importing these may not bring along; `chunkgrpo --help` has to answer at once.

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The methods this library knows: what each needs and what an iteration costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkgrpo.config import Config, load_config, num_planned, num_trained
+from chunkgrpo.recipes import method_names, recipe_notes
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Network rows of one iteration: one row is one latent at one noise level.
+
+    Attributes:
+        rollout: Forward, without gradient.
+        measured: Forward, without gradient, while training: ratios of the moved policy, replay,
+            reference.
+        trained: Forward and backward.
+        rewards: Images scored.
+    """
+
+    rollout: int
+    measured: int
+    trained: int
+    rewards: int
+
+    @property
+    def forwards(self) -> int:
+        """All network rows that are evaluated; a backward costs about two more each."""
+        return self.rollout + self.measured + self.trained
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method as a recipe on the embedded model.
+
+    Attributes:
+        name: Of its recipe.
+        summary, paper, needs, published: From the recipe's leading comment.
+        config: The recipe, resolved.
+        cost: Of one iteration.
+    """
+
+    name: str
+    summary: str
+    paper: str
+    needs: str
+    published: str
+    config: Config
+    cost: Cost
+
+
+def read_method(name: str) -> Method:
+    """Read a method's recipe."""
+    notes, config = recipe_notes(name), load_config(name)
+    return Method(
+        name,
+        notes["summary"],
+        notes["paper"],
+        notes["needs"],
+        notes["published"],
+        config,
+        iteration_cost(config),
+    )
+
+
+def read_methods() -> list[Method]:
+    """Read every method."""
+    return [read_method(name) for name in method_names()]
+
+
+def iteration_cost(config: Config) -> Cost:
+    """Count the network rows of one iteration, in the mean over what is drawn at random.
+
+    Weighted choices are counted as uniform ones; chunks that are clipped away and groups without
+    spread make an iteration cheaper than this.
+    """
+    s, c, o, window = config.sampling, config.chunks, config.objective, config.sampling.window
+    samples, trained = s.prompts * s.group_size, num_trained(config)
+    size, start = float(num_planned(config)), 0.0
+    if window.kind == "chunk":
+        sizes = _sizes(config, trained)
+        starts = [sum(sizes[:j]) for j in range(len(sizes))]
+        chosen = window.indices or tuple(range(len(sizes)))
+        size = sum(sizes[j] for j in chosen) / len(chosen)
+        start = sum(starts[j] for j in chosen) / len(chosen)
+    elif window.kind == "fixed":
+        start = window.start
+    elif window.kind == "random":
+        start = (window.low + (window.high or trained) - window.size) / 2
+    elif window.kind == "sliding":
+        start = (trained - window.size) / 2
+    after = trained + 1 - start - size
+    if window.tail == "dpm":
+        after = max(1.0, window.tail_fraction * after)
+    shared = start + 1 if s.same_noise else 0.0
+    rollout = s.prompts * shared + samples * (start + size + after - shared)
+    share = 1.0
+    if c.selection == "listed" and c.indices:
+        sizes = _sizes(config, int(size))
+        share = sum(sizes[j] for j in c.indices) / sum(sizes)
+    elif window.kind != "chunk":
+        number = len(_sizes(config, int(size)))
+        share = max(1, int(number * c.fraction)) / number
+    pairs = samples * size * share
+    measured = pairs * (o.updates - 1) / o.updates
+    measured += pairs * ((o.anchor == "replay") + (o.kl > 0))
+    scored = samples * (1 + (_number_of_chunks(config, int(size)) if o.credit == "gain" else 0))
+    return Cost(round(rollout), round(measured), round(pairs), scored)
+
+
+def _sizes(config: Config, steps: int) -> tuple[int, ...]:
+    """Chunk sizes; where they are found only from the model, equal ones of the same number."""
+    c = config.chunks
+    if c.plan == "explicit" and c.sizes:
+        return c.sizes
+    if c.plan == "steps":
+        return (1,) * steps
+    if c.plan == "whole":
+        return (steps,)
+    if c.plan == "paper":
+        return (2, 3, 4, 7)
+    size = c.size if c.plan == "equal" else max(c.min_size, -(-steps // (c.num_chunks or 4)))
+    full, rest = divmod(steps, size)
+    return (size,) * full + ((rest,) if rest else ())
+
+
+def _number_of_chunks(config: Config, steps: int) -> int:
+    return 1 if config.sampling.window.kind == "chunk" else len(_sizes(config, steps))

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every method is a valid recipe, says what it needs, and costs what it says."""
+
+import pytest
+
+from chunkgrpo.config import ConfigError, load_config
+from chunkgrpo.methods import iteration_cost, read_method, read_methods
+from chunkgrpo.recipes import method_names, recipe_path
+
+
+def test_every_method_is_complete():
+    methods = read_methods()
+    assert len(methods) >= 15
+    for method in methods:
+        assert method.config.name == method.name
+        assert all((method.summary, method.paper, method.needs, method.published))
+        assert method.summary.endswith(".")
+        assert len(recipe_path(method.name).read_text().splitlines()) <= 14, "a few lines"
+
+
+def test_costs_are_counted_by_hand():
+    # 16 prompts x 12 images, 10 steps, the first shared by a group.
+    cost = read_method("sequence-level").cost
+    assert cost.rollout == 16 * 1 + 192 * 9
+    assert cost.trained == 192 * 9
+    assert cost.measured == 192 * 9 // 2
+    assert cost.rewards == 192
+    # Two of four chunks of mean size 9/4.
+    assert read_method("chunk-grpo").cost.trained == 192 * 9 // 2
+    # Flow-GRPO: no shared noise, all steps, a reference pass each.
+    cost = read_method("flow-grpo").cost
+    assert (cost.rollout, cost.trained) == (192 * 10, 192 * 9)
+    assert cost.measured == 192 * 9 // 2 + 192 * 9
+    # Branching at one of nine steps: in the mean five steps are shared, and one is trained.
+    cost = read_method("tempflow-grpo").cost
+    assert (cost.rollout, cost.trained) == (16 * 5 + 192 * 5, 192)
+    assert read_method("stepwise-gain").cost.rewards == 192 * 10
+
+
+def test_replay_and_more_updates_cost_more():
+    config = load_config("chunk-grpo", ["objective.anchor=replay", "objective.updates=4"])
+    plain = iteration_cost(load_config("chunk-grpo"))
+    cost = iteration_cost(config)
+    assert cost.measured == round(plain.trained * (3 / 4 + 1))
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_dumped_method_is_itself(name, tmp_path):
+    import yaml
+
+    from chunkgrpo.config import dump_config, parse_config
+
+    config = load_config(name)
+    assert parse_config(yaml.safe_load(dump_config(config))) == config
+
+
+def test_extends_puts_settings_over_the_base(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demo\nsampling: {eta: 0.5}\n")
+    config, base = load_config(file), load_config("demo")
+    assert config.sampling.eta == 0.5
+    assert config.sampling.steps == base.sampling.steps
+    assert config.chunks == base.chunks
+
+
+def test_unknown_base_is_an_error(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("extends: demon\n")
+    with pytest.raises(ConfigError, match="did you mean 'demo'"):
+        load_config(file)
