@@ -2,6 +2,7 @@
 """Fixtures shared by all tests: tiny policies, and torch on one thread."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,3 +31,13 @@ def tiny_policy() -> Callable[..., Any]:
         )
 
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save the tiny pipeline once, for what loads models from disk."""
+    from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
+
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    build_pipeline(TEST_SIZE).save_pretrained(folder)
+    return folder

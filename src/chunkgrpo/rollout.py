@@ -165,5 +165,6 @@ def rollout(
         num_prompts=num_prompts,
         num_evaluations=num_evaluations,
         offset=window.start,
+        shared_start=same_noise,
         velocities=velocities_BN,
     )

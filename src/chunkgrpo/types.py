@@ -68,6 +68,7 @@ class Trajectory:
         num_prompts: P.
         num_evaluations: Network rows evaluated to make it.
         offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
+        shared_start: Whether the samples of a prompt all have the same ``states[:, 0]``.
         velocities: [B, N, *latent], what the sampling policy predicted at ``states[:, :-1]``; kept
             only where an algorithm compares means or clean predictions with it.
     """
@@ -80,6 +81,7 @@ class Trajectory:
     num_prompts: int
     num_evaluations: int
     offset: int = 0
+    shared_start: bool = False
     velocities: Tensor | None = None
 
     @property

@@ -5,7 +5,7 @@ Axes: B samples, N trained steps, C chunks.
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -278,3 +278,30 @@ def test_cps_ratio_is_the_difference_of_squared_errors():
             torch.testing.assert_close(
                 got.sort().values, expected.flatten().sort().values, rtol=1e-3, atol=1e-7
             )
+
+
+@pytest.mark.parametrize("micro_batch", [2, 5, 1000])
+@pytest.mark.parametrize("anchor", ["rollout", "replay"])
+def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch, anchor):
+    policy = toy()
+    trajectory = rollout(
+        policy, PROMPTS, FLOW, SIGMAS, 8, seeded(1), keep_velocities=True, same_noise=True
+    )
+    rewards = torch.randn(24, generator=seeded(2))
+    experience = Experience(trajectory, group_advantages(rewards, 3).values)
+    apart = Experience(replace(trajectory, shared_start=False), experience.advantages)
+    algorithm = ChunkGRPO(
+        PLAN, FLOW, UniformSelection(1.0), 1e-3, 1e-3, num_updates=2, micro_batch=micro_batch,
+        anchor=anchor, kl_coefficient=0.1,
+    )  # fmt: skip
+    results, rows = [], []
+    for given in (experience, apart):
+        policy = toy()
+        results.append(collect(algorithm, policy, given, move=shift(0.05)))
+        rows.append(sum(policy.calls))
+        assert max(policy.calls) <= micro_batch
+    for (value, gradient, _), (expected, expected_gradient, _) in zip(*results, strict=True):
+        close(value, expected, 1e-5)
+        close(gradient, expected_gradient, 1e-5)
+    # Two updates of 12 samples; each has the 3 prompts (or those drawn), instead of 12 first steps.
+    assert rows[0] < rows[1] * 0.92

@@ -166,7 +166,7 @@ class ChunkGRPO:
         weight_BC = self.selection.loss_weights(plan, curve_BN, chosen_BM)
         order = torch.randperm(num_samples, generator=generator)
         shares = order.chunk(self.num_updates)
-        batches = [self._pairs(share, mask_BC, plan, generator) for share in shares]
+        batches = [self._pairs(trajectory, share, mask_BC, plan, generator) for share in shares]
         old = _Anchor(trajectory.old_log_prob, torch.zeros_like(trajectory.old_log_prob))
         if self.anchor == "replay":
             replayed = self._measure(policy, trajectory, list(chain(*batches)), old)
@@ -179,22 +179,42 @@ class ChunkGRPO:
             yield from step.parts(policy, batch, moved=update > 0)
 
     def _pairs(
-        self, share_S: Tensor, mask_BC: Tensor, plan: ChunkPlan, generator: Generator
+        self,
+        trajectory: Trajectory,
+        share_S: Tensor,
+        mask_BC: Tensor,
+        plan: ChunkPlan,
+        generator: Generator,
     ) -> list[Pairs]:
-        """List the (sample, step) pairs of one update, in equal micro-batches."""
+        """List the (sample, step) pairs of one update, in micro-batches."""
         row, step = mask_BC[share_S][:, plan.chunk_of_step].nonzero(as_tuple=True)
         sample = share_S[row]
         # Shuffled, so that every micro-batch holds all noise levels and all are alike in size.
         order = torch.randperm(len(step), generator=generator)
-        return self.split((sample[order], step[order]), self.micro_batch)
+        return self.batches(trajectory, (sample[order], step[order]))
 
-    @staticmethod
-    def split(pairs: Pairs, size: int) -> list[Pairs]:
-        """Cut pairs into the fewest equal micro-batches of at most ``size``."""
-        number = -(-len(pairs[0]) // size)
+    def batches(self, trajectory: Trajectory, pairs: Pairs) -> list[Pairs]:
+        """Cut pairs into the fewest equal micro-batches of at most ``micro_batch`` network rows.
+
+        Where the samples of a prompt start from one state, their first steps are one row: those
+        pairs go together, prompt by prompt, and are evaluated once.
+        """
+        sample, step = pairs
+        if not trajectory.shared_start:
+            return split_pairs(pairs, self.micro_batch)
+        first = step == 0
+        prompt = sample[first] // trajectory.group_size
+        together = torch.argsort(prompt, stable=True)
+        rest = split_pairs((sample[~first], step[~first]), self.micro_batch)
+        alike = (sample[first][together], step[first][together])
+        distinct = prompt.unique()
+        number = -(-len(distinct) // self.micro_batch)
         if not number:
-            return []
-        return list(zip(pairs[0].tensor_split(number), pairs[1].tensor_split(number), strict=True))
+            return rest
+        starts = torch.stack([part[0] for part in distinct.tensor_split(number)])
+        cuts = torch.searchsorted(prompt[together], starts[1:]).tolist()
+        columns = (part.tensor_split(cuts) for part in alike)
+        return [*rest, *zip(*columns, strict=True)]
 
     @torch.no_grad()
     def _measure(
@@ -213,7 +233,13 @@ class ChunkGRPO:
         """Return the current policy's transition of each pair."""
         sample, step = pairs
         x, sigmas = trajectory.states[sample, step], trajectory.trained_sigmas
-        v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
+        if trajectory.shared_start and len(step) and bool((step == 0).all()):
+            prompt, row = (sample // trajectory.group_size).unique(return_inverse=True)
+            one = prompt * trajectory.group_size
+            start = sigmas[0].expand(len(one))
+            v = policy.velocity(trajectory.states[one, 0], start, trajectory.conditioning[one])[row]
+        else:
+            v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
         return self.transition(x, v, sigmas[step], sigmas[step + 1])
 
     def log_prob(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
@@ -229,6 +255,14 @@ class ChunkGRPO:
             sigmas[pairs[1] + 1],
         )  # fmt: skip
         return step.kl_per_dim(before).float()
+
+
+def split_pairs(pairs: Pairs, size: int) -> list[Pairs]:
+    """Cut pairs into the fewest equal parts of at most ``size``."""
+    number = -(-len(pairs[0]) // size)
+    if not number:
+        return []
+    return list(zip(pairs[0].tensor_split(number), pairs[1].tensor_split(number), strict=True))
 
 
 @dataclass(frozen=True)
@@ -358,7 +392,7 @@ class _Update:
         number = self.plan.num_chunks - 1
         sample = self.share_S.repeat_interleave(number)
         chunk = torch.arange(number).repeat(len(self.share_S))
-        return self.algorithm.split((sample, chunk), max(1, self.algorithm.micro_batch // 2))
+        return split_pairs((sample, chunk), max(1, self.algorithm.micro_batch // 2))
 
     def neighbour_part(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         trajectory = self.experience.trajectory
@@ -385,7 +419,7 @@ class _Update:
         alive = (slope_BN[sample, step] != 0).cpu()
         if alive.all():
             return batch, None
-        parts = self.algorithm.split((sample[alive], step[alive]), self.algorithm.micro_batch)
+        parts = self.algorithm.batches(self.experience.trajectory, (sample[alive], step[alive]))
         return parts, (sample[~alive], step[~alive])
 
     def chunk_diagnostics(self, log_ratio_BC: Tensor, cut_BC: Tensor) -> dict[str, Tensor]:
