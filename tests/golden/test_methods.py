@@ -65,4 +65,6 @@ def test_two_iterations(name, tmp_path, tiny_pipeline_path, monkeypatch):
     assert len(records) == len(kept[name]) == 2
     for record, expected in zip(records, kept[name], strict=True):
         # Other processors round differently; a changed method differs by far more.
-        assert record == pytest.approx(expected, rel=2e-2, abs=1e-6), name
+        # The loss is a sum that nearly cancels; the rest are sizes.
+        assert record.pop("loss") == pytest.approx(expected.pop("loss"), rel=2e-2, abs=2e-4)
+        assert record == pytest.approx(expected, rel=2e-2, abs=1e-9)
