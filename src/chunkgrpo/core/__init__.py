@@ -7,8 +7,9 @@ To learn Chunk-GRPO (arXiv:2510.21583) from the code, read the files in this ord
 2. :mod:`.sde`: one stochastic step between two of them, a Gaussian with a density.
 3. :mod:`.dynamics`: how fast a trajectory moves along the grid.
 4. :mod:`.chunks`: cutting the steps into chunks of similar dynamics, and choosing some.
-5. :mod:`.credit`: from rewards to advantages.
-6. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
+5. :mod:`.learned`: a choice of chunks that adapts while training.
+6. :mod:`.credit`: from rewards to advantages.
+7. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
 
 Nothing here reads files, moves tensors between devices or draws from global random state.
 """
@@ -25,16 +26,21 @@ from .chunks import (
     chosen_mask,
     chunk_weights,
     equal_plan,
+    explained_variation,
     explicit_plan,
+    importance_weights,
     num_selected,
     optimal_plan,
     paper_plan,
+    plackett_luce_draw,
     plackett_luce_inclusion,
     step_plan,
+    unit_weights,
     whole_plan,
 )
 from .credit import CONVENTIONS, Advantages, Convention, group_advantages
-from .dynamics import cosine_distance, mean_curve, relative_l1, relative_l2
+from .dynamics import DISTANCES, cosine_distance, mean_curve, relative_l1, relative_l2
+from .learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from .objectives import (
     chunk_log_ratio,
     clipped_surrogate,
@@ -72,6 +78,7 @@ from .sde import (
 __all__ = [
     "CONVENTIONS",
     "DIFFERENCES",
+    "DISTANCES",
     "PAPER_SIZES",
     "TIMESTEP_ROUNDINGS",
     "Advantages",
@@ -81,6 +88,7 @@ __all__ = [
     "Diffusion",
     "FlowDiffusion",
     "Gaussian",
+    "LearnedSelection",
     "ListedSelection",
     "OdeDiffusion",
     "Selection",
@@ -97,10 +105,13 @@ __all__ = [
     "cosine_distance",
     "equal_plan",
     "exact_timestep",
+    "explained_variation",
     "explicit_plan",
     "floor1000_timestep",
     "gradient_is_cut",
+    "gradient_usefulness",
     "group_advantages",
+    "importance_weights",
     "k3_kl",
     "make_sigmas",
     "mean_curve",
@@ -108,6 +119,7 @@ __all__ = [
     "num_selected",
     "optimal_plan",
     "paper_plan",
+    "plackett_luce_draw",
     "plackett_luce_inclusion",
     "policy_gradient_scale",
     "predict_clean",
@@ -116,11 +128,13 @@ __all__ = [
     "reference_kl",
     "relative_l1",
     "relative_l2",
+    "reward_usefulness",
     "shift_sigmas",
     "step_coefficients",
     "step_plan",
     "surrogate_slope",
     "transition",
+    "unit_weights",
     "validate_sigmas",
     "whole_plan",
 ]
