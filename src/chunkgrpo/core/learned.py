@@ -225,8 +225,9 @@ class LearnedSelection:
         lengths = {len(values) for values in state.values()}
         if set(state) != {"sum", "mass"} or len(lengths) != 1:
             raise ValueError(
-                f"the state holds {sorted(state)} of lengths {sorted(lengths)}; a learned selection "
-                "saves 'sum' and 'mass', one value per chunk each; load what state() returned"
+                f"the state holds {sorted(state)} of lengths {sorted(lengths)}; a learned "
+                "selection saves 'sum' and 'mass', one value per chunk each; load what state() "
+                "returned"
             )
         self._sum_C, self._mass_C = (
             torch.tensor(list(state[name]), dtype=torch.float64) for name in ("sum", "mass")
