@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from chunkgrpo.core.chunks import ChunkPlan
+    from chunkgrpo.core.chunks import ChunkPlan, Selection
     from chunkgrpo.core.sde import Kernel
     from chunkgrpo.core.windows import WindowSchedule
     from chunkgrpo.policies.pipeline import PipelinePolicy
@@ -112,16 +112,59 @@ class SamplingConfig(Section):
     batch_size: int = Field(default=96, ge=1, description="most samples in one forward")
 
 
+MEASURED_PLANS = ("adaptive", "optimal")
+"""Plans cut from the policy's own dynamics."""
+
+
 class ChunkConfig(Section):
     """Where time is cut, and which chunks are trained."""
 
     plan: Literal["explicit", "equal", "steps", "whole", "paper", "adaptive", "optimal"] = "paper"
     sizes: tuple[int, ...] | None = Field(default=None, description="of plan 'explicit'")
     size: int = Field(default=4, ge=1, description="of plan 'equal'")
-    min_size: int = Field(default=4, ge=1, description="of plans 'adaptive' and 'optimal'")
-    num_chunks: int | None = Field(default=None, ge=1, description="of plan 'optimal'")
-    selection: Literal["uniform", "weighted", "softmax", "listed"] = "uniform"
+    min_size: int = Field(
+        default=4,
+        ge=1,
+        description="of plan 'adaptive': groups this small are not cut again; of plan 'optimal': "
+        "the smallest chunk",
+    )
+    difference: Literal["forward", "backward", "central"] = Field(
+        default="forward", description="of plan 'adaptive'"
+    )
+    num_chunks: int | None = Field(
+        default=None, ge=1, description="of plan 'optimal'; where not given, see explained"
+    )
+    explained: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        description="of plan 'optimal': the fewest chunks that explain this share of the curve",
+    )
+    distance: Literal["l1", "l2", "cosine"] = Field(
+        default="l1", description="speed that plans 'adaptive' and 'optimal' are cut from"
+    )
+    refresh: int = Field(
+        default=0,
+        ge=0,
+        description="iterations after which plans 'adaptive' and 'optimal' are measured anew; "
+        "0 keeps the first",
+    )
+    selection: Literal["uniform", "weighted", "softmax", "listed", "learned"] = "uniform"
     fraction: float = Field(default=0.5, gt=0, le=1)
+    correction: bool = Field(
+        default=False,
+        description="of selections 'weighted', 'softmax' and 'learned': weigh losses by the "
+        "inverse probability of the choice",
+    )
+    floor: float = Field(
+        default=0.2, gt=0, le=1, description="of selection 'learned': uniform share of the draws"
+    )
+    decay: float = Field(
+        default=0.9, ge=0, lt=1, description="of selection 'learned': that of its average"
+    )
+    usefulness: Literal["gradient", "reward"] = Field(
+        default="gradient", description="of selection 'learned': what a chunk is judged by"
+    )
     indices: tuple[int, ...] | None = Field(default=None, description="of selection 'listed'")
 
 
@@ -274,14 +317,39 @@ def set_value(values: dict[str, Any], assignment: str) -> None:
         node[last] = value
 
 
-def load_config(source: str | Path, assignments: Sequence[str] = ()) -> Config:
-    """Load a recipe or a YAML file and apply assignments.
+def read_chunks(path: Path) -> dict[str, Any]:
+    """Read the chunk settings that ``chunkgrpo chunks`` wrote.
+
+    Raises:
+        ConfigError: If the file is missing or holds anything but a ``chunks`` section.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise ConfigError(f"chunks file {path} does not exist; make one with: chunkgrpo chunks")
+    try:
+        values = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is no YAML: {error}") from None
+    section = values.get("chunks") if isinstance(values, dict) else None
+    if not isinstance(section, dict) or len(values) != 1:
+        raise ConfigError(f"{path} must hold one section, chunks, and nothing else")
+    return section
+
+
+def load_config(
+    source: str | Path, assignments: Sequence[str] = (), chunks: Path | None = None
+) -> Config:
+    """Load a recipe or a YAML file and apply changes.
 
     Args:
         source: Recipe name or path of a ``.yaml`` file.
-        assignments: ``a.b=c`` each.
+        assignments: ``a.b=c`` each; they have the last word.
+        chunks: File whose ``chunks`` section changes that of the source key by key.
     """
     values = _read(source)
+    if chunks is not None:
+        values["chunks"] = (values.get("chunks") or {}) | read_chunks(chunks)
     for assignment in assignments:
         set_value(values, assignment)
     config = parse_config(values)
@@ -363,8 +431,68 @@ def check_plan(config: Config) -> None:
         )
     if c.plan == "equal" and c.size > trained:
         raise ConfigError(f"chunks.size = {c.size} exceeds the {trained} trained steps")
-    if c.selection == "listed" and not c.indices:
+    most = trained // c.min_size
+    if c.plan == "optimal" and not 1 <= (c.num_chunks or 1) <= most:
+        raise ConfigError(
+            f"chunks.num_chunks = {c.num_chunks} with chunks.min_size = {c.min_size}: the "
+            f"{trained} trained steps can be cut into at most {most} chunks of that size; lower "
+            "one of the two"
+        )
+    check_selection(config)
+
+
+def check_selection(config: Config) -> None:
+    """Refuse a choice of chunks that its plan, or its own settings, cannot go with.
+
+    Raises:
+        ConfigError: With the rule and the fix.
+    """
+    c = config.chunks
+    measured = c.plan in MEASURED_PLANS
+    if c.refresh and not measured:
+        raise ConfigError(
+            f"chunks.refresh = {c.refresh} measures plans 'adaptive' and 'optimal' anew, but "
+            f"chunks.plan is {c.plan!r}, which is not measured; set chunks.refresh to 0"
+        )
+    if c.refresh and c.selection == "learned":
+        raise ConfigError(
+            "chunks.selection 'learned' knows its chunks by number, and chunks.refresh = "
+            f"{c.refresh} would change what they are; set chunks.refresh to 0"
+        )
+    if c.correction and c.selection == "listed":
+        raise ConfigError(
+            "chunks.correction cannot make up for chunks that chunks.selection 'listed' never "
+            "trains; turn it off"
+        )
+    if c.correction and c.selection == "uniform":
+        raise ConfigError(
+            "chunks.correction has nothing to correct: chunks.selection 'uniform' makes all chunks "
+            "equally likely; turn it off"
+        )
+    if c.selection != "listed":
+        return
+    if not c.indices:
         raise ConfigError("chunks.selection 'listed' needs chunks.indices, e.g. [0, 1]")
+    count = c.num_chunks if c.plan == "optimal" else num_chunks(config)
+    if count is not None and not 0 <= min(c.indices) <= max(c.indices) < count:
+        raise ConfigError(
+            f"chunks.indices = {list(c.indices)}, but chunks.plan {c.plan!r} has chunks 0 to "
+            f"{count - 1}; list only these"
+        )
+    if count is None and c.refresh:
+        raise ConfigError(
+            "chunks.selection 'listed' needs a number of chunks that chunks.refresh does not "
+            "change: use plan 'optimal' with chunks.num_chunks, or set chunks.refresh to 0"
+        )
+
+
+def num_chunks(config: Config) -> int | None:
+    """Return how many chunks a plan has; None where it is measured first."""
+    c, trained = config.chunks, num_planned(config)
+    if c.plan in MEASURED_PLANS:
+        return None
+    counts = {"steps": trained, "whole": 1, "paper": 4, "equal": -(-trained // c.size)}
+    return len(c.sizes or ()) if c.plan == "explicit" else counts[c.plan]
 
 
 def resolve_model(path: str) -> str:
@@ -448,13 +576,17 @@ def measure_dynamics(
     transition: Kernel,
     prompts: Sequence[str],
 ) -> Tensor:
-    """Roll out one trajectory a prompt, seeds 0, 1, ..., and return its dynamics [B, N]."""
+    """Roll out one trajectory a prompt, seeds 0, 1, ..., and return its dynamics [B, N].
+
+    The measure is ``chunks.distance``.
+    """
+    from chunkgrpo.core.dynamics import DISTANCES
     from chunkgrpo.rollout import rollout
 
     seeds = list(range(len(prompts)))
     batch_size = config.sampling.batch_size
     trajectory = rollout(policy, prompts, transition, sigmas, 1, seeds=seeds, batch_size=batch_size)
-    return trajectory.dynamics
+    return DISTANCES[config.chunks.distance](trajectory.states)
 
 
 def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
@@ -462,7 +594,8 @@ def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
 
     Args:
         config: The run.
-        curve: Measures the policy's dynamics [N]; called only by the plans that need it.
+        curve: Measures the policy's dynamics [N], averaged over samples and processes; called
+            only by the plans that need it (``MEASURED_PLANS``).
     """
     from chunkgrpo.core import chunks
 
@@ -478,8 +611,24 @@ def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
     if c.plan == "paper":
         return chunks.paper_plan(trained)
     if c.plan == "adaptive":
-        return chunks.adaptive_plan(curve(), c.min_size)
-    return chunks.optimal_plan(curve(), c.num_chunks, c.min_size)
+        return chunks.adaptive_plan(curve(), c.min_size, c.difference)
+    return chunks.optimal_plan(curve(), c.num_chunks, c.min_size, c.explained)
+
+
+def build_selection(config: Config) -> Selection:
+    """Return the choice of chunks; a learned one has learnt nothing yet."""
+    from chunkgrpo.core import chunks
+    from chunkgrpo.core.learned import LearnedSelection
+
+    c = config.chunks
+    if c.selection == "uniform":
+        return chunks.UniformSelection(c.fraction)
+    if c.selection == "listed":
+        return chunks.ListedSelection(c.indices or ())
+    if c.selection == "learned":
+        power = 0.5 if c.usefulness == "gradient" else 1.0
+        return LearnedSelection(c.fraction, c.floor, c.decay, power, c.correction)
+    return chunks.WeightedSelection(c.fraction, c.selection == "softmax", c.correction)
 
 
 def build_prompts(config: Config, which: str) -> PromptSet:
@@ -514,14 +663,13 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     import torch
 
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-    from chunkgrpo.core import chunks
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.core.objectives import Clip, KlMask, NoTrustRegion
     from chunkgrpo.rewards import make_reward
     from chunkgrpo.train import Trainer, TrainSettings
 
-    s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
+    s, o, opt = config.sampling, config.objective, config.optimizer
     if o.advantage not in CONVENTIONS:
         raise ConfigError(
             f"unknown objective.advantage {o.advantage!r}; known: {', '.join(CONVENTIONS)}"
@@ -539,12 +687,6 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         probe = train.texts[:64]
         return mean_curve(measure_dynamics(config, policy, sigmas, transition, probe)).cpu()
 
-    selections = {
-        "uniform": lambda: chunks.UniformSelection(c.fraction),
-        "weighted": lambda: chunks.WeightedSelection(c.fraction),
-        "softmax": lambda: chunks.WeightedSelection(c.fraction, softmax=True),
-        "listed": lambda: chunks.ListedSelection(c.indices or ()),
-    }
     trust = {
         "clip": lambda: Clip(o.clip_low, o.clip_high),
         "kl_mask": lambda: KlMask(o.kl_threshold),
@@ -554,7 +696,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     algorithm = ChunkGRPO(
         plan=plan,
         transition=transition,
-        selection=selections[c.selection](),
+        selection=build_selection(config),
         clip_low=o.clip_low,
         clip_high=o.clip_high,
         num_updates=o.updates,

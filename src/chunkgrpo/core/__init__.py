@@ -7,8 +7,9 @@ To learn Chunk-GRPO (arXiv:2510.21583) from the code, read the files in this ord
 2. :mod:`.sde`: one stochastic step between two of them, a Gaussian with a density.
 3. :mod:`.dynamics`: how fast a trajectory moves along the grid.
 4. :mod:`.chunks`: cutting the steps into chunks of similar dynamics, and choosing some.
-5. :mod:`.credit`: from rewards to advantages.
-6. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
+5. :mod:`.learned`: a choice of chunks that adapts while training.
+6. :mod:`.credit`: from rewards to advantages.
+7. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
 
 Nothing here reads files, moves tensors between devices or draws from global random state.
 """
@@ -25,12 +26,16 @@ from .chunks import (
     chosen_mask,
     chunk_weights,
     equal_plan,
+    explained_variation,
     explicit_plan,
+    importance_weights,
     num_selected,
     optimal_plan,
     paper_plan,
+    plackett_luce_draw,
     plackett_luce_inclusion,
     step_plan,
+    unit_weights,
     whole_plan,
 )
 from .credit import (
@@ -41,7 +46,8 @@ from .credit import (
     chunk_gains,
     group_advantages,
 )
-from .dynamics import cosine_distance, mean_curve, relative_l1, relative_l2
+from .dynamics import DISTANCES, cosine_distance, mean_curve, relative_l1, relative_l2
+from .learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from .objectives import (
     INNER_WEIGHTS,
     OUTER_WEIGHTS,
@@ -102,45 +108,46 @@ from .windows import (
 )
 
 __all__ = [
-    "chunk_advantages",
-    "chunk_gains",
-    "AllSteps",
-    "ChunkWindow",
-    "FixedWindow",
-    "RandomWindow",
-    "SlidingWindow",
-    "WindowSchedule",
-    "restrict_plan",
     "CONVENTIONS",
     "DIFFERENCES",
+    "DISTANCES",
     "INNER_WEIGHTS",
     "OUTER_WEIGHTS",
     "PAPER_SIZES",
     "RATIO_FORMS",
     "TIMESTEP_ROUNDINGS",
     "Advantages",
+    "AllSteps",
     "ChunkPlan",
+    "ChunkWindow",
     "Clip",
     "Convention",
     "CpsTransition",
     "DanceDiffusion",
     "Diffusion",
+    "FixedWindow",
     "FlowDiffusion",
     "Gaussian",
     "Kernel",
     "KlMask",
+    "LearnedSelection",
     "ListedSelection",
     "NoTrustRegion",
     "OdeDiffusion",
+    "RandomWindow",
     "Selection",
+    "SlidingWindow",
     "TimestepRounding",
     "Transition",
     "TrustRegion",
     "UniformSelection",
     "WeightedSelection",
+    "WindowSchedule",
     "adaptive_plan",
     "at_least_float32",
     "chosen_mask",
+    "chunk_advantages",
+    "chunk_gains",
     "chunk_log_ratio",
     "chunk_weights",
     "clipped_surrogate",
@@ -148,10 +155,13 @@ __all__ = [
     "equal_kappa_weights",
     "equal_plan",
     "exact_timestep",
+    "explained_variation",
     "explicit_plan",
     "floor1000_timestep",
     "gradient_is_cut",
+    "gradient_usefulness",
     "group_advantages",
+    "importance_weights",
     "inverse_dt_weights",
     "k3_kl",
     "k3_slope",
@@ -162,6 +172,7 @@ __all__ = [
     "num_selected",
     "optimal_plan",
     "paper_plan",
+    "plackett_luce_draw",
     "plackett_luce_inclusion",
     "policy_gradient_scale",
     "predict_clean",
@@ -172,12 +183,15 @@ __all__ = [
     "region_slope",
     "relative_l1",
     "relative_l2",
+    "restrict_plan",
+    "reward_usefulness",
     "shift_sigmas",
     "step_coefficients",
     "step_plan",
     "surrogate_slope",
     "transition",
     "transition_scale",
+    "unit_weights",
     "validate_sigmas",
     "whole_plan",
 ]

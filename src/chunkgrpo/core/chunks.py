@@ -29,6 +29,12 @@ PAPER_SIZES = (2, 3, 4, 7)
 # Keeps a chunk that did not move at all drawable; far below any real chunk's speed.
 TINY_WEIGHT = 1e-8
 
+# Sums of squared logarithms below this are rounding, which must not buy chunks for a flat curve.
+FLAT = 1e-12
+
+# Between nodes of the quadrature in log-time; its error is about exp(-pi^2 / step), below 1e-34.
+LOG_TIME_STEP = 0.125
+
 # 0.3 * 10 is 3.0000000000000004 in one order of operations and 2.9999999999999996 in another.
 COUNT_TOLERANCE = 1e-9
 
@@ -314,6 +320,16 @@ def _validated_curve(curve_N: Tensor) -> list[float]:
     return values
 
 
+def _logarithms(values: list[float]) -> Tensor:
+    """[N] float64."""
+    if min(values) <= 0:
+        raise ValueError(
+            f"the smallest entry of the curve is {min(values)}; logarithms need speeds above 0; "
+            "use relative_l1 or relative_l2 of a trajectory that moves at every step"
+        )
+    return torch.tensor(values, dtype=torch.float64).log()
+
+
 def _validate_min_size(min_size: int) -> None:
     if min_size < 1:
         raise ValueError(f"min_size is {min_size}; a chunk has at least 1 step; use 1 or more")
@@ -408,11 +424,7 @@ def optimal_plan(
     values = _validated_curve(curve_N)
     num_steps = len(values)
     _validate_min_size(min_size)
-    if min(values) <= 0:
-        raise ValueError(
-            f"the smallest entry of the curve is {min(values)}; logarithms need speeds above 0; "
-            "use relative_l1 or relative_l2 of a trajectory that moves at every step"
-        )
+    logs = _logarithms(values)
     most = num_steps // min_size
     if most == 0 or (num_chunks is not None and not 1 <= num_chunks <= most):
         raise ValueError(
@@ -421,7 +433,6 @@ def optimal_plan(
         )
     if not 0 <= explained <= 1:
         raise ValueError(f"explained is {explained}; it is a share in [0, 1]; the default is 0.95")
-    logs = torch.tensor(values, dtype=torch.float64).log()
     cost = {
         (start, stop): float((logs[start:stop] - logs[start:stop].mean()).square().sum())
         for start in range(num_steps)
@@ -447,11 +458,35 @@ def optimal_plan(
         by_count.append(best[num_steps])
     if num_chunks is not None:
         return explicit_plan(by_count[-1][1], num_steps)
-    # Rounding in the sum of squares must not buy chunks for a curve that is flat.
-    allowed = (1 - explained) * by_count[0][0] + 1e-12
+    allowed = (1 - explained) * by_count[0][0] + FLAT
     enough = [candidate for candidate in by_count if candidate[0] <= allowed]
     chosen = enough[0] if enough else min(by_count, key=lambda candidate: candidate[0])
     return explicit_plan(chosen[1], num_steps)
+
+
+def explained_variation(curve_N: Tensor, plan: ChunkPlan) -> float:
+    r"""Share of the curve's variation that lies between the chunks, not within them.
+
+    .. math:: R^2 = 1 - \frac{\sum_j \sum_{i \in ch_j} (\log L_i - \overline{\log L}_j)^2}
+                            {\sum_i (\log L_i - \overline{\log L})^2}
+
+    What :func:`optimal_plan` maximises for a given number of chunks. A flat curve has nothing to
+    explain: 1.
+
+    Args:
+        curve_N: Speed of the trajectory per trained step, [N], finite and > 0.
+        plan: A plan over N steps.
+
+    Returns:
+        A share in [0, 1].
+
+    Raises:
+        ValueError: If the curve is not positive or the plan does not cover it.
+    """
+    logs_N = _logarithms(_validated_curve(curve_N))
+    within = (logs_N - plan.expand(plan.reduce(logs_N))).square().sum()
+    total = (logs_N - logs_N.mean()).square().sum()
+    return float(1 - within / total) if float(total) > FLAT else 1.0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -489,11 +524,81 @@ def num_selected(num_chunks: int, fraction: float) -> int:
 
 
 class Selection(Protocol):
-    """Picks the chunks that each sample trains."""
+    """Picks the chunks that each sample trains, and says how likely and how heavy each is.
+
+    A curve is a sample's speed at each trained step, [B, N]; what a selection returns lies on the
+    curve's device.
+    """
 
     def __call__(self, plan: ChunkPlan, curve_BN: Tensor, generator: Generator) -> Tensor:
-        """Distinct chunk indices, LongTensor [B, M], from each sample's speed curve [B, N]."""
+        """Distinct chunk indices, LongTensor [B, M]."""
         ...
+
+    def inclusion(self, plan: ChunkPlan, curve_BN: Tensor) -> Tensor:
+        """Probability that each chunk is picked, [B, C] float64, each row summing to M."""
+        ...
+
+    def loss_weights(self, plan: ChunkPlan, curve_BN: Tensor, chosen_BM: Tensor) -> Tensor:
+        """Factor of each chunk's loss, [B, C] float32 > 0; those of unpicked chunks mean nothing.
+
+        The sum over picked chunks is still divided by their number M, not by the sum of factors.
+        """
+        ...
+
+
+def unit_weights(plan: ChunkPlan, curve_BN: Tensor) -> Tensor:
+    """Loss weights of a selection that corrects nothing: ones, [B, C] float32."""
+    plan.validate_for(curve_BN.shape[-1])
+    return torch.ones(curve_BN.shape[0], plan.num_chunks, device=curve_BN.device)
+
+
+def importance_weights(inclusion_BC: Tensor, num_drawn: int) -> Tensor:
+    r"""Loss weights that undo an unequal choice of chunks.
+
+    .. math:: w_j = \frac{M}{C\,\pi_j}, \qquad
+              E\Big[\tfrac1M \sum_{j\,\text{chosen}} w_j L_j\Big] = \frac1C \sum_j L_j
+
+    with :math:`\pi_j` the probability that chunk j is among the M chosen. The expected loss is
+    that of uniform selection, exactly, whatever the probabilities; only its variance changes.
+    A chunk that is always chosen weighs M / C, an equally likely one 1.
+
+    Args:
+        inclusion_BC: Probabilities in (0, 1], [B, C].
+        num_drawn: M >= 1.
+
+    Returns:
+        [B, C] float32 > 0.
+
+    Raises:
+        ValueError: If a probability is 0: no weight makes up for a chunk that is never chosen.
+
+    Reference: Horvitz and Thompson, Journal of the American Statistical Association 47 (1952).
+    """
+    if float(inclusion_BC.min()) <= 0:
+        raise ValueError(
+            f"the smallest inclusion probability is {float(inclusion_BC.min())}; a chunk that is "
+            "never chosen cannot be corrected for; give every chunk a positive probability"
+        )
+    return (num_drawn / (inclusion_BC.shape[-1] * inclusion_BC)).float()
+
+
+def plackett_luce_draw(weights_BC: Tensor, num_drawn: int, generator: Generator) -> Tensor:
+    """Draw items of each row one after another, without replacement, in proportion to weights.
+
+    Args:
+        weights_BC: Weights > 0, [B, C]; rows need not sum to 1.
+        num_drawn: M in [0, C].
+        generator: Source of the draws, on the weights' device.
+
+    Returns:
+        LongTensor [B, M], in the order drawn.
+
+    Reference: Plackett 1975, "The analysis of permutations".
+    """
+    # An exponential race: arrival times with rates w finish in Plackett-Luce order. The
+    # same law as torch.multinomial without replacement, without its device synchronisation.
+    arrivals_BC = torch.empty_like(weights_BC).exponential_(generator=generator) / weights_BC
+    return arrivals_BC.argsort(dim=1)[:, :num_drawn]
 
 
 def chunk_weights(plan: ChunkPlan, curve_BN: Tensor, softmax: bool = False) -> Tensor:
@@ -543,25 +648,39 @@ class UniformSelection:
         )
         return keys_BC.argsort(dim=1)[:, : num_selected(plan.num_chunks, self.fraction)]
 
+    def inclusion(self, plan: ChunkPlan, curve_BN: Tensor) -> Tensor:
+        """M / C for every chunk, [B, C] float64."""
+        share = num_selected(plan.num_chunks, self.fraction) / plan.num_chunks
+        return unit_weights(plan, curve_BN).double() * share
+
+    def loss_weights(self, plan: ChunkPlan, curve_BN: Tensor, chosen_BM: Tensor) -> Tensor:
+        """Ones, [B, C]: equally likely chunks need no correction."""
+        return unit_weights(plan, curve_BN)
+
 
 @dataclass(frozen=True)
 class WeightedSelection:
     r"""Faster-moving chunks are likelier: drawn one after another without replacement.
 
     The order of the draws follows the Plackett-Luce distribution of :func:`chunk_weights`, and
-    :func:`plackett_luce_inclusion` says how often each chunk is then trained. The gradient is not
-    corrected for it: this is a reweighting of noise levels, not a variance reduction. It favours
-    high noise under Flow-GRPO's sampler and *low* noise under DanceGRPO's.
+    :func:`plackett_luce_inclusion` says how often each chunk is then trained. It favours high
+    noise under Flow-GRPO's sampler and *low* noise under DanceGRPO's.
+
+    As published, the gradient is not corrected for it: the selection then reweights noise levels.
+    With ``correction``, :func:`importance_weights` keep the expected loss that of
+    :class:`UniformSelection`, and only the sampling differs.
 
     Attributes:
         fraction: Share of the chunks that is trained, in (0, 1].
         softmax: Weights from a softmax instead of the share of speed.
+        correction: Weigh the loss of a chosen chunk by the inverse of its probability.
 
     Reference: Chunk-GRPO, arXiv:2510.21583, eq. 17.
     """
 
     fraction: float = 0.5
     softmax: bool = False
+    correction: bool = False
 
     def __post_init__(self) -> None:
         """Refuse a share outside (0, 1]."""
@@ -570,10 +689,19 @@ class WeightedSelection:
     def __call__(self, plan: ChunkPlan, curve_BN: Tensor, generator: Generator) -> Tensor:
         """Chunk indices [B, M] in the order drawn."""
         weights_BC = chunk_weights(plan, curve_BN, self.softmax)
-        # An exponential race: arrival times with rates w finish in Plackett-Luce order. The
-        # same law as torch.multinomial without replacement, without its device synchronisation.
-        arrivals_BC = torch.empty_like(weights_BC).exponential_(generator=generator) / weights_BC
-        return arrivals_BC.argsort(dim=1)[:, : num_selected(plan.num_chunks, self.fraction)]
+        num_drawn = num_selected(plan.num_chunks, self.fraction)
+        return plackett_luce_draw(weights_BC, num_drawn, generator)
+
+    def inclusion(self, plan: ChunkPlan, curve_BN: Tensor) -> Tensor:
+        """Plackett-Luce probabilities of each sample's weights, [B, C] float64."""
+        weights_BC = chunk_weights(plan, curve_BN, self.softmax)
+        return plackett_luce_inclusion(weights_BC, num_selected(plan.num_chunks, self.fraction))
+
+    def loss_weights(self, plan: ChunkPlan, curve_BN: Tensor, chosen_BM: Tensor) -> Tensor:
+        """Ones, or with ``correction`` the inverse probabilities, [B, C]."""
+        if not self.correction:
+            return unit_weights(plan, curve_BN)
+        return importance_weights(self.inclusion(plan, curve_BN), chosen_BM.shape[1])
 
 
 @dataclass(frozen=True)
@@ -609,6 +737,15 @@ class ListedSelection:
         chosen_M = torch.tensor(self.indices, dtype=torch.long, device=curve_BN.device)
         return chosen_M.expand(curve_BN.shape[0], -1)
 
+    def inclusion(self, plan: ChunkPlan, curve_BN: Tensor) -> Tensor:
+        """1 for the listed chunks and 0 for the others, [B, C] float64."""
+        chosen_BM = self(plan, curve_BN, Generator())
+        return chosen_mask(chosen_BM, plan.num_chunks).double()
+
+    def loss_weights(self, plan: ChunkPlan, curve_BN: Tensor, chosen_BM: Tensor) -> Tensor:
+        """Ones, [B, C]: no weight stands in for the chunks that are never trained."""
+        return unit_weights(plan, curve_BN)
+
 
 def chosen_mask(chosen_BM: Tensor, num_chunks: int) -> Tensor:
     """Turn chunk indices into a mask.
@@ -624,47 +761,67 @@ def chosen_mask(chosen_BM: Tensor, num_chunks: int) -> Tensor:
     return mask_BC.scatter(1, chosen_BM, True)
 
 
-def plackett_luce_inclusion(weights_C: Tensor, num_drawn: int) -> Tensor:
+def plackett_luce_inclusion(weights_BC: Tensor, num_drawn: int) -> Tensor:
     r"""Probability that each item is among the first ``num_drawn`` of a weighted draw.
 
-    Items are drawn one after another without replacement, each draw proportional to the weights
-    of what is left. Exact, by dynamic programming over the sets already drawn; the number of sets
-    grows as C choose M, so this is for tens of items at most.
+    Items are drawn one after another without replacement, each draw in proportion to the weights
+    of what is left. The draws are those of a race in which item j arrives at a time distributed
+    exponentially with rate :math:`w_j`, so that
+
+    .. math:: \pi_j = \int_0^\infty w_j e^{-w_j t}\,
+              P\Big(\sum_{k \ne j} 1[T_k < t] \le M-1\Big)\,dt .
+
+    In :math:`y = \log t` the integrand decays exponentially on one side and doubly so on the
+    other, and the trapezoidal rule is exact to the rounding of float64; the count inside has a
+    Poisson binomial distribution, found by adding one item after another. The cost,
+    O(B C^2 M), allows plans of a chunk per step, where enumerating sets would not end.
 
     Args:
-        weights_C: Weights > 0, [C]; they need not sum to 1.
+        weights_BC: Weights > 0, [..., C]; they need not sum to 1.
         num_drawn: M in [0, C].
 
     Returns:
-        [C] float64 in [0, 1], summing to M.
+        [..., C] float64 in [0, 1], each row summing to M.
 
     Raises:
         ValueError: If a weight is not positive and finite, or M is outside [0, C].
 
-    Reference: Plackett 1975, "The analysis of permutations".
+    Reference: Plackett 1975, "The analysis of permutations"; for the race, Efraimidis and
+    Spirakis, Information Processing Letters 97 (2006); for the rule's accuracy, Trefethen and
+    Weideman, SIAM Review 56 (2014).
     """
-    weights = [float(weight) for weight in weights_C.tolist()]
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+    weights_BC = weights_BC.double()
+    smallest, largest = float(weights_BC.min()), float(weights_BC.max())
+    if not (math.isfinite(largest) and smallest > 0):
         raise ValueError(
-            f"weights are {weights}; each must be positive and finite; add a small constant"
+            f"weights lie between {smallest} and {largest}; each must be positive and finite; "
+            "add a small constant"
         )
-    if not 0 <= num_drawn <= len(weights):
+    num_items = weights_BC.shape[-1]
+    if not 0 <= num_drawn <= num_items:
         raise ValueError(
-            f"num_drawn is {num_drawn}; {len(weights)} items allow 0 to {len(weights)} draws; "
+            f"num_drawn is {num_drawn}; {num_items} items allow 0 to {num_items} draws; "
             "choose a number in that range"
         )
-    reached: dict[frozenset[int], float] = {frozenset(): 1.0}
-    for _ in range(num_drawn):
-        following: dict[frozenset[int], float] = {}
-        for drawn, probability in reached.items():
-            left = [item for item in range(len(weights)) if item not in drawn]
-            total = sum(weights[item] for item in left)
-            for item in left:
-                key = drawn | {item}
-                share = probability * weights[item] / total
-                following[key] = following.get(key, 0.0) + share
-        reached = following
-    inclusion = torch.zeros(len(weights), dtype=torch.float64)
-    for drawn, probability in reached.items():
-        inclusion[list(drawn)] += probability
-    return inclusion
+    if num_drawn in (0, num_items):
+        return torch.full_like(weights_BC, float(num_drawn > 0))
+    rates_BC = weights_BC / weights_BC.sum(dim=-1, keepdim=True)
+    # Below exp(-40) nothing has arrived yet, and after 40 mean waits of the slowest item all has.
+    nodes_Q = torch.arange(-40.0, math.log(40 / float(rates_BC.min())), LOG_TIME_STEP).to(rates_BC)
+    time_Q = nodes_Q.exp()
+    away_BCQ = (-rates_BC[..., None] * time_Q).exp()
+    here_BCQ = -torch.expm1(-rates_BC[..., None] * time_Q)
+    inclusion = []
+    for item in range(num_items):
+        # count_BMQ[m]: probability that exactly m of the other items have arrived, m < M.
+        count_BMQ = away_BCQ.new_zeros(*rates_BC.shape[:-1], num_drawn, len(time_Q))
+        count_BMQ[..., 0, :] = 1
+        for other in range(num_items):
+            if other == item:
+                continue
+            here_BQ, away_BQ = here_BCQ[..., other, None, :], away_BCQ[..., other, None, :]
+            one_fewer_BMQ = torch.nn.functional.pad(count_BMQ[..., :-1, :], (0, 0, 1, 0))
+            count_BMQ = count_BMQ * away_BQ + one_fewer_BMQ * here_BQ
+        density_BQ = rates_BC[..., item, None] * time_Q * away_BCQ[..., item, :]
+        inclusion.append(LOG_TIME_STEP * (density_BQ * count_BMQ.sum(dim=-2)).sum(dim=-1))
+    return torch.stack(inclusion, dim=-1).clamp(max=1.0)

@@ -11,6 +11,8 @@ Axes: B samples, N trained steps.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from .precision import at_least_float32
@@ -99,6 +101,14 @@ def cosine_distance(states: Tensor) -> Tensor:
     earlier_length = earlier.square().mean(dim=2).sqrt() + TINY
     later_length = later.square().mean(dim=2).sqrt() + TINY
     return 1 - (earlier * later).mean(dim=2) / (earlier_length * later_length)
+
+
+DISTANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "l1": relative_l1,
+    "l2": relative_l2,
+    "cosine": cosine_distance,
+}
+"""The measures of speed that published ablations compare, by name: states to [B, N]."""
 
 
 def mean_curve(curve_BN: Tensor) -> Tensor:
