@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from chunkgrpo.core.chunks import ChunkPlan, Selection
+    from chunkgrpo.core.objectives import TrustRegion
     from chunkgrpo.core.sde import Kernel
     from chunkgrpo.core.windows import WindowSchedule
     from chunkgrpo.policies.pipeline import PipelinePolicy
@@ -179,7 +181,10 @@ class ObjectiveConfig(Section):
         default="trajectory", description="'gain': each chunk by what it adds to the reward"
     )
     ratio: Literal["per_dimension", "full", "guard", "squared_error"] = "per_dimension"
-    trust: Literal["clip", "kl_mask", "none"] = "clip"
+    trust: str = Field(
+        default="clip", description="'clip', 'kl_mask', 'none' or package.module:factory"
+    )
+    trust_options: dict[str, Any] = Field(default={}, description="of a factory of your own")
     kl_threshold: float = Field(default=1e-5, gt=0, description="of trust 'kl_mask'")
     inner_weights: Literal["none", "equal_kappa"] = Field(
         default="none", description="of the steps inside a chunk's ratio"
@@ -665,7 +670,6 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
-    from chunkgrpo.core.objectives import Clip, KlMask, NoTrustRegion
     from chunkgrpo.rewards import make_reward
     from chunkgrpo.train import Trainer, TrainSettings
 
@@ -687,11 +691,6 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         probe = train.texts[:64]
         return mean_curve(measure_dynamics(config, policy, sigmas, transition, probe)).cpu()
 
-    trust = {
-        "clip": lambda: Clip(o.clip_low, o.clip_high),
-        "kl_mask": lambda: KlMask(o.kl_threshold),
-        "none": NoTrustRegion,
-    }
     plan = build_plan(config, curve)
     algorithm = ChunkGRPO(
         plan=plan,
@@ -705,7 +704,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         kl_coefficient=o.kl,
         kl_form=o.kl_form,
         old_kl_coefficient=o.old_kl,
-        trust=trust[o.trust](),
+        trust=build_trust(o),
         ratio=o.ratio,
         inner_weights=o.inner_weights,
         outer_weights=o.outer_weights,
@@ -746,6 +745,36 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         prefix=s.window.prefix,
         tail=build_tail(config),
     )
+
+
+def build_trust(objective: ObjectiveConfig) -> TrustRegion:
+    """Return the trust region of the chunk loss.
+
+    Raises:
+        ConfigError: If no region has that name or the import path leads nowhere.
+    """
+    from chunkgrpo.core.objectives import Clip, KlMask, NoTrustRegion
+
+    o = objective
+    built_in: dict[str, Callable[[], TrustRegion]] = {
+        "clip": lambda: Clip(o.clip_low, o.clip_high),
+        "kl_mask": lambda: KlMask(o.kl_threshold),
+        "none": NoTrustRegion,
+    }
+    if o.trust in built_in:
+        return built_in[o.trust]()
+    module, separator, attribute = o.trust.partition(":")
+    if not separator:
+        near = difflib.get_close_matches(o.trust, built_in, 1, 0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(
+            f"unknown objective.trust {o.trust!r}{hint}; known: {', '.join(built_in)}, or "
+            "package.module:factory"
+        )
+    try:
+        return getattr(importlib.import_module(module), attribute)(**o.trust_options)
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"objective.trust {o.trust!r} can not be built: {error}") from error
 
 
 def build_windows(config: Config, plan: ChunkPlan) -> WindowSchedule | None:

@@ -25,7 +25,6 @@ from chunkgrpo.core.objectives import (
     k3_kl,
     k3_slope,
     ratio_scale,
-    region_slope,
     step_coefficients,
     transition_scale,
 )
@@ -325,7 +324,7 @@ class _Update:
         region, mask = a.region, self.mask_BC.to(ratio_BN.device)
         weight_BC = self.weight_BC.to(ratio_BN) * scales.outer_C
         value_BC = region.value(log_ratio_BC, advantages, divergence_BC)
-        slope_BC = region_slope(region, log_ratio_BC, advantages, divergence_BC)
+        slope_BC = region.slope(log_ratio_BC, advantages, divergence_BC)
         if a.old_kl_coefficient:
             value_BC = value_BC + a.old_kl_coefficient * k3_kl(log_ratio_BC)
             slope_BC = slope_BC + a.old_kl_coefficient * k3_slope(log_ratio_BC)

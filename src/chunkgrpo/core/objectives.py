@@ -127,7 +127,9 @@ def surrogate_slope(
 
 
 class TrustRegion(Protocol):
-    """Decides where a chunk has moved far enough, and what its loss is.
+    """Decides where a chunk has moved far enough: its loss, and the loss's slope.
+
+    ``divergence`` is KL(new || old) per latent element of each chunk, [B, C], a constant.
 
     Attributes:
         needs_divergence: Whether the KL of the chunk to the sampling policy is read.
@@ -139,8 +141,12 @@ class TrustRegion(Protocol):
         """Loss of each ratio, shape of ``log_ratio``."""
         ...
 
+    def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Derivative of the loss with respect to the log-ratio, shape of ``log_ratio``."""
+        ...
+
     def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
-        """Where the gradient is zero, bool, shape of ``log_ratio``."""
+        """Where the trust region holds the policy back, bool, shape of ``log_ratio``."""
         ...
 
 
@@ -159,6 +165,10 @@ class Clip:
     def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """:func:`clipped_surrogate`."""
         return clipped_surrogate(log_ratio, advantages, self.low, self.high)
+
+    def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """-A s where not cut."""
+        return region_slope(self, log_ratio, advantages, divergence)
 
     def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """:func:`gradient_is_cut`."""
@@ -194,6 +204,10 @@ class KlMask:
         loss = -_beside(advantages, log_ratio) * log_ratio.exp()
         return loss.masked_fill(self.is_cut(log_ratio, advantages, divergence), 0.0)
 
+    def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """-A s where not cut."""
+        return region_slope(self, log_ratio, advantages, divergence)
+
     def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """Where the chunk is dropped."""
         moved = _beside(advantages, log_ratio) * log_ratio > 0
@@ -209,6 +223,10 @@ class NoTrustRegion:
     def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """-A s."""
         return -_beside(advantages, log_ratio) * log_ratio.exp()
+
+    def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """-A s where not cut."""
+        return region_slope(self, log_ratio, advantages, divergence)
 
     def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """False everywhere."""
