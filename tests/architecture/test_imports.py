@@ -35,10 +35,12 @@ LAYERS: dict[str, set[str]] = {
     "rollout": MACHINERY - {"report"},
     "evaluate": MACHINERY | {"rollout", "prompts"},
     "train": MACHINERY | {"rollout", "evaluate", "prompts"},
+    "profile": MACHINERY | {"rollout", "prompts"},
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
-    "cli": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config", "recipes", "runs"},
+    "cli": MACHINERY
+    | {"rollout", "evaluate", "train", "prompts", "profile", "config", "recipes", "runs"},
     "__main__": {"cli"},
     "": {"core", "types"},
 }
