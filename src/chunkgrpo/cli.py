@@ -49,6 +49,9 @@ def train(
         str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
     ] = "demo",
     set_: SetOption = None,
+    chunks: Annotated[
+        Path | None, typer.Option(help="Chunk settings, as `chunkgrpo chunks` writes them.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
         Path | None, typer.Option(help="Go on with an interrupted run folder.")
@@ -62,13 +65,15 @@ def train(
         from chunkgrpo.config import ConfigError, load_config
 
         if resume is not None:
-            if set_ or out:
-                raise ConfigError("--resume takes no --set or --out: a run keeps its settings")
+            if set_ or out or chunks:
+                raise ConfigError(
+                    "--resume takes no --set, --chunks or --out: a run keeps its settings"
+                )
             from chunkgrpo.runs import read_run
 
             config, folder = read_run(resume), resume
         else:
-            config = load_config(recipe, set_ or [])
+            config = load_config(recipe, set_ or [], chunks)
             from chunkgrpo.runs import new_folder
 
             folder = out or new_folder(Path("runs"), config.name)
@@ -212,64 +217,115 @@ def evaluate(
 
 @app.command()
 def chunks(
-    recipe: Annotated[str, typer.Argument(help="Recipe or .yaml file to profile.")] = "demo",
+    model: Annotated[
+        str | None,
+        typer.Argument(help="'shapes', a pipeline folder or a hub id; the recipe's by default."),
+    ] = None,
+    recipe: Annotated[
+        str, typer.Option(help="Recipe or .yaml file whose prompts and schedule are used.")
+    ] = "demo",
     set_: SetOption = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts, one trajectory each.")] = 96,
-    out: Annotated[Path, typer.Option(help="PNG of the curve.")] = Path("runs/dynamics.png"),
+    prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure.")] = 8,
+    seeds: Annotated[int, typer.Option(min=2, help="Trajectories of each prompt.")] = 4,
+    rule: Annotated[
+        str,
+        typer.Option(
+            help="Whose chunks to write: optimal, optimal-4, adaptive-forward, adaptive-backward, "
+            "adaptive-central, equal or paper."
+        ),
+    ] = "optimal",
+    out: Annotated[Path | None, typer.Option(help="Folder; runs/chunks by default.")] = None,
 ) -> None:
-    """Measure how fast trajectories move and propose where to cut them."""
+    """Measure how fast a model's trajectories move and propose where to cut them.
+
+    Says whether the dynamics depend on the prompt, under the flow SDE, the Dance SDE and the ODE,
+    and writes chunks.yaml, for `chunkgrpo train --chunks`, beside a picture of the curves.
+    """
     with clear_errors():
         from chunkgrpo.config import (
-            build_policy,
+            ConfigError,
             build_prompts,
             build_sigmas,
-            build_transition,
             load_config,
-            measure_dynamics,
+            resolve_model,
         )
-        from chunkgrpo.core import chunks as core_chunks
-        from chunkgrpo.report.curves import save_dynamics
+        from chunkgrpo.recipes import recipe_names
 
+        if model is not None and (model in recipe_names() or model.endswith((".yaml", ".yml"))):
+            raise ConfigError(f"{model} is no model; measure that recipe's by --recipe {model}")
         config = load_config(recipe, set_ or [])
-        s = config.sampling
-        policy, sigmas = build_policy(config), build_sigmas(config)
-        texts = build_prompts(config, "train").texts[:prompts]
-        transition = build_transition(config)
-        curve_BN = measure_dynamics(config, policy, sigmas, transition, texts)
-        mean = curve_BN.mean(0).cpu()
-        half = 1.96 * curve_BN.std(0).cpu() / len(curve_BN) ** 0.5
-        trained = s.steps - 1
-        plans = {
-            "adaptive": core_chunks.adaptive_plan(mean, min(config.chunks.min_size, trained)),
-            "optimal": core_chunks.optimal_plan(mean),
-            "optimal, 4 chunks": core_chunks.optimal_plan(mean, min(4, trained)),
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        save_dynamics(
-            out,
-            mean.tolist(),
-            sigmas.tolist(),
-            {name: plan.sizes for name, plan in plans.items()},
-            (mean - half).tolist(),
-            (mean + half).tolist(),
-        )
-        from rich.console import Console
-        from rich.table import Table
+        from chunkgrpo.profile import RULES, print_profile, profile_policy, save_profile
+        from chunkgrpo.runs import load_untrained, new_folder
 
-        console = Console()
-        table = Table("step", "sigma", "L1_rel", "95 %", "", title=f"{s.diffusion} SDE")
-        top = float(mean.max())
-        for i, (m, h) in enumerate(zip(mean.tolist(), half.tolist(), strict=True)):
-            bar = "#" * round(30 * m / top)
-            table.add_row(str(i), f"{sigmas[i]:.3f}", f"{m:.3f}", f"+-{h:.3f}", bar)
-        console.print(table)
-        spread = float((curve_BN.std(0).cpu() / mean).mean())
-        console.print(f"Over {len(texts)} prompts the curve varies by {100 * spread:.1f} % (std).")
-        for name, plan in plans.items():
-            console.print(f"{name}: {plan}", markup=False)
-    listed = ",".join(map(str, plans["optimal, 4 chunks"].sizes))
-    typer.echo(f"Train with: chunkgrpo train {recipe} --set chunks.sizes=[{listed}]")
-    typer.echo(f"The curve is drawn in {out}")
+        s, c = config.sampling, config.chunks
+        if rule not in RULES:
+            raise ConfigError(f"unknown --rule {rule!r}; known: {', '.join(RULES)}")
+        if rule == "paper" and s.steps != 17:
+            raise ConfigError(f"--rule paper needs sampling.steps = 17, not {s.steps}")
+        texts = build_prompts(config, "train").texts[:prompts]
+        path = model or config.model.path
+        policy, sigmas = load_untrained(config, resolve_model(path)), build_sigmas(config)
+        display = Display(0, 0)
+        samplers = samplers_of(s.diffusion, s.eta)
+        hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, 3 samplers")
+        profiles = profile_policy(
+            policy,
+            texts,
+            sigmas,
+            seeds,
+            samplers,
+            distance=c.distance,
+            min_size=c.min_size,
+            seed=config.seed,
+            batch_size=s.batch_size,
+            progress=hook,
+        )
+        display.close()
+        levels = sigmas.tolist()
+        folder = out or new_folder(Path("runs"), "chunks")
+        chosen = profiles[0].proposal(rule)
+        title = f"{path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, {c.distance}"
+        file = save_profile(
+            folder, profiles, levels, rule, listed_again(config, chosen.plan), title, c.distance
+        )
+        print_profile(display.console, profiles, levels, rule)
+    for profile in profiles:
+        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
+    typer.echo(f"The curves are drawn in {folder}/dynamics.png")
+    typer.echo(f"Train with: chunkgrpo train {recipe} --chunks {file}")
+
+
+def samplers_of(diffusion: str, eta: float) -> dict[str, Any]:
+    """Return the three samplers to compare, a recipe's own first and with its eta."""
+    from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion
+
+    # The others with the eta of their publications.
+    etas = {"flow": 0.7, "dance": 0.3} | {diffusion: eta}
+    stochastic: dict[str, Any] = {
+        "flow": (f"flow SDE, eta {etas['flow']:g}", FlowDiffusion(etas["flow"])),
+        "dance": (f"Dance SDE, eta {etas['dance']:g}", DanceDiffusion(etas["dance"])),
+    }
+    order = sorted(stochastic, key=lambda kind: kind != diffusion)
+    return dict(stochastic[kind] for kind in order) | {"ODE": OdeDiffusion()}
+
+
+def listed_again(config: Any, plan: Any) -> dict[str, Any]:
+    """Return how to choose among new chunks, where a recipe lists those of its own plan.
+
+    Listed are the chunks that hold the steps which the recipe trains; of a plan that is measured
+    first these are unknown, and the choice becomes uniform.
+    """
+    from chunkgrpo.config import MEASURED_PLANS, build_plan
+    from chunkgrpo.profile import carried_indices
+
+    c = config.chunks
+    if c.selection != "listed":
+        # Only measured plans can be refreshed, and a learned or weighted choice fits any plan.
+        return {"refresh": 0} if c.refresh else {}
+    if c.plan in MEASURED_PLANS:
+        return {"selection": "uniform", "refresh": 0}
+    old = build_plan(config, lambda: plan)
+    return {"indices": list(carried_indices(old, c.indices, plan))}
 
 
 @app.command()

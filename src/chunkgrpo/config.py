@@ -454,6 +454,23 @@ def check_selection(config: Config) -> None:
     """
     c = config.chunks
     measured = c.plan in MEASURED_PLANS
+    window = config.sampling.window.kind
+    if measured and window not in ("all", "chunk"):
+        raise ConfigError(
+            f"chunks.plan {c.plan!r} is cut from the dynamics of all steps, but "
+            f"sampling.window.kind {window!r} trains a few that may move; give sizes that sum to "
+            "the window's size"
+        )
+    if c.selection == "learned" and window == "chunk":
+        raise ConfigError(
+            "sampling.window.kind 'chunk' draws one chunk an iteration itself, which leaves "
+            "nothing for chunks.selection 'learned' to choose; use 'uniform' with fraction 1"
+        )
+    if c.selection == "learned" and c.usefulness == "reward" and config.objective.updates < 2:
+        raise ConfigError(
+            "chunks.usefulness 'reward' is measured on the samples of later updates, and "
+            "objective.updates is 1; set it to 2 or more, or use 'gradient'"
+        )
     if c.refresh and not measured:
         raise ConfigError(
             f"chunks.refresh = {c.refresh} measures plans 'adaptive' and 'optimal' anew, but "
@@ -673,7 +690,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.rewards import make_reward
     from chunkgrpo.train import Trainer, TrainSettings
 
-    s, o, opt = config.sampling, config.objective, config.optimizer
+    s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
     if o.advantage not in CONVENTIONS:
         raise ConfigError(
             f"unknown objective.advantage {o.advantage!r}; known: {', '.join(CONVENTIONS)}"
@@ -709,6 +726,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         inner_weights=o.inner_weights,
         outer_weights=o.outer_weights,
         consistency=o.consistency,
+        group_by_chunk=c.selection == "learned" and c.usefulness == "gradient",
     )
     settings = TrainSettings(
         iterations=config.iterations,
@@ -744,6 +762,9 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         windows=build_windows(config, plan),
         prefix=s.window.prefix,
         tail=build_tail(config),
+        replan=(lambda: build_plan(config, curve)) if c.refresh else None,
+        refresh=c.refresh,
+        usefulness=c.usefulness,
     )
 
 

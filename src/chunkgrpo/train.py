@@ -19,6 +19,7 @@ from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.core.chunks import ChunkPlan
 from chunkgrpo.core.credit import chunk_advantages, chunk_gains, group_advantages
 from chunkgrpo.core.dynamics import mean_curve
+from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from chunkgrpo.core.sde import Kernel, predict_clean
 from chunkgrpo.core.windows import ChunkWindow, WindowSchedule, restrict_plan
 from chunkgrpo.evaluate import Evaluation, evaluate
@@ -39,7 +40,7 @@ from chunkgrpo.runtime.checkpoints import (
 )
 from chunkgrpo.runtime.ema import Ema
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import Experience, RewardBatch, Trajectory
+from chunkgrpo.types import Experience, LossPart, RewardBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,10 @@ class Trainer:
         windows: Which steps are stochastic and trained; all where None. With a ``ChunkWindow`` the
             algorithm's plan covers all steps, else it covers the window.
         prefix, tail: How the steps before and after the window are taken, see ``rollout``.
+        replan: Measures the policy's dynamics and cuts them into chunks anew.
+        refresh: Iterations between calls of ``replan``; 0 keeps the plan.
+        usefulness: What a ``LearnedSelection`` of the algorithm observes: ``"gradient"`` or
+            ``"reward"``.
     """
 
     policy: Policy
@@ -118,9 +123,14 @@ class Trainer:
     windows: WindowSchedule | None = None
     prefix: str = "ode"
     tail: Tail | None = None
+    replan: Callable[[], ChunkPlan] | None = None
+    refresh: int = 0
+    usefulness: str = "gradient"
 
     def __post_init__(self) -> None:
         s = self.settings
+        selection = getattr(self.algorithm, "selection", None)
+        self.learned = selection if isinstance(selection, LearnedSelection) else None
         self.parameters = self.policy.parameters()
         self.optimizer = torch.optim.AdamW(
             self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
@@ -160,7 +170,12 @@ class Trainer:
         clock = PhaseClock(self.policy.device)
         generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
         prompts = self.prompts.batch(self.iteration, s.num_prompts, derive_seed(s.seed, 1))
+        if self.replan and self.refresh and self.iteration and not self.iteration % self.refresh:
+            self.algorithm = with_plan(self.algorithm, self.replan())
         algorithm, window = self.plan_iteration(generator)
+        observer = None
+        if self.learned is not None:
+            observer = ChunkObserver(plan_of(algorithm), self.parameters, self.usefulness)
         trajectory = rollout(
             self.policy,
             prompts,
@@ -193,11 +208,16 @@ class Trainer:
         losses: list[Tensor] = []
         norms: list[Tensor] = []
         for part in algorithm.losses(self.policy, experience, generator):
-            part.loss.backward()
+            if observer is None:
+                part.loss.backward()
+            else:
+                observer.backward(part)
             losses.append(part.loss.detach())
             parts.append(part.diagnostics)
             if part.ends_update:
                 norms.append(self.update())
+        if observer is not None and self.learned is not None:
+            self.learned.observe(observer.usefulness())
         clock.lap("train")
         pairs = sum(len(d["sample"]) for d in parts if "sample" in d)
         idle = sum(len(d["idle"]) for d in parts if "idle" in d)
@@ -215,6 +235,11 @@ class Trainer:
             "idle_pairs": idle,
             "window": [window.start, window.stop] if window else None,
         }
+        if hasattr(algorithm, "plan"):
+            record["chunks"] = list(plan_of(algorithm).sizes)
+        if self.learned is not None:
+            number = plan_of(algorithm).num_chunks
+            record["chunk_probability"] = self.learned.probabilities(number).tolist()
         if s.credit == "gain":
             record["chunk_gain"] = gains_BC.mean(0).tolist()
         record |= summarise(parts, trajectory.num_trained)
@@ -230,7 +255,7 @@ class Trainer:
         if not isinstance(self.windows, ChunkWindow):
             return self.algorithm, window
         plan = restrict_plan(plan_of(self.algorithm), window)
-        return replace(self.algorithm, plan=plan), window  # type: ignore[type-var]
+        return with_plan(self.algorithm, plan), window
 
     def gains(
         self,
@@ -299,6 +324,10 @@ class Trainer:
             "ema_updates": self.ema.num_updates,
             "seconds": self.seconds,
         }
+        if hasattr(self.algorithm, "plan"):
+            info["chunks"] = list(plan_of(self.algorithm).sizes)
+        if self.learned is not None:
+            info["learned"] = self.learned.state()
         save_checkpoint(self.folder / "checkpoints", self.iteration, tensors, info)
 
     def resume(self) -> None:
@@ -314,6 +343,10 @@ class Trainer:
         load_optimizer_tensors(self.optimizer, tensors)
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
         self.ema.num_updates, self.seconds = info["ema_updates"], info["seconds"]
+        if "chunks" in info:
+            self.algorithm = with_plan(self.algorithm, ChunkPlan(tuple(info["chunks"])))
+        if self.learned is not None:
+            self.learned.load(info.get("learned", {}))
 
     @contextmanager
     def finish_on_interrupt(self) -> Iterator[None]:
@@ -348,6 +381,75 @@ def plan_of(algorithm: Algorithm) -> ChunkPlan:
             "credited or branched at; use credit 'trajectory' and no chunk window"
         )
     return plan
+
+
+def with_plan(algorithm: Algorithm, plan: ChunkPlan) -> Algorithm:
+    """Return the algorithm with another chunk plan."""
+    plan_of(algorithm)
+    return replace(algorithm, plan=plan)  # type: ignore[type-var]
+
+
+class ChunkObserver:
+    """Measures, while the updates of one iteration happen, how useful each chunk was.
+
+    Args:
+        plan: The iteration's chunks.
+        parameters: What is trained.
+        kind: ``"gradient"``: squared gradient norm of the first update per network row, for which
+            every piece of the loss must hold steps of one chunk. ``"reward"``: the first-order
+            reward gain of later updates' samples, which the moves before them were not trained on.
+    """
+
+    def __init__(self, plan: ChunkPlan, parameters: Sequence[Tensor], kind: str) -> None:
+        self.plan, self.parameters, self.kind = plan, parameters, kind
+        self.update = 0
+        self.sums: list[list[Tensor] | None] = [None] * plan.num_chunks
+        self.rows = torch.zeros(plan.num_chunks)
+        self.gains: list[Mapping[str, Tensor]] = []
+
+    def backward(self, part: LossPart) -> None:
+        """Back-propagate a piece and note what it says."""
+        measured = self.kind == "gradient" and self.update == 0 and "idle" not in part.diagnostics
+        if measured and "step" in part.diagnostics:
+            before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+            part.loss.backward()
+            chunk = int(self.plan.chunk_of_step[part.diagnostics["step"][0]])
+            added = [
+                p.grad if b is None else p.grad - b
+                for p, b in zip(self.parameters, before, strict=True)
+                if p.grad is not None
+            ]
+            held = self.sums[chunk]
+            self.sums[chunk] = [a.clone() for a in added] if held is None else held
+            if held is not None:
+                torch._foreach_add_(held, added)
+            self.rows[chunk] += len(part.diagnostics["step"])
+        else:
+            part.loss.backward()
+        if self.kind == "reward" and self.update and "chunk_log_ratio" in part.diagnostics:
+            self.gains.append(part.diagnostics)
+        self.update += part.ends_update
+
+    def usefulness(self) -> Tensor:
+        """Return one value per chunk, NaN where it was not measured."""
+        number = self.plan.num_chunks
+        if self.kind == "gradient":
+            norms = [
+                sum((g.double().square().sum() for g in held), torch.zeros((), dtype=torch.float64))
+                if held
+                else torch.zeros((), dtype=torch.float64)
+                for held in self.sums
+            ]
+            return gradient_usefulness(torch.stack([n.cpu() for n in norms]), self.rows)
+        if not self.gains:
+            return torch.full((number,), float("nan"))
+        chunk = torch.cat([d["chunk"] for d in self.gains]).cpu()
+        gain, credit = (
+            torch.cat([d[name] for d in self.gains]).cpu()
+            for name in ("chunk_log_ratio", "chunk_advantage")
+        )
+        mask = torch.nn.functional.one_hot(chunk, number).bool()
+        return reward_usefulness(gain[:, None].expand(-1, number), credit, mask)
 
 
 class PhaseClock:

@@ -35,12 +35,13 @@ LAYERS: dict[str, set[str]] = {
     "rollout": MACHINERY - {"report"},
     "evaluate": MACHINERY | {"rollout", "prompts"},
     "train": MACHINERY | {"rollout", "evaluate", "prompts"},
+    "profile": MACHINERY | {"rollout", "prompts"},
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
     "methods": {"config", "recipes"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
     "cli": MACHINERY
-    | {"rollout", "evaluate", "train", "prompts", "config", "recipes", "runs"}
+    | {"rollout", "evaluate", "train", "prompts", "profile", "config", "recipes", "runs"}
     | {"methods"},
     "__main__": {"cli"},
     "": {"core", "types"},

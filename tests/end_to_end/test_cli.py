@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -161,14 +160,30 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(small_model: Path, tmp_pa
 
 
 def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None:
-    picture = tmp_path / "dynamics.png"
+    folder = tmp_path / "profile"
     output = call(
-        "chunks", "demo", "--prompts", "6", "--out", str(picture), "--set",
-        f"model.path={small_model}",
+        "chunks", str(small_model), "--prompts", "3", "--seeds", "2", "--out", str(folder),
     )  # fmt: skip
-    assert picture.exists()
-    found = re.search(r"chunks\.sizes=\[([\d,]+)\]", output)
-    assert found and sum(map(int, found[1].split(","))) == 9
+    with Image.open(folder / "dynamics.png") as picture:
+        assert picture.size[0] > 1000
+    words = " ".join(output.split())
+    assert f"chunkgrpo train demo --chunks {folder / 'chunks.yaml'}" in words
+    for name in ("flow SDE, eta 0.7", "Dance SDE, eta 0.3", "ODE"):
+        assert f"{name}: the step explains" in words
+    text = (folder / "chunks.yaml").read_text()
+    assert text.startswith(f"# {small_model}, 10 steps, 3 prompts x 2 seeds, l1\n")
+    section = yaml.safe_load(text)["chunks"]
+    assert section["plan"] == "explicit" and sum(section["sizes"]) == 9
+    record = json.loads((folder / "dynamics.json").read_text())
+    assert [len(sampler["mean"]) for sampler in record] == [9, 9, 9]
+    assert record[0]["plans"]["optimal"] == section["sizes"]
+    # The file is what `train --chunks` takes, after the recipe and before --set.
+    config = load_config("demo", [], folder / "chunks.yaml")
+    assert list(config.chunks.sizes or ()) == section["sizes"]
+    assert config.chunks.selection == "listed"
+    assert list(config.chunks.indices or ()) == section["indices"]
+    config = load_config("demo", ["chunks.selection=uniform"], folder / "chunks.yaml")
+    assert config.chunks.selection == "uniform"
 
 
 def test_recipes_are_listed_and_valid() -> None:
@@ -196,6 +211,11 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
         (["train", "--set", "chunks.plan=paper"], "needs sampling.steps = 17"),
         (["train", "--set", "nonsense"], "key=value"),
+        (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
+        (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
+        (["chunks", "step-level"], "--recipe step-level"),
+        (["chunks", "--rule", "best"], "known: optimal"),
+        (["chunks", "--rule", "paper"], "needs sampling.steps = 17"),
         (["train", "--resume", "TMP"], "no run folder"),
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),
@@ -224,10 +244,10 @@ def test_every_flag_is_known() -> None:
         if name != "shapes"
     }
     assert flags == {
-        "train": ["--out", "--resume", "--set"],
+        "train": ["--chunks", "--out", "--resume", "--set"],
         "sample": ["--images", "--out", "--seed"],
         "evaluate": ["--split"],
-        "chunks": ["--out", "--prompts", "--set"],
+        "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
     }
 

@@ -85,6 +85,8 @@ class ChunkGRPO:
 
             averaged over samples and neighbours. It is zero, and so is its gradient, until the
             first update has moved the policy.
+        group_by_chunk: Let every micro-batch hold steps of one chunk, so that gradients can be
+            told apart by chunk.
     """
 
     plan: ChunkPlan
@@ -103,6 +105,7 @@ class ChunkGRPO:
     inner_weights: str = "none"
     outer_weights: str = "none"
     consistency: float = 0.0
+    group_by_chunk: bool = False
 
     needs_trajectory = True
 
@@ -199,6 +202,10 @@ class ChunkGRPO:
         pairs go together, prompt by prompt, and are evaluated once.
         """
         sample, step = pairs
+        if self.group_by_chunk:
+            chunk = self.plan.chunk_of_step[step]
+            parts = [(sample[chunk == c], step[chunk == c]) for c in range(self.plan.num_chunks)]
+            return [part for each in parts for part in split_pairs(each, self.micro_batch)]
         if not trajectory.shared_start:
             return split_pairs(pairs, self.micro_batch)
         first = step == 0
@@ -425,4 +432,11 @@ class _Update:
         """Return the log-ratio of each trained chunk, and whether it is cut."""
         row, chunk = self.mask_BC[self.share_S].nonzero(as_tuple=True)
         where = (self.share_S[row].to(log_ratio_BC.device), chunk.to(log_ratio_BC.device))
-        return {"chunk_log_ratio": log_ratio_BC[where], "cut": cut_BC[where], "chunk": chunk}
+        advantages = self.experience.advantages.to(log_ratio_BC.device)
+        credit = advantages[where[0]] if advantages.ndim == 1 else advantages[where]
+        return {
+            "chunk_log_ratio": log_ratio_BC[where],
+            "cut": cut_BC[where],
+            "chunk": chunk,
+            "chunk_advantage": credit,
+        }

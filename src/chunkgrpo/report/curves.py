@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["Series", "Panel", "DEFAULT_PANELS", "save_curves", "save_dynamics"]
+__all__ = [
+    "Series",
+    "Panel",
+    "CurvePanel",
+    "DEFAULT_PANELS",
+    "save_curves",
+    "save_dynamics",
+    "save_profile_curves",
+]
 
 
 @dataclass(frozen=True)
@@ -145,62 +153,136 @@ def save_dynamics(
     Raises:
         ValueError: Lengths differ, or a plan does not fit the steps.
     """
-    from matplotlib.ticker import MaxNLocator
+    panel = CurvePanel("", mean, low, high, plans)
+    bars = len(plans)
+    figure = _figure(8.0, 3.4 + 0.36 * bars)
+    _draw_dynamics(figure, [panel], sigmas, ylabel)
+    return _save(figure, path)
 
-    num_steps = len(mean)
+
+@dataclass(frozen=True)
+class CurvePanel:
+    """The dynamics of one sampler.
+
+    Attributes:
+        title: Its name; empty for none.
+        mean: [N], how much step i changes the latents; step 0 is the noisiest.
+        low: [N], lower end of the interval of each mean; None with ``high`` for no band.
+        high: [N], upper end.
+        plans: Name to chunk sizes, drawn as bars below the curve; the borders of the first plan
+            also cross the curve.
+    """
+
+    title: str
+    mean: Sequence[float]
+    low: Sequence[float] | None
+    high: Sequence[float] | None
+    plans: Mapping[str, Sequence[int]]
+
+
+def save_profile_curves(
+    path: str | os.PathLike[str],
+    panels: Sequence[CurvePanel],
+    sigmas: Sequence[float],
+    ylabel: str = "relative L1 change in a step",
+) -> Path:
+    """Write a PNG of the dynamics under several samplers side by side, each with its plans.
+
+    Args:
+        path: The PNG to write.
+        panels: At least one, of the same steps and with the same names of plans.
+        sigmas: At least N noise levels, that at the start of each step first, in [0, 1].
+        ylabel: Name and unit of the curves.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: There is no panel, their lengths or names differ, or a plan does not fit.
+    """
+    if not panels or any(
+        len(p.mean) != len(panels[0].mean) or list(p.plans) != list(panels[0].plans) for p in panels
+    ):
+        raise ValueError("panels must be at least one, of equally many steps and the same plans")
+    figure = _figure(5.2 * len(panels) + 1.6, 3.8 + 0.36 * len(panels[0].plans))
+    _draw_dynamics(figure, panels, sigmas, ylabel)
+    return _save(figure, path)
+
+
+def _check_panel(panel: CurvePanel, sigmas: Sequence[float]) -> None:
+    num_steps = len(panel.mean)
     if num_steps == 0 or len(sigmas) < num_steps:
         raise ValueError(f"{num_steps} steps need as many sigmas; found {len(sigmas)}")
+    low, high = panel.low, panel.high
     if (low is None) != (high is None):
         raise ValueError("low and high belong together; give both or neither")
     if low is not None and high is not None and not len(low) == len(high) == num_steps:
         raise ValueError(f"low and high must have {num_steps} values, as mean has")
-    for name, sizes in plans.items():
+    for name, sizes in panel.plans.items():
         if not sizes or min(sizes) < 1 or sum(sizes) > num_steps:
             raise ValueError(f"plan {name!r} {tuple(sizes)} does not fit {num_steps} steps")
 
-    bars = len(plans)
-    figure = _figure(8.0, 3.4 + 0.36 * bars)
+
+def _draw_dynamics(
+    figure: Figure, panels: Sequence[CurvePanel], sigmas: Sequence[float], ylabel: str
+) -> None:
+    """A column a panel: the curve, and below it a strip of its plans, if there are any."""
+    from matplotlib.ticker import MaxNLocator
+
+    for panel in panels:
+        _check_panel(panel, sigmas)
+    bars = len(panels[0].plans)
     if bars:
         ratios = [3.0, 0.36 * bars]
-        curve, strip = figure.subplots(2, 1, sharex=True, height_ratios=ratios)
+        rows = figure.subplots(2, len(panels), sharex=True, squeeze=False, height_ratios=ratios)
     else:
-        curve, strip = figure.subplots(), None
+        rows = figure.subplots(1, len(panels), squeeze=False)
+    for column, panel in enumerate(panels):
+        curve = rows[0][column]
+        _draw_curve(curve, panel, sigmas)
+        if column == 0:
+            curve.set_ylabel(ylabel)
+        if bars:
+            _draw_plans(rows[1][column], panel.plans, named=column == 0)
+        lowest = rows[-1][column]
+        lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
+        lowest.set_xlabel("sampler step (0 is the noisiest)")
+
+
+def _draw_curve(axis: Axes, panel: CurvePanel, sigmas: Sequence[float]) -> None:
+    num_steps = len(panel.mean)
     steps = list(range(num_steps))
-    if low is not None and high is not None:
-        curve.fill_between(steps, low, high, color=SERIES[0], alpha=0.2, linewidth=0)
-    curve.plot(steps, mean, color=SERIES[0], marker="o", markersize=4, linewidth=1.8)
-    curve.set_xlim(-0.6, num_steps - 0.4)
-    curve.set_ylim(bottom=0)
-    curve.set_ylabel(ylabel)
-    top = curve.secondary_xaxis("top")
+    if panel.low is not None and panel.high is not None:
+        axis.fill_between(steps, panel.low, panel.high, color=SERIES[0], alpha=0.2, linewidth=0)
+    axis.plot(steps, panel.mean, color=SERIES[0], marker="o", markersize=4, linewidth=1.8)
+    axis.set_xlim(-0.6, num_steps - 0.4)
+    axis.set_ylim(bottom=0)
+    if panel.title:
+        axis.set_title(panel.title, loc="left", fontsize=10)
+    top = axis.secondary_xaxis("top")
     every = -(-num_steps // 17)
     top.set_xticks(steps[::every], [f"{sigmas[i]:.2f}" for i in steps[::every]])
     top.set_xlabel("noise level σ at the start of the step", fontsize=9)
     top.tick_params(labelsize=8, colors=INK)
-
-    for sizes in list(plans.values())[:1]:
+    for sizes in list(panel.plans.values())[:1]:
         for border in _borders(sizes)[1:]:
-            curve.axvline(border - 0.5, color=FAINT, linestyle="--", linewidth=1)
-    if strip is not None:
-        for row, sizes in enumerate(plans.values()):
-            for index, (start, size) in enumerate(zip(_borders(sizes), sizes)):
-                colour = SERIES[index % 2]
-                strip.broken_barh(
-                    [(start - 0.5 + 0.04, size - 0.08)], (row - 0.36, 0.72), color=colour, alpha=0.3
-                )
-                strip.text(
-                    start + size / 2 - 0.5, row, str(size), ha="center", va="center", fontsize=8
-                )
-        strip.set_yticks(range(bars), list(plans))
-        strip.set_ylim(bars - 0.5, -0.5)
-        strip.tick_params(length=0)
-        strip.grid(False)
-        for side in strip.spines.values():
-            side.set_visible(False)
-    lowest = strip if strip is not None else curve
-    lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
-    lowest.set_xlabel("sampler step (0 is the noisiest)")
-    return _save(figure, path)
+            axis.axvline(border - 0.5, color=FAINT, linestyle="--", linewidth=1)
+
+
+def _draw_plans(axis: Axes, plans: Mapping[str, Sequence[int]], named: bool) -> None:
+    for row, sizes in enumerate(plans.values()):
+        for index, (start, size) in enumerate(zip(_borders(sizes), sizes)):
+            colour = SERIES[index % 2]
+            axis.broken_barh(
+                [(start - 0.5 + 0.04, size - 0.08)], (row - 0.36, 0.72), color=colour, alpha=0.3
+            )
+            axis.text(start + size / 2 - 0.5, row, str(size), ha="center", va="center", fontsize=8)
+    axis.set_yticks(range(len(plans)), list(plans) if named else [""] * len(plans))
+    axis.set_ylim(len(plans) - 0.5, -0.5)
+    axis.tick_params(length=0)
+    axis.grid(False)
+    for side in axis.spines.values():
+        side.set_visible(False)
 
 
 def _borders(sizes: Sequence[int]) -> list[int]:
