@@ -23,13 +23,15 @@ def files(tmp_path, monkeypatch):
         (tmp_path / name[1]).write_text(block)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
-    for module in ("cispo", "check_cispo"):
+    for module in ("cispo", "check_cispo", "bright"):
         sys.modules.pop(module, None)
 
 
 def test_the_method_trains(files, tiny_pipeline_path):
     small = ["iterations=2", "sampling.prompts=2", "sampling.group_size=4", "evaluation.every=0"]
     small += [f"model.path={tiny_pipeline_path}", "model.precision=fp32"]
+    (files / "bright.py").write_text("def bright(images, prompts): return images.mean((1, 2, 3))")
+    small += ["rewards=[{name: 'bright:bright'}]", "evaluation.reward={name: 'bright:bright'}"]
     config = load_config(files / "cispo.yaml", small)
     trainer = build_trainer(config, files / "run")
     assert type(trainer.algorithm.trust).__name__ == "Cispo"  # type: ignore[attr-defined]
