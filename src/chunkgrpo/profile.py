@@ -46,6 +46,13 @@ RULES = (
 """Names of the proposals, in the order shown; the paper's plan fits one schedule only."""
 
 
+LABELS = {
+    "l1": "relative L1 change in a step",
+    "l2": "relative L2 change in a step",
+    "cosine": "cosine distance of a step",
+}
+
+
 # --- measuring -----------------------------------------------------------------------------------
 
 
@@ -195,13 +202,12 @@ def crossed_interval(
 ) -> tuple[NDArray, NDArray, NDArray]:
     r"""Mean at each step over prompts and seeds, with an interval that counts both as random.
 
-    .. math:: \bar y_i \pm t_\nu \sqrt{V_i}, \qquad
-              V_i = \frac{\max(MS_a, MS_e) + \max(MS_b, MS_e) - MS_e}{P S}, \qquad
-              \nu = \frac{V_i^2}{\sum_k c_k^2 / f_k}
+    .. math:: \bar y_i \pm t_\nu \sqrt{V_i}, \qquad V_i = a_i + b_i + e_i, \qquad
+              \nu = \frac{V_i^2}{\frac{a_i^2}{P-1} + \frac{b_i^2}{S-1} + \frac{e_i^2}{(P-1)(S-1)}}
 
-    with c the two mean squares of which V consists, over P S, and f their degrees of freedom
-    P - 1 and S - 1 (Satterthwaite), nu at least 1. The trajectories of one prompt, and those of
-    one seed, are alike; counting all P S of them as independent would make it too short.
+    with :math:`a = \max(0, MS_a - MS_e)/PS` the part of the prompts, b that of the seeds and
+    :math:`e = MS_e/PS` (Satterthwaite's degrees of freedom). The trajectories of one prompt, and
+    those of one seed, are alike; counting all P S of them as independent would make it too short.
 
     Args:
         values_PSN: [P, S, N] with P, S >= 2.
@@ -221,14 +227,17 @@ def crossed_interval(
     of_prompt, of_seed, of_rest = _mean_squares(values_PSN)
     num_prompts, num_seeds, _ = values_PSN.shape
     count = num_prompts * num_seeds
-    by_prompt, by_seed = (
-        np.maximum(of_prompt, of_rest) / count,
-        np.maximum(of_seed, of_rest) / count,
+    by_prompt = np.maximum(of_prompt - of_rest, 0.0) / count
+    by_seed = np.maximum(of_seed - of_rest, 0.0) / count
+    by_rest = of_rest / count
+    variance = by_prompt + by_seed + by_rest
+    spread = (
+        by_prompt**2 / (num_prompts - 1)
+        + by_seed**2 / (num_seeds - 1)
+        + by_rest**2 / ((num_prompts - 1) * (num_seeds - 1))
     )
-    variance = by_prompt + by_seed - of_rest / count
-    spread = by_prompt**2 / (num_prompts - 1) + by_seed**2 / (num_seeds - 1)
     freedom = np.divide(variance**2, spread, out=np.ones_like(variance), where=spread > 0)
-    half = student.ppf(0.5 + level / 2, np.maximum(freedom, 1.0)) * np.sqrt(variance)
+    half = student.ppf(0.5 + level / 2, freedom) * np.sqrt(variance)
     mean = values_PSN.mean((0, 1))
     return mean, mean - half, mean + half
 
@@ -270,7 +279,7 @@ def propose(curve: Sequence[float] | NDArray, min_size: int = 4) -> tuple[Propos
     least = min(min_size, num_steps)
 
     def share(plan: ChunkPlan) -> str:
-        return f"{100 * explained_variation(curve_N, plan):.0f} % of the variation of log speed"
+        return f"{100 * explained_variation(curve_N, plan):.0f} % of the variation"
 
     optimal = optimal_plan(curve_N)
     proposals = [
@@ -278,7 +287,7 @@ def propose(curve: Sequence[float] | NDArray, min_size: int = 4) -> tuple[Propos
             "optimal",
             optimal,
             f"{optimal.num_chunks} is the fewest chunks that explain 95 % of the variation of log "
-            f"speed, and these explain the most: {share(optimal)}.",
+            f"speed, and no other {optimal.num_chunks} explain more than these: {share(optimal)}.",
         )
     ]
     plan = optimal_plan(curve_N, few)
@@ -478,12 +487,16 @@ def save_profile(
                 profile.mean.tolist(),
                 profile.low.tolist(),
                 profile.high.tolist(),
-                {proposal.rule: proposal.plan.sizes for proposal in profile.proposals},
+                # The chosen rule first: its borders cross the curve.
+                {
+                    proposal.rule: proposal.plan.sizes
+                    for proposal in sorted(profile.proposals, key=lambda p: p.rule != rule)
+                },
             )
             for profile in profiles
         ],
         sigmas,
-        ylabel=f"relative {distance} change in a step",
+        ylabel=LABELS[distance],
     )
     record = [
         {

@@ -136,7 +136,7 @@ def test_intervals_cover_the_mean_as_often_as_they_say() -> None:
         mean, low, high = crossed_interval(values)
         assert mean == pytest.approx(values.mean((0, 1)))
         covered = float(((low <= 0) & (high >= 0)).mean())
-        assert 0.925 < covered < 0.995, (prompt, seed, rest)
+        assert 0.93 < covered < 0.99, (prompt, seed, rest)
     mean, low, high = crossed_interval(np.full((2, 2, 3), 0.25))
     assert low.tolist() == mean.tolist() == high.tolist() == [0.25] * 3
 
@@ -205,7 +205,7 @@ def test_a_policy_that_ignores_the_prompt_is_found_invariant_and_another_is_not(
     )
     assert sized[2].mean == pytest.approx(np.mean([ode_speed(len(p) / 10) for p in PROMPTS], 0))
     # The sampler's noise hides what the prompt does.
-    assert sized[0].shares.prompt < sized[2].shares.prompt
+    assert 0 < sized[0].shares.prompt_std < sized[2].shares.prompt_std
 
 
 def test_files_and_terminal(tmp_path: Path) -> None:

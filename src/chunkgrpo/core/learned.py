@@ -246,7 +246,10 @@ class LearnedSelection:
         return row_1C.expand(curve_BN.shape[0], -1)
 
     def loss_weights(self, plan: ChunkPlan, curve_BN: Tensor, chosen_BM: Tensor) -> Tensor:
-        """Ones, or with ``correction`` the inverse probabilities, [B, C]."""
+        """Ones, or with ``correction`` the inverse probabilities, [B, C].
+
+        Of the probabilities as they are now: ask before the next :meth:`observe`.
+        """
         if not self.correction:
             return unit_weights(plan, curve_BN)
         return importance_weights(self.inclusion(plan, curve_BN), chosen_BM.shape[1])
