@@ -304,29 +304,38 @@ class PhaseClock:
 def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:
     """Turn the diagnostics of all pieces into numbers, one host synchronisation for all.
 
+    Each key only where the algorithm's pieces tell it; one without ratios has none about them.
+
     Returns:
         ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the sampling policy, per dimension),
         ``clip_fraction``; ``step_ratio_mean``, ``step_ratio_std`` per step;
         ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk, as of each update's start (so
         the first update adds ratios of 1, none of them cut);
-        ``reference_kl`` where that is on. Steps never trained are None.
+        ``reference_kl`` where that is on, and the mean squared distance from the velocity of the
+        reference, the old and the averaged policy as ``reference_gap``, ``old_gap`` and
+        ``ema_gap``. Steps never trained are None.
     """
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for part in parts:
         for name, values in part.items():
             columns[name].append(values)
     joined = {name: torch.cat(values).cpu() for name, values in columns.items()}
-    ratio = joined["log_ratio"].double().exp()
-    record: dict[str, Any] = {
-        "ratio_mean": ratio.mean(),
-        "ratio_std": ratio.std(correction=0),
-        "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
-    }
-    steps = [ratio[joined["step"] == i] for i in range(num_trained)]
-    record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]
-    record["step_ratio_std"] = [r.std(correction=0).item() if len(r) else None for r in steps]
-    if "chunk_log_ratio" in joined:
+    record: dict[str, Any] = {}
+    if "log_ratio" in joined:
+        ratio, step = joined["log_ratio"].double().exp(), joined["step"]
+        record |= {
+            "ratio_mean": ratio.mean(),
+            "ratio_std": ratio.std(correction=0),
+            "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
+        }
+        # Times may go one past the trained transitions: the last step has no density, but a time.
+        num_steps = max(num_trained, int(step.max()) + 1)
+        steps = [ratio[step == i] for i in range(num_steps)]
+        record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]
+        record["step_ratio_std"] = [r.std(correction=0).item() if len(r) else None for r in steps]
+    if "cut" in joined:
         record["clip_fraction"] = joined["cut"].float().mean()
+    if "chunk_log_ratio" in joined:
         chunk_ratio = joined["chunk_log_ratio"].double().exp()
         ids = joined["chunk"]
         chunks = [ids == c for c in range(int(ids.max()) + 1)]
@@ -336,6 +345,7 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
         record["chunk_clip_fraction"] = [
             joined["cut"][m].float().mean().item() if m.any() else None for m in chunks
         ]
-    if "reference_kl" in joined:
-        record["reference_kl"] = joined["reference_kl"].mean()
+    for name in ("reference_kl", "reference_gap", "old_gap", "ema_gap"):
+        if name in joined:
+            record[name] = joined[name].mean()
     return record
