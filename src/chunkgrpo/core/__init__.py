@@ -9,6 +9,7 @@ To learn Chunk-GRPO (arXiv:2510.21583) from the code, read the files in this ord
 4. :mod:`.chunks`: cutting the steps into chunks of similar dynamics, and choosing some.
 5. :mod:`.credit`: from rewards to advantages.
 6. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
+7. :mod:`.forward`: the relatives that train finished images, noised again, and no steps at all.
 
 Nothing here reads files, moves tensors between devices or draws from global random state.
 """
@@ -35,6 +36,18 @@ from .chunks import (
 )
 from .credit import CONVENTIONS, Advantages, Convention, group_advantages
 from .dynamics import cosine_distance, mean_curve, relative_l1, relative_l2
+from .forward import (
+    PSEUDO_LOG_PROBS,
+    matching_error,
+    nft_pair_loss,
+    noisy,
+    optimality,
+    pseudo_log_prob,
+    scaled_advantages,
+    shuffled_times,
+    stratified_times,
+    velocity_distance,
+)
 from .objectives import (
     chunk_log_ratio,
     clipped_surrogate,
@@ -73,6 +86,7 @@ __all__ = [
     "CONVENTIONS",
     "DIFFERENCES",
     "PAPER_SIZES",
+    "PSEUDO_LOG_PROBS",
     "TIMESTEP_ROUNDINGS",
     "Advantages",
     "ChunkPlan",
@@ -103,24 +117,33 @@ __all__ = [
     "group_advantages",
     "k3_kl",
     "make_sigmas",
+    "matching_error",
     "mean_curve",
     "network_timestep",
+    "nft_pair_loss",
+    "noisy",
     "num_selected",
     "optimal_plan",
+    "optimality",
     "paper_plan",
     "plackett_luce_inclusion",
     "policy_gradient_scale",
     "predict_clean",
     "predict_noise",
+    "pseudo_log_prob",
     "ratio_diagnostics",
     "reference_kl",
     "relative_l1",
     "relative_l2",
+    "scaled_advantages",
     "shift_sigmas",
+    "shuffled_times",
     "step_coefficients",
     "step_plan",
+    "stratified_times",
     "surrogate_slope",
     "transition",
     "validate_sigmas",
+    "velocity_distance",
     "whole_plan",
 ]
