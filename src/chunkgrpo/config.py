@@ -17,11 +17,14 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+    from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
     from chunkgrpo.core.chunks import ChunkPlan, Selection
     from chunkgrpo.core.objectives import TrustRegion
     from chunkgrpo.core.sde import Kernel
     from chunkgrpo.core.windows import WindowSchedule
     from chunkgrpo.policies.pipeline import PipelinePolicy
+    from chunkgrpo.policies.protocol import Policy
     from chunkgrpo.prompts import PromptSet
     from chunkgrpo.rollout import Tail
     from chunkgrpo.train import Trainer
@@ -105,7 +108,9 @@ class SamplingConfig(Section):
     merge: tuple[int, ...] | None = Field(
         default=None, description="grid steps taken as one, e.g. [1, 1, 2, 4, 9]; sum is steps"
     )
-    diffusion: Literal["flow", "dance", "cps"] = "flow"
+    diffusion: Literal["flow", "dance", "cps", "ode"] = Field(
+        default="flow", description="'ode' for objectives of the forward process only"
+    )
     window: WindowConfig = WindowConfig()
     eta: float = Field(default=0.7, gt=0)
     prompts: int = Field(default=16, ge=1, description="prompts a rollout")
@@ -170,10 +175,36 @@ class ChunkConfig(Section):
     indices: tuple[int, ...] | None = Field(default=None, description="of selection 'listed'")
 
 
+class ForwardConfig(Section):
+    """Objectives of the forward process, which need clean latents and no trajectory."""
+
+    old: Literal["none", "nft1", "nft2", "awm"] = Field(
+        default="none", description="how the old policy follows: DiffusionNFT's two ways, or AWM's"
+    )
+    fraction: float = Field(
+        default=0.99, gt=0, le=1, description="DiffusionNFT: share of the schedule's times trained"
+    )
+    beta: float = Field(default=1.0, gt=0, description="DiffusionNFT: how far v+ and v- reach")
+    times: int = Field(default=6, ge=1, description="AWM: times per sample")
+    log_prob: Literal["uniform", "t", "t2", "huber", "ghuber"] = Field(
+        default="ghuber", description="AWM: pseudo log-probability"
+    )
+    power: float = Field(default=0.25, gt=0, description="AWM: of log_prob 'ghuber'")
+    mode: Literal["exp_first", "sum_first"] = Field(
+        default="exp_first", description="AWM: a ratio per time, or one per sample"
+    )
+    advantage_max: float = Field(default=1.0, gt=0, description="AWM: rescaled advantage bound")
+    ema_weight: float = Field(
+        default=0.0, ge=0, description="AWM: pull towards the old policy's velocity"
+    )
+
+
 class ObjectiveConfig(Section):
     """The loss."""
 
-    clip_low: float = Field(default=5e-5, gt=0, lt=1)
+    algorithm: Literal["chunk_grpo", "diffusion_nft", "awm"] = "chunk_grpo"
+    forward: ForwardConfig = ForwardConfig()
+    clip_low: float = Field(default=5e-5, gt=0, le=1)
     clip_high: float = Field(default=5e-5, gt=0)
     advantage: str = "group_std"
     advantage_clip: float = Field(default=5.0, gt=0)
@@ -358,7 +389,9 @@ def load_config(
     for assignment in assignments:
         set_value(values, assignment)
     config = parse_config(values)
-    check_plan(config)
+    check_algorithm(config)
+    if config.objective.algorithm == "chunk_grpo":
+        check_plan(config)
     return config
 
 
@@ -444,6 +477,49 @@ def check_plan(config: Config) -> None:
             "one of the two"
         )
     check_selection(config)
+
+
+def check_algorithm(config: Config) -> None:
+    """Refuse settings that the objective has no use for, or cannot work with.
+
+    Raises:
+        ConfigError: With the rule and the nearest valid choice.
+    """
+    s, o = config.sampling, config.objective
+    if o.algorithm == "chunk_grpo":
+        if s.diffusion == "ode":
+            raise ConfigError(
+                "sampling.diffusion 'ode' has no density, and objective.algorithm 'chunk_grpo' "
+                "needs that of every trained step; use 'flow' or 'dance', or objective.algorithm "
+                "'diffusion_nft' or 'awm'"
+            )
+        if s.window.kind == "chunk" and not s.same_noise:
+            raise ConfigError(
+                "sampling.window.kind 'chunk' compares images that branch from one state, so a "
+                "group must start from one noise; set sampling.same_noise to true"
+            )
+        if o.forward != ForwardConfig():
+            raise ConfigError(
+                "objective.forward belongs to objective.algorithm 'diffusion_nft' and 'awm', not "
+                "'chunk_grpo'; remove it or change the algorithm"
+            )
+        return
+    wrong = []
+    if config.chunks != ChunkConfig():
+        wrong.append("chunks")
+    if s.window != WindowConfig():
+        wrong.append("sampling.window")
+    if o.credit != "trajectory":
+        wrong.append("objective.credit")
+    if (o.trust, o.ratio, o.inner_weights, o.outer_weights) != (
+        "clip", "per_dimension", "none", "none",
+    ):  # fmt: skip
+        wrong.append("objective.trust, ratio or weights")
+    if wrong:
+        raise ConfigError(
+            f"objective.algorithm {o.algorithm!r} trains on noised clean latents, not on a "
+            f"trajectory, and has no use for {', '.join(wrong)}; remove it, or use 'chunk_grpo'"
+        )
 
 
 def check_selection(config: Config) -> None:
@@ -587,6 +663,8 @@ def build_transition(config: Config) -> Kernel:
     s = config.sampling
     if s.diffusion == "cps":
         return sde.CpsTransition(s.eta)
+    if s.diffusion == "ode":
+        return sde.Transition(sde.OdeDiffusion())
     diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
     return sde.Transition(diffusion)
 
@@ -684,7 +762,6 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     """
     import torch
 
-    from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import make_reward
@@ -708,26 +785,12 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         probe = train.texts[:64]
         return mean_curve(measure_dynamics(config, policy, sigmas, transition, probe)).cpu()
 
-    plan = build_plan(config, curve)
-    algorithm = ChunkGRPO(
-        plan=plan,
-        transition=transition,
-        selection=build_selection(config),
-        clip_low=o.clip_low,
-        clip_high=o.clip_high,
-        num_updates=o.updates,
-        micro_batch=o.micro_batch,
-        anchor=o.anchor,
-        kl_coefficient=o.kl,
-        kl_form=o.kl_form,
-        old_kl_coefficient=o.old_kl,
-        trust=build_trust(o),
-        ratio=o.ratio,
-        inner_weights=o.inner_weights,
-        outer_weights=o.outer_weights,
-        consistency=o.consistency,
-        group_by_chunk=c.selection == "learned" and c.usefulness == "gradient",
-    )
+    plan = None
+    if o.algorithm == "chunk_grpo":
+        plan = build_plan(config, curve)
+        algorithm = build_chunk_grpo(config, plan, transition)
+    else:
+        algorithm = build_forward(config, policy)
     settings = TrainSettings(
         iterations=config.iterations,
         num_prompts=s.prompts,
@@ -759,12 +822,71 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         judge,
         folder,
         settings,
-        windows=build_windows(config, plan),
+        windows=build_windows(config, plan) if plan else None,
         prefix=s.window.prefix,
         tail=build_tail(config),
         replan=(lambda: build_plan(config, curve)) if c.refresh else None,
         refresh=c.refresh,
         usefulness=c.usefulness,
+    )
+
+
+def build_chunk_grpo(config: Config, plan: ChunkPlan, transition: Kernel) -> ChunkGRPO:
+    """Return the chunk objective."""
+    from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+
+    c, o = config.chunks, config.objective
+    return ChunkGRPO(
+        plan=plan,
+        transition=transition,
+        selection=build_selection(config),
+        clip_low=o.clip_low,
+        clip_high=o.clip_high,
+        num_updates=o.updates,
+        micro_batch=o.micro_batch,
+        anchor=o.anchor,
+        kl_coefficient=o.kl,
+        kl_form=o.kl_form,
+        old_kl_coefficient=o.old_kl,
+        trust=build_trust(o),
+        ratio=o.ratio,
+        inner_weights=o.inner_weights,
+        outer_weights=o.outer_weights,
+        consistency=o.consistency,
+        group_by_chunk=c.selection == "learned" and c.usefulness == "gradient",
+    )
+
+
+def build_forward(config: Config, policy: Policy) -> DiffusionNFT | AWM:
+    """Return an objective of the forward process, with its old policy."""
+    from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
+    from chunkgrpo.runtime.old_policy import Old
+
+    o, f = config.objective, config.objective.forward
+    if o.algorithm == "diffusion_nft":
+        return DiffusionNFT(
+            old=Old(policy.parameters(), f.old),
+            beta=f.beta,
+            advantage_clip=o.advantage_clip,
+            fraction=f.fraction,
+            num_updates=o.updates,
+            micro_batch=o.micro_batch,
+            kl_coefficient=o.kl,
+        )
+    return AWM(
+        old=Old(policy.parameters(), f.old) if f.ema_weight else None,
+        log_prob=f.log_prob,
+        power=f.power,
+        mode=f.mode,
+        num_times=f.times,
+        clip_low=o.clip_low,
+        clip_high=o.clip_high,
+        advantage_clip=o.advantage_clip,
+        advantage_max=f.advantage_max,
+        num_updates=o.updates,
+        micro_batch=o.micro_batch,
+        kl_coefficient=o.kl,
+        ema_coefficient=f.ema_weight,
     )
 
 
@@ -811,11 +933,6 @@ def build_windows(config: Config, plan: ChunkPlan) -> WindowSchedule | None:
         return windows.RandomWindow(w.size, trained, w.low, w.high)
     if w.kind == "sliding":
         return windows.SlidingWindow(w.size, trained, w.every, w.stride, w.decay)
-    if not config.sampling.same_noise:
-        raise ConfigError(
-            "sampling.window.kind 'chunk' compares images that branch from one state, so a group "
-            "must start from one noise; set sampling.same_noise to true"
-        )
     return windows.ChunkWindow(plan, w.indices)
 
 

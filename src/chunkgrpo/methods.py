@@ -79,6 +79,8 @@ def iteration_cost(config: Config) -> Cost:
     """
     s, c, o, window = config.sampling, config.chunks, config.objective, config.sampling.window
     samples, trained = s.prompts * s.group_size, num_trained(config)
+    if o.algorithm != "chunk_grpo":
+        return _forward_cost(config, samples, trained + 1)
     size, start = float(num_planned(config)), 0.0
     if window.kind == "chunk":
         sizes = _sizes(config, trained)
@@ -109,6 +111,18 @@ def iteration_cost(config: Config) -> Cost:
     measured += pairs * ((o.anchor == "replay") + (o.kl > 0))
     scored = samples * (1 + (_number_of_chunks(config, int(size)) if o.credit == "gain" else 0))
     return Cost(round(rollout), round(measured), round(pairs), scored)
+
+
+def _forward_cost(config: Config, samples: int, steps: int) -> Cost:
+    """Count an iteration of an objective of the forward process."""
+    s, o = config.sampling, config.objective
+    shared = samples - s.prompts if s.same_noise else 0
+    nft = o.algorithm == "diffusion_nft"
+    times = max(1, int(steps * o.forward.fraction)) if nft else o.forward.times
+    pairs = samples * times
+    measured = pairs if nft else pairs * (o.updates - 1) // o.updates
+    measured += pairs * ((o.kl > 0) + (not nft and o.forward.ema_weight > 0))
+    return Cost(samples * steps - shared, measured, pairs, samples)
 
 
 def _sizes(config: Config, steps: int) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -176,20 +176,21 @@ class Trainer:
         observer = None
         if self.learned is not None:
             observer = ChunkObserver(plan_of(algorithm), self.parameters, self.usefulness)
-        trajectory = rollout(
-            self.policy,
-            prompts,
-            self.transition,
-            self.sigmas,
-            s.group_size,
-            generator,
-            same_noise=s.same_noise,
-            batch_size=s.rollout_batch,
-            window=window,
-            prefix=self.prefix,
-            tail=self.tail,
-            keep_velocities=algorithm.needs_velocities or s.credit == "gain",
-        )
+        with self.sampling_policy(algorithm):
+            trajectory = rollout(
+                self.policy,
+                prompts,
+                self.transition,
+                self.sigmas,
+                s.group_size,
+                generator,
+                same_noise=s.same_noise,
+                batch_size=s.rollout_batch,
+                window=window,
+                prefix=self.prefix,
+                tail=self.tail,
+                keep_velocities=algorithm.needs_velocities or s.credit == "gain",
+            )
         clock.lap("rollout")
         images = self.policy.decode(trajectory.final)
         clock.lap("decode")
@@ -216,6 +217,8 @@ class Trainer:
             parts.append(part.diagnostics)
             if part.ends_update:
                 norms.append(self.update())
+        if algorithm.old is not None:
+            algorithm.old.update(self.parameters, self.num_updates)
         if observer is not None and self.learned is not None:
             self.learned.observe(observer.usefulness())
         clock.lap("train")
@@ -246,6 +249,12 @@ class Trainer:
         seconds = clock.seconds()
         images_per_second = trajectory.num_samples / sum(seconds.values())
         return record | {"phase_seconds": seconds, "images_per_second": images_per_second}
+
+    def sampling_policy(self, algorithm: Algorithm) -> AbstractContextManager[None]:
+        """Inside this context the policy is the one that samples."""
+        if algorithm.samples_old and algorithm.old is not None:
+            return algorithm.old.applied(self.parameters)
+        return nullcontext()
 
     def plan_iteration(self, generator: Generator) -> tuple[Algorithm, range | None]:
         """Choose the iteration's window, and the algorithm whose plan fits it."""
@@ -319,6 +328,8 @@ class Trainer:
         """Write a checkpoint."""
         tensors = name_parameters("parameter", self.parameters)
         tensors |= name_parameters("ema", self.ema.values) | optimizer_tensors(self.optimizer)
+        if self.algorithm.old is not None:
+            tensors |= self.algorithm.old.state()
         info = {
             "num_updates": self.num_updates,
             "ema_updates": self.ema.num_updates,
@@ -341,6 +352,8 @@ class Trainer:
                 parameter.copy_(tensors[f"parameter.{i}"])
                 self.ema.values[i].copy_(tensors[f"ema.{i}"])
         load_optimizer_tensors(self.optimizer, tensors)
+        if self.algorithm.old is not None:
+            self.algorithm.old.load(tensors)
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
         self.ema.num_updates, self.seconds = info["ema_updates"], info["seconds"]
         if "chunks" in info:
@@ -473,29 +486,38 @@ class PhaseClock:
 def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:
     """Turn the diagnostics of all pieces into numbers, one host synchronisation for all.
 
+    Each key only where the algorithm's pieces tell it; one without ratios has none about them.
+
     Returns:
         ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the sampling policy, per dimension),
         ``clip_fraction``; ``step_ratio_mean``, ``step_ratio_std`` per step;
         ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk, as of each update's start (so
         the first update adds ratios of 1, none of them cut);
-        ``reference_kl`` where that is on. Steps never trained are None.
+        ``reference_kl`` where that is on, and the mean squared distance from the velocity of the
+        reference, the old and the averaged policy as ``reference_gap``, ``old_gap`` and
+        ``ema_gap``. Steps never trained are None.
     """
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for part in parts:
         for name, values in part.items():
             columns[name].append(values)
     joined = {name: torch.cat(values).cpu() for name, values in columns.items()}
-    ratio = joined["log_ratio"].double().exp()
-    record: dict[str, Any] = {
-        "ratio_mean": ratio.mean(),
-        "ratio_std": ratio.std(correction=0),
-        "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
-    }
-    steps = [ratio[joined["step"] == i] for i in range(num_trained)]
-    record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]
-    record["step_ratio_std"] = [r.std(correction=0).item() if len(r) else None for r in steps]
-    if "chunk_log_ratio" in joined:
+    record: dict[str, Any] = {}
+    if "log_ratio" in joined:
+        ratio, step = joined["log_ratio"].double().exp(), joined["step"]
+        record |= {
+            "ratio_mean": ratio.mean(),
+            "ratio_std": ratio.std(correction=0),
+            "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
+        }
+        # Times may go one past the trained transitions: the last step has no density, but a time.
+        num_steps = max(num_trained, int(step.max()) + 1)
+        steps = [ratio[step == i] for i in range(num_steps)]
+        record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]
+        record["step_ratio_std"] = [r.std(correction=0).item() if len(r) else None for r in steps]
+    if "cut" in joined:
         record["clip_fraction"] = joined["cut"].float().mean()
+    if "chunk_log_ratio" in joined:
         chunk_ratio = joined["chunk_log_ratio"].double().exp()
         ids = joined["chunk"]
         chunks = [ids == c for c in range(int(ids.max()) + 1)]
@@ -505,7 +527,7 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
         record["chunk_clip_fraction"] = [
             joined["cut"][m].float().mean().item() if m.any() else None for m in chunks
         ]
-    for name in ("reference_kl", "consistency"):
+    for name in ("reference_kl", "consistency", "reference_gap", "old_gap", "ema_gap"):
         if name in joined:
             record[name] = joined[name].mean()
     return record

@@ -37,6 +37,32 @@ def test_costs_are_counted_by_hand():
     assert read_method("stepwise-gain").cost.rewards == 192 * 10
 
 
+def test_costs_of_forward_objectives():
+    cost = read_method("diffusion-nft").cost  # 5 of 10 times; old policy and reference
+    assert (cost.rollout, cost.trained, cost.measured) == (1920, 960, 2 * 960)
+    cost = read_method("awm").cost
+    assert (cost.rollout, cost.trained, cost.measured) == (1920, 192 * 6, 192 * 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting", "message"),
+    [
+        ("demo", "sampling.diffusion=ode", "'ode' has no density.*'flow' or 'dance'"),
+        ("awm", "chunks.plan=steps", "has no use for chunks"),
+        ("awm", "sampling.window.kind=random", "has no use for sampling.window"),
+        ("diffusion-nft", "objective.credit=gain", "has no use for objective.credit"),
+        ("diffusion-nft", "objective.ratio=guard", "ratio or weights"),
+        ("demo", "objective.forward.beta=2", "belongs to objective.algorithm"),
+        ("mixgrpo", "chunks.plan=optimal", "dynamics of all steps"),
+        ("chunk-grpo-branching", "sampling.same_noise=false", "must start from one noise"),
+        ("chunk-grpo-branching", "chunks.selection=learned", "draws one chunk"),
+    ],
+)
+def test_pairs_that_do_not_go_together_are_refused(name, setting, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        load_config(name, [setting])
+
+
 def test_replay_and_more_updates_cost_more():
     config = load_config("chunk-grpo", ["objective.anchor=replay", "objective.updates=4"])
     plain = iteration_cost(load_config("chunk-grpo"))

@@ -108,6 +108,8 @@ class ChunkGRPO:
     group_by_chunk: bool = False
 
     needs_trajectory = True
+    samples_old = False
+    old = None
 
     def __post_init__(self) -> None:
         if not self.transition.has_density:
@@ -167,7 +169,7 @@ class ChunkGRPO:
         mask_BC = chosen_mask(chosen_BM, plan.num_chunks)
         weight_BC = self.selection.loss_weights(plan, curve_BN, chosen_BM)
         order = torch.randperm(num_samples, generator=generator)
-        shares = order.chunk(self.num_updates)
+        shares = order.tensor_split(self.num_updates)
         batches = [self._pairs(trajectory, share, mask_BC, plan, generator) for share in shares]
         old = _Anchor(trajectory.old_log_prob, torch.zeros_like(trajectory.old_log_prob))
         if self.anchor == "replay":

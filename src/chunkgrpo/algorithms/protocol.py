@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Generator
 
 from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.runtime.old_policy import Old
 from chunkgrpo.types import Experience, LossPart
 
 
@@ -19,6 +20,8 @@ class Algorithm(Protocol):
         needs_trajectory: True where stored states and their densities are read; False where the
             clean latents suffice.
         needs_velocities: True where the sampling policy's velocities are read as well.
+        samples_old: True where an old policy samples, not the one that is trained.
+        old: That old policy, or one that the loss compares with; None where there is none.
     """
 
     @property
@@ -26,6 +29,12 @@ class Algorithm(Protocol):
 
     @property
     def needs_velocities(self) -> bool: ...
+
+    @property
+    def samples_old(self) -> bool: ...
+
+    @property
+    def old(self) -> Old | None: ...
 
     def losses(
         self, policy: Policy, experience: Experience, generator: Generator

@@ -10,6 +10,9 @@ To learn Chunk-GRPO (arXiv:2510.21583) from the code, read the files in this ord
 5. :mod:`.learned`: a choice of chunks that adapts while training.
 6. :mod:`.credit`: from rewards to advantages.
 7. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
+5. :mod:`.credit`: from rewards to advantages.
+6. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
+7. :mod:`.forward`: the relatives that train finished images, noised again, and no steps at all.
 
 Nothing here reads files, moves tensors between devices or draws from global random state.
 """
@@ -47,6 +50,18 @@ from .credit import (
     group_advantages,
 )
 from .dynamics import DISTANCES, cosine_distance, mean_curve, relative_l1, relative_l2
+from .forward import (
+    PSEUDO_LOG_PROBS,
+    matching_error,
+    nft_pair_loss,
+    noisy,
+    optimality,
+    pseudo_log_prob,
+    scaled_advantages,
+    shuffled_times,
+    stratified_times,
+    velocity_distance,
+)
 from .learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from .objectives import (
     INNER_WEIGHTS,
@@ -114,6 +129,7 @@ __all__ = [
     "INNER_WEIGHTS",
     "OUTER_WEIGHTS",
     "PAPER_SIZES",
+    "PSEUDO_LOG_PROBS",
     "RATIO_FORMS",
     "TIMESTEP_ROUNDINGS",
     "Advantages",
@@ -166,17 +182,22 @@ __all__ = [
     "k3_kl",
     "k3_slope",
     "make_sigmas",
+    "matching_error",
     "mean_curve",
     "network_timestep",
+    "nft_pair_loss",
     "noise_level_weights",
+    "noisy",
     "num_selected",
     "optimal_plan",
+    "optimality",
     "paper_plan",
     "plackett_luce_draw",
     "plackett_luce_inclusion",
     "policy_gradient_scale",
     "predict_clean",
     "predict_noise",
+    "pseudo_log_prob",
     "ratio_diagnostics",
     "ratio_scale",
     "reference_kl",
@@ -185,13 +206,17 @@ __all__ = [
     "relative_l2",
     "restrict_plan",
     "reward_usefulness",
+    "scaled_advantages",
     "shift_sigmas",
+    "shuffled_times",
     "step_coefficients",
     "step_plan",
+    "stratified_times",
     "surrogate_slope",
     "transition",
     "transition_scale",
     "unit_weights",
     "validate_sigmas",
+    "velocity_distance",
     "whole_plan",
 ]

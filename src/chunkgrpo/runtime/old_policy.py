@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A second, slower copy of the trainable parameters: the old policy of forward-process methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+DecaySchedule = Callable[[int], float]
+"""Optimizer steps taken -> d in [0, 1), the share of the old parameters that is kept."""
+
+
+def no_decay(step: int) -> float:
+    """Follow at once: 0."""
+    return 0.0
+
+
+def nft1_decay(step: int) -> float:
+    """Keep more and more, half at most: min(0.001 step, 0.5).
+
+    Reference: DiffusionNFT, arXiv:2509.16117, published code, type 1.
+    """
+    return min(0.001 * step, 0.5)
+
+
+def nft2_decay(step: int) -> float:
+    """Follow at once for 75 steps, then ever more slowly: min(0.0075 (step - 75), 0.999).
+
+    Reference: DiffusionNFT, arXiv:2509.16117, published code, type 2.
+    """
+    return min(max(0.0075 * (step - 75), 0.0), 0.999)
+
+
+def awm_decay(step: int) -> float:
+    """Keep more and more, 0.3 at most: min(0.3, 0.001 step).
+
+    Reference: AWM, arXiv:2509.25050, published code.
+    """
+    return min(0.3, 0.001 * step)
+
+
+DECAY_SCHEDULES: dict[str, DecaySchedule] = {
+    "none": no_decay,
+    "nft1": nft1_decay,
+    "nft2": nft2_decay,
+    "awm": awm_decay,
+}
+"""Decay schedules by the name a configuration uses."""
+
+
+class Old:
+    r"""Keeps :math:`\theta_{old} \leftarrow d\,\theta_{old} + (1-d)\,\theta`, d by schedule.
+
+    Whoever trains calls :meth:`update` once after each rollout's optimizer steps. Nothing but the
+    tensors of :meth:`state` needs to be saved: d depends on the step alone.
+
+    Args:
+        parameters: What to follow; the copy starts equal to them.
+        schedule: A name in ``DECAY_SCHEDULES``.
+
+    Raises:
+        ValueError: If the schedule is unknown.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], schedule: str = "none") -> None:
+        if schedule not in DECAY_SCHEDULES:
+            known = ", ".join(DECAY_SCHEDULES)
+            raise ValueError(f"unknown decay schedule {schedule!r}; known: {known}")
+        self.schedule = schedule
+        self.values = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor], step: int) -> None:
+        """Move towards the parameters.
+
+        Args:
+            parameters: The policy's, in the order they were given at first.
+            step: Optimizer steps taken so far, the one just taken included.
+        """
+        decay = DECAY_SCHEDULES[self.schedule](step)
+        torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
+
+    @contextmanager
+    def applied(self, parameters: Sequence[Tensor]) -> Iterator[None]:
+        """Inside this context the parameters hold the old values.
+
+        Storage is swapped, not copied: it costs no memory and no time, and graphs built outside
+        stay valid. Parameters must not be changed inside.
+        """
+        kept = [p.data for p in parameters]
+        for parameter, value in zip(parameters, self.values, strict=True):
+            parameter.data = value
+        try:
+            yield
+        finally:
+            for parameter, tensor in zip(parameters, kept, strict=True):
+                parameter.data = tensor
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the tensors of a checkpoint, named ``old.0``, ``old.1`` and so on."""
+        return {f"old.{i}": value for i, value in enumerate(self.values)}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` returned; other names are ignored.
+
+        Raises:
+            ValueError: If a tensor is missing, as from another method's checkpoint.
+        """
+        missing = [name for name in self.state() if name not in tensors]
+        if missing:
+            raise ValueError(
+                f"the checkpoint holds no {missing[0]}; it was written without an old policy or "
+                "for another model; start a new run"
+            )
+        for name, value in self.state().items():
+            value.copy_(tensors[name])

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DiffusionNFT and AWM against their formulas, pair by pair, on one graph and by autograd.
+
+The transcriptions know nothing of micro-batches. They take from a run only which (sample, time)
+pairs it trained and the noised latents the policy was shown, from which the noise follows.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import chain
+
+import pytest
+import torch
+from torch import Generator
+
+from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
+from chunkgrpo.core import FlowDiffusion, OdeDiffusion, Transition, group_advantages, make_sigmas
+from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.rollout import rollout
+from chunkgrpo.runtime.old_policy import Old
+from chunkgrpo.types import Experience
+
+SIGMAS = make_sigmas(8)
+# No step of it has a density, and none is needed.
+ODE = Transition(OdeDiffusion())
+DIM = 12
+NUM_SAMPLES = 12
+
+
+def seeded(seed=0):
+    return Generator().manual_seed(seed)
+
+
+class Recorder(GaussianPolicy):
+    """The toy, remembering what it was asked with gradient, and how often without."""
+
+    def __init__(self, seed=5):
+        super().__init__(torch.randn(DIM, generator=seeded(seed), dtype=torch.float64), 0.5)
+        self.seen, self.quiet = [], 0
+
+    def velocity(self, x, sigma, conditioning):
+        if torch.is_grad_enabled():
+            self.seen += list(zip(x.detach().clone(), sigma, strict=True))
+        else:
+            self.quiet += len(x)
+        assert len(conditioning) == len(x)
+        return super().velocity(x, sigma, conditioning)
+
+
+def make_experience(policy, prompts=("a", "b", "c"), group_size=4, sigmas=SIGMAS):
+    trajectory = rollout(policy, prompts, ODE, sigmas, group_size, seeded(1))
+    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
+    return Experience(trajectory, group_advantages(rewards, len(prompts)).values)
+
+
+def shift(policy, amount, seed=50):
+    with torch.no_grad():
+        for i, parameter in enumerate(policy.parameters()):
+            noise = torch.randn(parameter.shape, generator=seeded(seed + i), dtype=torch.float64)
+            parameter.add_(amount * noise.to(parameter.dtype))
+
+
+@dataclass
+class Update:
+    """One optimizer step: what was yielded, what was asked, and the weights it started from."""
+
+    value: torch.Tensor
+    grad: torch.Tensor
+    parts: list
+    seen: list
+    weights: list
+
+    def column(self, name):
+        return torch.cat([part.diagnostics[name] for part in self.parts])
+
+    @property
+    def pairs(self):
+        return list(zip(self.column("sample").tolist(), self.column("step").tolist(), strict=True))
+
+
+def collect(algorithm, policy, experience, amount=0.0, seed=3):
+    """Sum each update's values and gradients; move the policy after each one."""
+    updates, parts, value = [], [], 0.0
+    for parameter in policy.parameters():
+        parameter.grad = None
+    if isinstance(policy, Recorder):
+        policy.seen, policy.quiet = [], 0
+    for part in algorithm.losses(policy, experience, seeded(seed)):
+        part.loss.backward()
+        value = value + part.loss.detach().double()
+        parts.append(part)
+        if part.ends_update:
+            grad = torch.cat([p.grad.detach().double().flatten() for p in policy.parameters()])
+            weights = [p.detach().clone() for p in policy.parameters()]
+            seen = getattr(policy, "seen", [])
+            updates.append(Update(value, grad, parts, list(seen), weights))
+            seen.clear()
+            parts, value = [], 0.0
+            for parameter in policy.parameters():
+                parameter.grad = None
+            shift(policy, amount, 50 + len(updates))
+    return updates
+
+
+def close(actual, expected, tolerance):
+    assert expected.norm() > 0
+    assert (actual - expected).norm() <= tolerance * expected.norm()
+
+
+# --- the formulas, transcribed ------------------------------------------------------------------
+
+
+def velocity(mean, x, sigma, std=0.5):
+    """The toy's velocity of one latent, as its docstring has it."""
+    variance = (1 - sigma) ** 2 * std**2 + sigma**2
+    slope = (sigma - (1 - sigma) * std**2) / variance
+    return slope * (x - (1 - sigma) * mean) - mean
+
+
+def nft_loss(update, experience, old, base, beta, clip, coefficient):
+    """Value and gradient of one update's DiffusionNFT loss."""
+    mean, total = update.weights[0].clone().requires_grad_(), 0
+    for (b, i), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
+        assert sigma == experience.trajectory.sigmas[i]
+        x0, x_t, t = experience.trajectory.final[b].double(), x_t.double(), sigma.double()
+        r = min(max(experience.advantages[b].item() / (2 * clip) + 0.5, 0.0), 1.0)
+        v, v_old, v_ref = (velocity(m, x_t, t) for m in (mean, old, base))
+        pair = 0
+        for share, u in (
+            (r, beta * v + (1 - beta) * v_old),
+            (1 - r, (1 + beta) * v_old - beta * v),
+        ):
+            off = x_t - t * u - x0
+            weight = max(off.detach().abs().mean().item(), 1e-5)
+            pair = pair + share * (off**2 / weight).mean()
+        total = total + clip * pair / beta + coefficient * ((v - v_ref) ** 2).mean()
+    total = total / len(update.pairs)
+    return total.detach(), torch.autograd.grad(total, mean)[0]
+
+
+LOG_PROBS = {
+    "uniform": lambda e, t, p: -e,
+    "t": lambda e, t, p: -t * e,
+    "t2": lambda e, t, p: -(t**2) * e,
+    "huber": lambda e, t, p: -t * ((e + 1e-10) ** 0.5 - 1e-5),
+    "ghuber": lambda e, t, p: -t / p * ((e + 1e-10) ** p - 1e-10**p),
+}
+
+
+def awm_loss(update, experience, anchor, base, averaged, algorithm):
+    """Value, gradient and ratios of one update's AWM loss."""
+    mean, penalties = update.weights[0].clone().requires_grad_(), 0
+    log_ratios = {}
+    for (b, i), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
+        assert sigma == experience.trajectory.sigmas[i]
+        x0, x_t, t = experience.trajectory.final[b].double(), x_t.double(), sigma.double()
+        target = (x_t - (1 - t) * x0) / t - x0
+        v, v_old, v_ref, v_ema = (velocity(m, x_t, t) for m in (mean, anchor, base, averaged))
+        log_prob, old = (
+            LOG_PROBS[algorithm.log_prob](((u - target) ** 2).mean(), t, algorithm.power)
+            for u in (v, v_old)
+        )
+        log_ratios.setdefault(b, []).append(log_prob - old)
+        penalties = penalties + algorithm.kl_coefficient * ((v - v_ref) ** 2).mean()
+        penalties = penalties + algorithm.ema_coefficient * ((v - v_ema) ** 2).mean()
+    ratios, advantages = [], []
+    for b, values in log_ratios.items():
+        advantage = min(max(experience.advantages[b].item(), -algorithm.advantage_clip),
+                        algorithm.advantage_clip)  # fmt: skip
+        advantage *= algorithm.advantage_max / algorithm.advantage_clip
+        assert len(values) == algorithm.num_times
+        if algorithm.mode == "sum_first":
+            values = [sum(values) / len(values)]
+        ratios += [value.exp() for value in values]
+        advantages += [advantage] * len(values)
+    surrogate = 0
+    for ratio, advantage in zip(ratios, advantages, strict=True):
+        clipped = ratio.clip(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        surrogate = surrogate - torch.min(ratio * advantage, clipped * advantage)
+    total = surrogate / len(ratios) + penalties / len(update.pairs)
+    (grad,) = torch.autograd.grad(total, mean)
+    return total.detach(), grad, torch.stack(ratios).detach(), torch.tensor(advantages)
+
+
+def matches(update, expected, expected_grad):
+    """Latents are float32, and the noise was worked out from them."""
+    assert update.value.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-6)
+    close(update.grad, expected_grad, 1e-5)
+
+
+# --- DiffusionNFT -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("beta", [1.0, 0.1])
+@pytest.mark.parametrize("with_old", [True, False], ids=["old", "no-old"])
+def test_nft_pieces_sum_to_the_direct_loss_and_gradient(beta, coefficient, with_old):
+    policy = Recorder()
+    base = policy.mean.detach().clone()
+    shift(policy, 0.1, 70)
+    experience = make_experience(policy)
+    assert (experience.advantages > 0).any() and (experience.advantages < 0).any()
+    old = Old(policy.parameters(), "nft1") if with_old else None
+    sampled = policy.mean.detach().clone()
+    # A small clip, so that some samples are wholly good or bad and others between.
+    algorithm = DiffusionNFT(
+        old, beta, 1.0, 0.99, num_updates=3, micro_batch=5, kl_coefficient=coefficient
+    )
+    updates = collect(algorithm, policy, experience, 0.05)
+    assert len(updates) == 3
+    for n, update in enumerate(updates):
+        assert (update.column("old_gap") == 0).all() == (n == 0)
+        assert [part.ends_update for part in update.parts] == [False] * 5 + [True]
+        value, grad = nft_loss(update, experience, sampled, base, beta, 1.0, coefficient)
+        matches(update, value, grad)
+
+
+def test_nft_is_anchored_at_the_old_policy_it_is_given():
+    policy = Recorder()
+    old = Old(policy.parameters())
+    shift(policy, 0.1)
+    experience = make_experience(policy)
+    (update,) = collect(DiffusionNFT(old, 0.5, 2.0, kl_coefficient=0), policy, experience)
+    assert (update.column("old_gap") > 0).all()
+    expected = nft_loss(update, experience, old.values[0], old.values[0], 0.5, 2.0, 0)
+    matches(update, *expected)
+    other = nft_loss(update, experience, policy.mean.detach(), old.values[0], 0.5, 2.0, 0)
+    assert (other[1] - expected[1]).norm() > 0.01 * expected[1].norm()
+
+
+def test_nft_trains_each_samples_times_once():
+    policy = Recorder()
+    updates = collect(DiffusionNFT(num_updates=2, micro_batch=7), policy, make_experience(policy))
+    pairs = [pair for update in updates for pair in update.pairs]
+    # 0.99 of 8 steps is 7 of them.
+    assert len(set(pairs)) == len(pairs) == NUM_SAMPLES * 7
+    samples = [{b for b, _ in update.pairs} for update in updates]
+    assert [len(s) for s in samples] == [6, 6] and not samples[0] & samples[1]
+    assert {i for _, i in pairs} == set(range(8))
+
+
+# --- AWM ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("log_prob", list(LOG_PROBS))
+@pytest.mark.parametrize("mode", ["exp_first", "sum_first"])
+@pytest.mark.parametrize("clip", [1.0, 2e-3], ids=["wide", "clipped"])
+def test_awm_pieces_sum_to_the_direct_loss_and_gradient(mode, clip, log_prob):
+    policy = Recorder()
+    base = policy.mean.detach().clone()
+    experience = make_experience(policy, group_size=12)
+    algorithm = AWM(
+        log_prob=log_prob, mode=mode, num_times=3, clip_low=clip, clip_high=clip,
+        advantage_clip=1.0, num_updates=2, micro_batch=5,
+    )  # fmt: skip
+    first, second = collect(algorithm, policy, experience, 0.05)
+    for update in (first, second):
+        value, grad, ratio, advantage = awm_loss(update, experience, base, base, base, algorithm)
+        matches(update, value, grad)
+    # The policy has moved by now, and ratios leave the range on the right side and on the wrong
+    # one, where the gradient stays; or they are seen not to.
+    cut = ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))
+    reported = second.column("cut")
+    if clip == 1.0:
+        assert not cut.any() and not reported.any() and (ratio - 1).abs().max() > 0.01
+    else:
+        for sign in (advantage > 0, advantage < 0):
+            assert (sign & (ratio > 1 + clip)).any() and (sign & (ratio < 1 - clip)).any()
+        times = algorithm.num_times if mode == "sum_first" else 1
+        assert reported.sum() == cut.sum() * times
+    assert (first.column("log_ratio") == 0).all() and not first.column("cut").any()
+    assert (second.column("log_ratio") != 0).all()
+
+
+@pytest.mark.parametrize("mode", ["exp_first", "sum_first"])
+def test_awm_penalties_join_the_direct_loss(mode):
+    policy = Recorder()
+    base = policy.mean.detach().clone()
+    shift(policy, 0.1, 70)
+    old = Old(policy.parameters(), "awm")
+    shift(policy, 0.1, 80)
+    anchor = policy.mean.detach().clone()
+    experience = make_experience(policy)
+    algorithm = AWM(
+        old, mode=mode, num_times=4, num_updates=2, micro_batch=7,
+        kl_coefficient=0.3, ema_coefficient=0.7, advantage_max=2.0,
+    )  # fmt: skip
+    for update in collect(algorithm, policy, experience, 0.05):
+        value, grad, _, _ = awm_loss(update, experience, anchor, base, old.values[0], algorithm)
+        matches(update, value, grad)
+        for name in ("reference_gap", "ema_gap"):
+            assert (update.column(name) > 0).all()
+
+
+def test_awm_averages_the_powers_it_is_told():
+    policy = Recorder()
+    base, experience = policy.mean.detach().clone(), make_experience(policy)
+    for power in (0.5, 1.0):
+        (update,) = collect(AWM(power=power, num_times=2), policy, experience)
+        algorithm = AWM(power=power, num_times=2)
+        value, grad, _, _ = awm_loss(update, experience, base, base, base, algorithm)
+        matches(update, value, grad)
+    (linear,) = collect(AWM(log_prob="t", num_times=2), policy, experience)
+    close(update.grad, linear.grad, 1e-6)
+
+
+def test_awm_on_policy_weighs_the_gradient_of_matching_by_the_advantage():
+    policy = Recorder()
+    experience = make_experience(policy)
+    (update,) = collect(AWM(log_prob="uniform", num_times=3), policy, experience)
+    mean, total = policy.mean.detach().clone().requires_grad_(), 0
+    for (b, _), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
+        x0, x_t, t = experience.trajectory.final[b].double(), x_t.double(), sigma.double()
+        error = (velocity(mean, x_t, t) - ((x_t - (1 - t) * x0) / t - x0)).square().mean()
+        total = total + experience.advantages[b].double() / 5 * error
+    (grad,) = torch.autograd.grad(total / len(update.pairs), mean)
+    close(update.grad, grad, 1e-5)
+
+
+def test_awm_trains_stratified_times():
+    policy = Recorder()
+    updates = collect(AWM(num_times=3, num_updates=2), policy, make_experience(policy))
+    times = {}
+    for update in updates:
+        for b, i in update.pairs:
+            times.setdefault(b, []).append(i)
+    assert sorted(times) == list(range(NUM_SAMPLES))
+    # Seven candidates in strata of 2, 2 and 3; never the first.
+    for row in times.values():
+        low, middle, high = sorted(row)
+        assert low in (1, 2) and middle in (3, 4) and high in (5, 6, 7)
+
+
+# --- both ---------------------------------------------------------------------------------------
+
+BOTH = {
+    "nft": DiffusionNFT(beta=0.5, num_updates=2, kl_coefficient=0.2),
+    "awm": AWM(num_times=3, num_updates=2, kl_coefficient=0.2, clip_low=0.01, clip_high=0.01),
+    "awm-sum": AWM(
+        num_times=3, num_updates=2, kl_coefficient=0.2, clip_low=0.01, clip_high=0.01,
+        mode="sum_first",
+    ),
+}  # fmt: skip
+both = pytest.mark.parametrize("algorithm", BOTH.values(), ids=BOTH.keys())
+
+
+@both
+def test_any_micro_batch_gives_the_same_noise_and_gradient(algorithm):
+    found = []
+    for micro_batch in (1, 4, 7, 1000):
+        policy = Recorder()
+        shift(policy, 0.1, 70)
+        smaller = replace(algorithm, micro_batch=micro_batch)
+        updates = collect(smaller, policy, make_experience(policy), 0.05)
+        noised = {p: x for u in updates for p, (x, _) in zip(u.pairs, u.seen, strict=True)}
+        found.append((updates, noised))
+        for update in updates:
+            sizes = {len(part.diagnostics["sample"]) for part in update.parts}
+            assert max(sizes) <= micro_batch and max(sizes) - min(sizes) <= 1
+    first, first_noised = found[0]
+    for updates, noised in found[1:]:
+        assert noised.keys() == first_noised.keys()
+        assert all(torch.equal(noised[pair], first_noised[pair]) for pair in noised)
+        for update, expected in zip(updates, first, strict=True):
+            assert update.value.item() == pytest.approx(expected.value.item(), rel=1e-6, abs=1e-7)
+            close(update.grad, expected.grad, 1e-6)
+
+
+@both
+def test_every_pair_has_noise_of_its_own(algorithm):
+    policy = Recorder()
+    experience = make_experience(policy)
+    noises = []
+    for update in collect(algorithm, policy, experience):
+        for (b, _), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
+            noises.append((x_t - (1 - sigma) * experience.trajectory.final[b]) / sigma)
+    noise = torch.stack(noises)
+    assert abs(noise.mean().item()) < 5 / noise.numel() ** 0.5
+    assert noise.std().item() == pytest.approx(1, abs=5 / noise.numel() ** 0.5)
+    alike = torch.corrcoef(noise).fill_diagonal_(0)
+    assert alike.max() < 0.999
+
+
+@both
+def test_the_generator_decides_everything(algorithm):
+    grads = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(len(grads))
+        policy = Recorder()
+        shift(policy, 0.1, 70)
+        grads.append(collect(algorithm, policy, make_experience(policy), 0.05, seed)[1].grad)
+    assert torch.equal(grads[0], grads[1])
+    assert not torch.allclose(grads[0], grads[2])
+
+
+@both
+def test_the_reference_is_asked_only_where_it_counts(algorithm):
+    def silent(coefficient, moved):
+        policy = Recorder()
+        shift(policy, moved, 70)
+        experience = make_experience(policy)
+        # Advantage 0 everywhere: what is left pulls by the penalty alone.
+        experience = replace(experience, advantages=torch.zeros(NUM_SAMPLES))
+        alone = replace(algorithm, kl_coefficient=coefficient, num_updates=1)
+        (update,) = collect(alone, policy, experience)
+        return update, policy
+
+    update, policy = silent(0.0, 0.1)
+    assert policy.quiet == 0 and update.grad.abs().max() < 1e-6
+    assert "reference_gap" not in update.parts[0].diagnostics
+    update, policy = silent(0.2, 0.0)
+    assert policy.quiet == len(update.pairs)
+    assert update.grad.abs().max() < 1e-6 and (update.column("reference_gap") == 0).all()
+    once, _ = silent(0.2, 0.1)
+    twice, policy = silent(0.4, 0.1)
+    # It pulls back to where the policy came from.
+    assert once.grad @ (policy.mean - policy._base) > 0
+    close(twice.grad, 2 * once.grad, 1e-5)
+
+
+@both
+def test_nothing_is_asked_twice_while_the_policy_stands_still(algorithm):
+    policy = Recorder()
+    once = replace(algorithm, kl_coefficient=0.0, num_updates=1)
+    (update,) = collect(once, policy, make_experience(policy))
+    assert policy.quiet == 0 and len(update.seen) == len(update.pairs)
+
+
+@both
+def test_the_policy_is_left_as_it_was(algorithm):
+    policy = Recorder()
+    algorithm = replace(algorithm, old=Old(policy.parameters()))
+    shift(policy, 0.1)
+    before, parameter = policy.mean.detach().clone(), policy.mean
+    collect(algorithm, policy, make_experience(policy))
+    assert policy.mean is parameter and torch.equal(policy.mean, before)
+    assert policy.mean.data_ptr() != algorithm.old.values[0].data_ptr()
+
+
+@both
+@pytest.mark.parametrize("num_updates", [1, 5])
+def test_updates_deal_every_sample_once(algorithm, num_updates):
+    policy = Recorder()
+    algorithm = replace(algorithm, num_updates=num_updates)
+    updates = collect(algorithm, policy, make_experience(policy), 0.01)
+    dealt = [sorted({b for b, _ in update.pairs}) for update in updates]
+    assert len(dealt) == num_updates and sorted(chain(*dealt)) == list(range(NUM_SAMPLES))
+    sizes = {len(share) for share in dealt}
+    assert max(sizes) - min(sizes) <= 1
+
+
+@both
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_micro_batches_agree_on_a_network(tiny_policy, algorithm, method):
+    found = []
+    for micro_batch in (3, 1000):
+        policy = tiny_policy(Adaptation(method, rank=4))
+        # A fresh LoRA answers with 0, and so half of its gradient is 0: move it first.
+        shift(policy, 0.05)
+        before = [p.detach().clone() for p in policy.parameters()]
+        experience = make_experience(policy, ["a star", "two circles"], 2, make_sigmas(4))
+        smaller = replace(algorithm, micro_batch=micro_batch, old=Old(policy.parameters()))
+        if isinstance(smaller, AWM):
+            smaller = replace(smaller, ema_coefficient=0.1)
+        updates = collect(smaller, policy, experience)
+        found.append(torch.cat([update.grad for update in updates]))
+        assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+        assert all((update.column("reference_gap") > 0).all() for update in updates)
+    close(found[1], found[0], 1e-3)
+
+
+# --- refusals -----------------------------------------------------------------------------------
+
+
+def test_what_can_not_work_is_refused():
+    policy = Recorder()
+    experience = make_experience(policy)
+
+    def start(algorithm, experience=experience):
+        next(iter(algorithm.losses(policy, experience, seeded())))
+
+    for algorithm in (DiffusionNFT, AWM):
+        assert not algorithm().needs_trajectory
+        with pytest.raises(ValueError, match="13 updates need as many samples, the rollout has 12"):
+            start(algorithm(num_updates=13, **({"num_times": 3} if algorithm is AWM else {})))
+        chunked = replace(experience, advantages=torch.zeros(12, 3))
+        with pytest.raises(ValueError, match=r"advantages have shape \(12, 3\)"):
+            start(algorithm(), chunked)
+        with pytest.raises(ValueError, match="must be at least 1, got 0 and 64"):
+            algorithm(num_updates=0)
+        with pytest.raises(ValueError, match="must be at least 1, got 1 and 0"):
+            algorithm(micro_batch=0)
+        with pytest.raises(ValueError, match=r"advantage_clip is 0; it must be positive"):
+            algorithm(advantage_clip=0)
+        with pytest.raises(ValueError, match=r"kl_coefficient is -1; a penalty must not be neg"):
+            algorithm(kl_coefficient=-1)
+    with pytest.raises(ValueError, match=r"beta is 0; it must be positive"):
+        DiffusionNFT(beta=0)
+    with pytest.raises(ValueError, match=r"trained share of the times"):
+        start(DiffusionNFT(fraction=0))
+    with pytest.raises(ValueError, match="unknown mode 'mean'; known: exp_first, sum_first"):
+        AWM(mode="mean")
+    with pytest.raises(ValueError, match="unknown pseudo-log-probability 'l2'"):
+        AWM(log_prob="l2")
+    with pytest.raises(ValueError, match="ema_coefficient is 1, but there is no averaged policy"):
+        AWM(ema_coefficient=1)
+    with pytest.raises(ValueError, match="advantage_max is 0"):
+        AWM(advantage_max=0)
+    with pytest.raises(ValueError, match="num_times is 8; a schedule of 8 steps offers 1 to 7"):
+        start(AWM(num_times=8))
+
+
+# --- does it learn? -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nft", "awm", "awm-sum"])
+def test_the_mean_moves_towards_what_is_rewarded(name):
+    transition, target = Transition(FlowDiffusion(0.7)), torch.tensor([1.0, -1.0])
+    policy = GaussianPolicy(torch.zeros(2), 0.5)
+    parameters = policy.parameters()
+    optimizer = torch.optim.Adam(parameters, lr=0.05)
+    if name == "nft":
+        old = Old(parameters, "nft1")
+        algorithm = DiffusionNFT(old, advantage_clip=2.0, micro_batch=1000)
+    else:
+        old = Old(parameters, "awm")
+        mode = "sum_first" if name == "awm-sum" else "exp_first"
+        algorithm = AWM(old, mode=mode, num_updates=2, ema_coefficient=0.1, micro_batch=1000)
+    distances, step = [], 0
+    for iteration in range(15):
+        generator = seeded(100 + iteration)
+        trajectory = rollout(policy, ["p"] * 2, transition, SIGMAS, 16, generator)
+        rewards = -(trajectory.final - target).square().sum(1)
+        experience = Experience(trajectory, group_advantages(rewards, 2).values)
+        for part in algorithm.losses(policy, experience, generator):
+            part.loss.backward()
+            if part.ends_update:
+                optimizer.step()
+                optimizer.zero_grad()
+                step += 1
+        old.update(parameters, step)
+        distances.append((policy.mean.detach() - target).norm().item())
+    assert distances[4] < 1.41
+    assert distances[-1] < min(1.0, distances[4])
