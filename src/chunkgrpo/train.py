@@ -175,7 +175,11 @@ class Trainer:
         algorithm, window = self.plan_iteration(generator)
         observer = None
         if self.learned is not None:
-            observer = ChunkObserver(plan_of(algorithm), self.parameters, self.usefulness)
+            plan = plan_of(algorithm)
+            row = torch.ones(1, plan.num_steps)
+            drawn = self.learned(plan, row, Generator().manual_seed(0))
+            weights_C = self.learned.loss_weights(plan, row, drawn)[0]
+            observer = ChunkObserver(plan, self.parameters, self.usefulness, weights_C)
         with self.sampling_policy(algorithm):
             trajectory = rollout(
                 self.policy,
@@ -411,10 +415,19 @@ class ChunkObserver:
         kind: ``"gradient"``: squared gradient norm of the first update per network row, for which
             every piece of the loss must hold steps of one chunk. ``"reward"``: the first-order
             reward gain of later updates' samples, which the moves before them were not trained on.
+        weights_C: Loss weights of the selection, [C], which a chunk's usefulness must not contain;
+            ones where None.
     """
 
-    def __init__(self, plan: ChunkPlan, parameters: Sequence[Tensor], kind: str) -> None:
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        parameters: Sequence[Tensor],
+        kind: str,
+        weights_C: Tensor | None = None,
+    ) -> None:
         self.plan, self.parameters, self.kind = plan, parameters, kind
+        self.weights_C = torch.ones(plan.num_chunks) if weights_C is None else weights_C
         self.update = 0
         self.sums: list[list[Tensor] | None] = [None] * plan.num_chunks
         self.rows = torch.zeros(plan.num_chunks)
@@ -453,7 +466,8 @@ class ChunkObserver:
                 else torch.zeros((), dtype=torch.float64)
                 for held in self.sums
             ]
-            return gradient_usefulness(torch.stack([n.cpu() for n in norms]), self.rows)
+            squared_C = torch.stack([n.cpu() for n in norms]) / self.weights_C.double().cpu() ** 2
+            return gradient_usefulness(squared_C, self.rows)
         if not self.gains:
             return torch.full((number,), float("nan"))
         chunk = torch.cat([d["chunk"] for d in self.gains]).cpu()

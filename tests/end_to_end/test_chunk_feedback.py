@@ -109,13 +109,21 @@ def experience(policy):
     return Experience(trajectory, group_advantages(rewards, 3).values)
 
 
-def test_gradient_usefulness_is_each_chunks_own_gradient():
+class Weighted(UniformSelection):
+    """All chunks, with weights that usefulness must not depend on."""
+
+    def loss_weights(self, plan, curve_BN, chosen_BM):
+        return torch.tensor([0.5, 1.0, 2.0]).expand(len(curve_BN), -1)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradient_usefulness_is_each_chunks_own_gradient(weighted):
     policy = toy()
     given = experience(policy)
-    algorithm = ChunkGRPO(
-        PLAN, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=4, group_by_chunk=True
-    )
-    observer = ChunkObserver(PLAN, policy.parameters(), "gradient")
+    selection = Weighted(1.0) if weighted else UniformSelection(1.0)
+    algorithm = ChunkGRPO(PLAN, FLOW, selection, num_updates=1, micro_batch=4, group_by_chunk=True)
+    weights = selection.loss_weights(PLAN, torch.ones(1, 6), torch.zeros(1, 3))[0]
+    observer = ChunkObserver(PLAN, policy.parameters(), "gradient", weights)
     for part in algorithm.losses(policy, given, seeded(3)):
         observer.backward(part)
     found = observer.usefulness()
@@ -130,7 +138,7 @@ def test_gradient_usefulness_is_each_chunks_own_gradient():
             density = step.log_prob_per_dim(t.states[:, i + 1])
             loss = loss - (given.advantages * density).sum() / size / (18 * 3)
         (gradient,) = torch.autograd.grad(loss, policy.parameters())
-        separate += gradient
+        separate += gradient * weights[chunk]
         norms.append(gradient.square().sum() / (18 * size))
     torch.testing.assert_close(found, torch.stack(norms).double(), rtol=1e-4, atol=0)
     torch.testing.assert_close(total, separate, rtol=1e-4, atol=1e-9)
