@@ -249,6 +249,7 @@ def test_every_flag_is_known() -> None:
         "evaluate": ["--split"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
+        "methods": [],
     }
 
 

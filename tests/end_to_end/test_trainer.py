@@ -39,6 +39,7 @@ KEYS = (
     "rollout_evaluations", "trained_pairs", "idle_pairs", "ratio_mean", "ratio_std", "kl",
     "step_ratio_mean",
     "step_ratio_std", "clip_fraction", "chunk_ratio_mean", "chunk_clip_fraction",
+    "window", "chunks",
 )  # fmt: skip
 TIMES = ("seconds", "phase_seconds", "images_per_second")
 

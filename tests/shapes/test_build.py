@@ -227,7 +227,9 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path, monkeypatch):
     monkeypatch.setattr(
         transformer, "quick_accuracy", lambda pipe, number, seed: evaluate(pipe, 6, seed, steps=2)
     )
-    small = PretrainSettings(num_scenes=40, vae_steps=3, transformer_steps=3, size=SMALL)
+    small = PretrainSettings(
+        num_scenes=40, vae_steps=3, transformer_steps=3, guidance_steps=2, size=SMALL
+    )
     whole = pretrain(tmp_path / "whole", small)
     expected = weights_in(whole)
     assert expected
@@ -280,12 +282,17 @@ def test_a_stage_goes_on_in_its_middle(tmp_path, monkeypatch):
 
         def train_transformer():
             pipe = build_pipeline(TEST_SIZE)
-            transformer.train_transformer(
-                pipe, latents, captions, SAMPLE[:3], folder, 102, 0, batch_size=2
-            )
+            scenes = transformer.Scenes(pipe, latents, captions, SAMPLE[:3])
+            transformer.train_transformer(pipe, scenes, folder, 102, 0)
             return transformer.Networks(pipe).state_dict()
 
-        return train_vae, train_transformer
+        def distil_guidance():
+            pipe = build_pipeline(TEST_SIZE)
+            scenes = transformer.Scenes(pipe, latents, captions, SAMPLE[:3])
+            transformer.distil_guidance(pipe, scenes, folder, 102, 0, 2.0)
+            return transformer.Networks(pipe).state_dict()
+
+        return train_vae, train_transformer, distil_guidance
 
     def stop(log, step, **values):
         if step == log.total_steps - 2:
@@ -299,3 +306,33 @@ def test_a_stage_goes_on_in_its_middle(tmp_path, monkeypatch):
             parts()
         found = parts()
         assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+
+
+@pytest.mark.slow
+def test_distilled_guidance_is_guidance(tmp_path, monkeypatch):
+    """Without guidance the student answers as its teacher does with it, and keeps the empty."""
+    from chunkgrpo.shapes.pretrain import transformer
+
+    monkeypatch.setattr(transformer, "quick_accuracy", lambda *_, **__: {"strict": 0.0})
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(6, 4, 4, 4, generator=generator)
+    captions = torch.arange(6)[:, None] % 3
+    pipe, teacher = build_pipeline(TEST_SIZE), build_pipeline(TEST_SIZE)
+    scenes = transformer.Scenes(pipe, latents, captions, SAMPLE[:3])
+    # A teacher whose captions matter, so that there is something to distil.
+    for each in (pipe, teacher):
+        with torch.no_grad():
+            each.transformer.time_text_embed.text_embedder.linear_2.weight.mul_(30)
+            each.transformer.proj_out.weight.mul_(10)
+    transformer.distil_guidance(pipe, scenes, tmp_path, 300, 0, 3.0)
+    batch = scenes.draw(64, torch.Generator().manual_seed(9))
+    student, taught = transformer.Networks(pipe), transformer.Networks(teacher)
+    empty = scenes.clip_ids[-1].expand(64, -1)
+    with torch.no_grad():
+        answer = student(batch.x, batch.sigma, batch.clip_ids, batch.t5_ids)
+        plain = taught(batch.x, batch.sigma, batch.clip_ids, batch.t5_ids)
+        v_empty = taught(batch.x, batch.sigma, empty, batch.t5_ids)
+    wanted = v_empty + 3 * (plain - v_empty)
+    before, after = (plain - wanted).square().mean(), (answer - wanted).square().mean()
+    assert before > 1e-4
+    assert after < 0.2 * before

@@ -20,7 +20,9 @@ class PretrainSettings:
         seed: Seed of scenes, weights and noise.
         num_scenes: Rendered scenes.
         wrong_captions: Share of captions wrong in one respect.
-        vae_steps, transformer_steps: Optimizer steps of the stages.
+        vae_steps, transformer_steps, guidance_steps: Optimizer steps of the stages; without steps
+            the last one, the distillation of guidance, is left out.
+        guidance: Scale that is distilled.
         size: Widths and depths.
         threads: CPU threads; 0 leaves torch's default.
     """
@@ -30,6 +32,8 @@ class PretrainSettings:
     wrong_captions: float = 0.2
     vae_steps: int = 1200
     transformer_steps: int = 12_000
+    guidance_steps: int = 0
+    guidance: float = 2.0
     size: PipelineSize = field(default_factory=PipelineSize)
     threads: int = 0
 
@@ -48,7 +52,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
     import torch
 
     from chunkgrpo.shapes.pretrain.data import make_world
-    from chunkgrpo.shapes.pretrain.transformer import train_transformer
+    from chunkgrpo.shapes.pretrain.transformer import Scenes, distil_guidance, train_transformer
     from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae
 
     settings = settings or PretrainSettings()
@@ -73,15 +77,12 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         scaling_factor=round(1 / latents.float().std().item(), 4),
         shift_factor=round(latents.float().mean().item(), 4),
     )
-    train_transformer(
-        pipe,
-        latents,
-        torch.from_numpy(world.captions),
-        world.texts,
-        work,
-        settings.transformer_steps,
-        settings.seed,
-    )
+    scenes = Scenes(pipe, latents, torch.from_numpy(world.captions), world.texts)
+    train_transformer(pipe, scenes, work, settings.transformer_steps, settings.seed)
+    if settings.guidance_steps:
+        distil_guidance(
+            pipe, scenes, work, settings.guidance_steps, settings.seed, settings.guidance
+        )
     folder = out / "pipeline"
     # Half precision halves the size, and diffusers widens the weights again when it loads them.
     # transformers does not: it would leave the text encoders in half beside a float32 transformer.

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.shapes import grammar
@@ -105,16 +107,73 @@ def quick_accuracy(pipe: Any, number: int, seed: int, steps: int = 10) -> dict[s
     return result | {"soft": float(np.mean([v.soft for v in verdicts]))}
 
 
-def train_transformer(
-    pipe: Any,
-    latents: Tensor,
-    captions: Tensor,
-    texts: Sequence[str],
-    folder: Path,
-    steps: int,
-    seed: int,
-    batch_size: int = 96,
-) -> None:
+@dataclass(frozen=True)
+class Batch:
+    """Noised latents of some scenes with one caption each.
+
+    Attributes:
+        x, sigma: Noised latents [B, C, h, w] and their noise levels [B].
+        target: Velocity noise - x0, [B, C, h, w].
+        clip_ids, t5_ids: Token ids, [B, L] each.
+    """
+
+    x: Tensor
+    sigma: Tensor
+    target: Tensor
+    clip_ids: Tensor
+    t5_ids: Tensor
+
+
+@dataclass(frozen=True)
+class Scenes:
+    """Draws batches for the pipeline's networks from encoded scenes and their captions.
+
+    Attributes:
+        pipe: Its VAE's scale and its tokenizers are used.
+        latents: [S, C, h, w].
+        captions: Indices into ``texts``, [S, captions a scene].
+        texts: Every caption.
+    """
+
+    pipe: Any
+    latents: Tensor
+    captions: Tensor
+    texts: Sequence[str]
+
+    @cached_property
+    def clip_ids(self) -> Tensor:
+        """CLIP token ids of every caption, and of the empty one at the end."""
+        return self.pipe.tokenizer(
+            [*self.texts, ""], padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def draw(self, size: int, generator: Generator) -> Batch:
+        """Draw a batch; a tenth of the captions is empty."""
+        rows_draw = float(torch.rand((), generator=generator))
+        rows = T5_ROWS[0][0]
+        for option, share in T5_ROWS:
+            rows = option
+            rows_draw -= share
+            if rows_draw < 0:
+                break
+        pick = torch.randint(len(self.latents), (size,), generator=generator)
+        which = torch.randint(self.captions.shape[1], (size,), generator=generator)
+        text = self.captions[pick, which].long()
+        text[torch.rand(size, generator=generator) < CAPTION_DROPOUT] = len(self.texts)
+        config = self.pipe.vae.config
+        x0 = (self.latents[pick].float() - config.shift_factor) * config.scaling_factor
+        noise = torch.randn(x0.shape, generator=generator)
+        sigma = torch.sigmoid(1.0986 + torch.randn(size, generator=generator))
+        uniform = torch.rand(size, generator=generator)
+        sigma = torch.where(torch.rand(size, generator=generator) < 0.1, uniform, sigma)
+        s = sigma.view(-1, 1, 1, 1)
+        known = len(self.texts)
+        words = [str(self.texts[int(i)]) if i < known else "" for i in text.tolist()]
+        ids = t5_ids(self.pipe, words, rows)
+        return Batch((1 - s) * x0 + s * noise, sigma, noise - x0, self.clip_ids[text], ids)
+
+
+def train_transformer(pipe: Any, scenes: Scenes, folder: Path, steps: int, seed: int) -> None:
     """Train in place; ends with the averaged weights. Resumes from ``folder/transformer.pt``.
 
     The flow-matching loss ``|v - (noise - x0)|^2`` at sigma = sigmoid(log 3 + n), n normal (a
@@ -126,53 +185,75 @@ def train_transformer(
     to the end. At the full rate most of the loss that is left is noise of the optimizer itself.
     """
     zero_modulation(pipe.transformer)
+    first = steps // 3
+    rounds = (Round(first), Round(steps - first, peak=0.5, fall=1.0))
+    fit(pipe, scenes, folder, "transformer", rounds, seed)
+
+
+def distil_guidance(
+    pipe: Any, scenes: Scenes, folder: Path, steps: int, seed: int, scale: float
+) -> None:
+    """Teach the networks to draw without guidance what they draw with it.
+
+    Trains in place from the present weights; resumes from ``folder/guidance.pt``. With frozen
+    teacher velocities for a caption and for the empty one, the target is
+    ``v_empty + scale (v_caption - v_empty)``; where the caption is empty itself, ``v_empty``.
+
+    Reference: Meng et al., "On Distillation of Guided Diffusion Models", arXiv:2210.03142, for one
+    fixed scale.
+    """
+    teacher = copy.deepcopy(Networks(pipe)).to(torch.bfloat16).requires_grad_(False)
+    empty = scenes.clip_ids[-1]
+
+    def guided(batch: Batch) -> Tensor:
+        rows = len(batch.x)
+        t5 = t5_ids(pipe, [""] * rows, batch.t5_ids.shape[1])
+        clip = torch.cat([batch.clip_ids, empty.expand(rows, -1)])
+        x, sigma = batch.x.bfloat16().repeat(2, 1, 1, 1), batch.sigma.repeat(2)
+        with torch.no_grad():
+            v, v_empty = teacher(x, sigma, clip, torch.cat([batch.t5_ids, t5])).float().chunk(2)
+        return v_empty + scale * (v - v_empty)
+
+    rounds = (Round(steps, peak=0.2, fall=1.0),)
+    fit(pipe, scenes, folder, "guidance", rounds, seed + 1, batch_size=64, target=guided)
+
+
+def fit(
+    pipe: Any,
+    scenes: Scenes,
+    folder: Path,
+    stage: str,
+    rounds: Sequence[Round],
+    seed: int,
+    batch_size: int = 96,
+    target: Callable[[Batch], Tensor] | None = None,
+) -> None:
+    """Fit the networks to a batch's velocities, or to what ``target`` makes of it."""
+    steps = sum(part.steps for part in rounds)
     masters = Networks(pipe)
     compute = copy.deepcopy(masters).to(torch.bfloat16)
     pairs = list(zip(compute.parameters(), masters.parameters(), strict=True))
-    first = steps // 3
-    rounds = (Round(first), Round(steps - first, peak=0.5, fall=1.0))
     optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, rounds, 100, NOT_HIDDEN)
-    average = Average(masters, 0.999)
-    checkpoint, start = folder / "transformer.pt", 0
+    average = Average(masters, min(0.999, 1 - 8 / steps))
+    checkpoint, start = folder / f"{stage}.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint)
         masters.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         average.values = state["average"]
         start = state["step"]
-    scale, shift = pipe.vae.config.scaling_factor, pipe.vae.config.shift_factor
-    clip_ids = pipe.tokenizer(
-        [*texts, ""], padding="max_length", truncation=True, return_tensors="pt"
-    ).input_ids
-    log = StageLog(folder / "pretrain.jsonl", "transformer", steps)
+    log = StageLog(folder / "pretrain.jsonl", stage, steps)
     running = 0.0
     for step in range(start, steps):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         with torch.no_grad():
             for low, master in pairs:
                 low.copy_(master)
-        rows_draw = float(torch.rand((), generator=generator))
-        rows = T5_ROWS[0][0]
-        for option, share in T5_ROWS:
-            rows = option
-            rows_draw -= share
-            if rows_draw < 0:
-                break
-        pick = torch.randint(len(latents), (batch_size,), generator=generator)
-        which = torch.randint(captions.shape[1], (batch_size,), generator=generator)
-        text = captions[pick, which].long()
-        text[torch.rand(batch_size, generator=generator) < CAPTION_DROPOUT] = len(texts)
-        x0 = (latents[pick].float() - shift) * scale
-        noise = torch.randn(x0.shape, generator=generator)
-        sigma = torch.sigmoid(1.0986 + torch.randn(batch_size, generator=generator))
-        uniform = torch.rand(batch_size, generator=generator)
-        sigma = torch.where(torch.rand(batch_size, generator=generator) < 0.1, uniform, sigma)
-        s = sigma.view(-1, 1, 1, 1)
-        x = (1 - s) * x0 + s * noise
-        words = [str(texts[int(i)]) if i < len(texts) else "" for i in text.tolist()]
+        batch = scenes.draw(batch_size, generator)
         with plain_attention():
-            v = compute(x.bfloat16(), sigma, clip_ids[text], t5_ids(pipe, words, rows)).float()
-            loss = F.mse_loss(v, noise - x0)
+            wanted = batch.target if target is None else target(batch)
+            v = compute(batch.x.bfloat16(), batch.sigma, batch.clip_ids, batch.t5_ids).float()
+            loss = F.mse_loss(v, wanted)
             loss.backward()
         for low, master in pairs:
             master.grad = None if low.grad is None else low.grad.float()
