@@ -284,16 +284,26 @@ def test_the_tail_converges_at_its_order_and_beats_euler():
     assert all(b < a / 8 for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("fraction", [0.4, 0.6])
-def test_a_thinned_tail_is_no_worse_than_all_of_eulers_steps(fraction):
-    """Where it is used: the second half of 17 published steps."""
+@pytest.mark.parametrize("fraction", [0.4, 0.6, 1.0])
+def test_what_thinning_costs_after_half_of_the_published_steps(fraction):
+    """17 steps, shift 3, the ODE from step 8: largest errors, data of standard deviation 0.5.
+
+    The published 0.4 of the steps (4 of 9) is better than Euler there (0.19 against 0.24) and worse
+    than all of Euler's (0.12); 0.6 of them is better than these as well (0.06).
+    """
     policy, sigmas = toy(), make_sigmas(17)[8:]
     exact = exact_image(policy, start(), sigmas[0].double())
-    velocity = velocity_of(policy)
-    euler_error = (euler(velocity, start(), sigmas) - exact).abs().max()
-    error = (MultistepTail(fraction)(velocity, start(), sigmas) - exact).abs().max()
-    print(f"\nEuler, 9 steps: {euler_error:.4f}; {fraction} of them: {error:.4f}")
-    assert error < euler_error
+    velocity, tail = velocity_of(policy), MultistepTail(fraction)
+
+    def error(image):
+        return (image - exact).abs().max().item()
+
+    found = error(tail(velocity, start(), sigmas))
+    same_levels = error(euler(velocity, start(), tail.sigmas(sigmas)))
+    all_levels = error(euler(velocity, start(), sigmas))
+    print(f"\n{fraction}: {found:.4f}, Euler {same_levels:.4f}, all 9 steps {all_levels:.4f}")
+    assert found < same_levels
+    assert (found < all_levels) == (fraction > 0.5)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])

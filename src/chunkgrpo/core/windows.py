@@ -172,13 +172,9 @@ class SlidingWindow:
 
     def __call__(self, iteration: int, generator: Generator) -> range:
         """Return the window of an iteration; nothing is drawn."""
-        starts = self.starts()
-        left = iteration % sum(self.stays(start) for start in starts)
-        for start in starts:
-            if left < self.stays(start):
-                return range(start, start + self.size)
-            left -= self.stays(start)
-        raise AssertionError("unreachable: the remainder is smaller than the sum")
+        one_pass = [start for start in self.starts() for _ in range(self.stays(start))]
+        start = one_pass[iteration % len(one_pass)]
+        return range(start, start + self.size)
 
 
 @dataclass(frozen=True)
