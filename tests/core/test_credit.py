@@ -9,7 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkgrpo.core.credit import CONVENTIONS, Advantages, group_advantages
+from chunkgrpo.core.credit import (
+    CONVENTIONS,
+    Advantages,
+    chunk_advantages,
+    chunk_gains,
+    group_advantages,
+)
 
 CENTRED = sorted(set(CONVENTIONS) - {"ungrouped", "group_std_median"})
 
@@ -171,3 +177,36 @@ def test_half_precision_is_upcast():
 def test_errors_name_value_rule_and_fix(rewards, num_prompts, keywords, message):
     with pytest.raises(ValueError, match=message):
         group_advantages(rewards, num_prompts, **keywords)
+
+
+# --- credit by chunk --------------------------------------------------------------------------
+
+
+def test_gains_are_differences_and_sum_to_the_whole_gain():
+    rewards = torch.tensor([[0.0, 2.0, 1.5, 4.0], [1.0, 1.0, 1.0, 1.0]], dtype=torch.float64)
+    gains = chunk_gains(rewards)
+    assert gains.tolist() == [[2.0, -0.5, 2.5], [0.0, 0.0, 0.0]]
+    assert torch.equal(gains.sum(1), rewards[:, -1] - rewards[:, 0])
+    assert chunk_gains(rewards[:, :2]).shape == (2, 1)
+    assert chunk_gains(rewards.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("shape", [(4, 1), (4, 0), (4,), (2, 2, 2)])
+def test_gains_need_two_boundaries(shape):
+    with pytest.raises(ValueError, match=r"shape \(.*\); one column per chunk .* at least one"):
+        chunk_gains(torch.zeros(shape))
+
+
+def test_each_chunk_is_compared_with_the_same_chunk_of_its_siblings():
+    gains = torch.tensor([[1.0, 5.0], [2, 5], [3, 5], [0, 1], [0, 2], [3, 9]])
+    found = chunk_advantages(gains, 2, "mean_only", None)
+    expected = torch.tensor([[-1.0, 0], [0, 0], [1, 0], [-1, -3], [-1, -2], [2, 5]])
+    assert torch.allclose(found, expected)
+    normalised = chunk_advantages(gains, 2)
+    for column in range(2):
+        alone = group_advantages(gains[:, column], 2).values
+        assert torch.equal(normalised[:, column], alone)
+    assert chunk_advantages(gains, 2, "mean_only", 1.5).abs().max() == 1.5
+    # A gain's unit or offset is its own chunk's affair.
+    moved = chunk_advantages(gains * torch.tensor([7.0, 1.0]) + 3, 2)
+    assert torch.allclose(moved, normalised, atol=1e-5)

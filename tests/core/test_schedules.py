@@ -13,6 +13,7 @@ from chunkgrpo.core.schedules import (
     exact_timestep,
     floor1000_timestep,
     make_sigmas,
+    merge_sigmas,
     network_timestep,
     shift_sigmas,
     validate_sigmas,
@@ -135,3 +136,38 @@ def test_network_timestep_applies_the_rounding_it_is_given():
     assert torch.allclose(rounded, torch.tensor([0.123, 0.999]))
     assert exact_timestep(sigma.bfloat16()).dtype == torch.float32
     assert TIMESTEP_ROUNDINGS["exact"] is exact_timestep
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kept"),
+    [
+        ((1, 1, 1, 1, 1), [0, 1, 2, 3, 4, 5]),
+        ((5,), [0, 5]),
+        ((2, 1, 2), [0, 2, 3, 5]),
+        ([1, 3, 1], [0, 1, 4, 5]),
+    ],
+)
+def test_merged_steps_begin_where_the_first_of_them_began(sizes, kept):
+    sigmas = make_sigmas(5)
+    merged = merge_sigmas(sigmas, sizes)
+    assert torch.equal(merged, sigmas[kept])
+    # A merged step is as long as its parts together.
+    lengths = -sigmas.diff()
+    assert torch.allclose(
+        -merged.diff(), torch.stack([part.sum() for part in lengths.split(list(sizes))])
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((2, 2), r"merged steps \(2, 2\) sum to 4, but the schedule has 5 steps; .* at least 1"),
+        ((5, 1), r"\(5, 1\) sum to 6, but"),
+        ((6, -1), r"\(6, -1\) sum to 5, but the schedule has 5 steps; every size must be"),
+        ((5, 0), r"\(5, 0\) sum to 5"),
+        ((), r"merged steps \(\) sum to 0"),
+    ],
+)
+def test_merges_that_do_not_cover_the_schedule_are_refused(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        merge_sigmas(make_sigmas(5), sizes)

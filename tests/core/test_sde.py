@@ -12,6 +12,7 @@ from torch.distributions import Independent, Normal, kl_divergence
 
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import (
+    CpsTransition,
     DanceDiffusion,
     FlowDiffusion,
     Gaussian,
@@ -262,3 +263,75 @@ def test_predictions_invert_the_straight_path(sigma):
     x, v = (1 - sigma) * clean + sigma * pure_noise, pure_noise - clean
     assert torch.allclose(predict_clean(x, v, sigma_B), clean, atol=1e-12)
     assert torch.allclose(predict_noise(x, v, sigma_B), pure_noise, atol=1e-12)
+
+
+# --- Flow-CPS ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 0.9, 1.0])
+def test_cps_remixes_predicted_image_and_noise(eta):
+    """s = sigma_next sin(eta pi/2), mu = (1 - sigma_next) x0_hat + sqrt(sigma_next^2 - s^2) x1_hat.
+
+    The predictions are those of the straight path that x and v lie on, so both are known here
+    without the functions that find them.
+    """
+    clean, pure_noise = noise(*SHAPE), noise(*SHAPE, seed=1)
+    v = pure_noise - clean
+    for sigma, sigma_next in pairwise(make_sigmas(17).double()):
+        s, after = sigma.item(), sigma_next.item()
+        x = (1 - s) * clean + s * pure_noise
+        step = CpsTransition(eta)(x, v, sigma, sigma_next)
+        std = after * math.sin(eta * math.pi / 2)
+        kept = math.sqrt(max(after**2 - std**2, 0.0))
+        assert step.std.item() == pytest.approx(std, rel=1e-12, abs=1e-15)
+        assert CpsTransition(eta).std(sigma, sigma_next).item() == step.std.item()
+        assert torch.allclose(step.mean, (1 - after) * clean + kept * pure_noise, atol=1e-12)
+        # What of the noise is kept and what is drawn anew have squares that sum to sigma_next^2.
+        at_zero = CpsTransition(eta)(x - (1 - s) * clean, pure_noise, sigma, sigma_next)
+        kept_found = (at_zero.mean / pure_noise)[0, 0, 0, 0].item()
+        assert kept_found**2 + step.std.item() ** 2 == pytest.approx(after**2, abs=1e-12)
+
+
+def test_cps_without_noise_is_the_euler_step():
+    x, v = noise(*SHAPE), noise(*SHAPE, seed=1)
+    sigma = torch.tensor([1.0, 0.7, 0.3], dtype=torch.float64)
+    sigma_next = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    step = CpsTransition(0.0)(x, v, sigma, sigma_next)
+    euler = Transition(OdeDiffusion())(x, v, sigma, sigma_next)
+    assert torch.allclose(step.mean, euler.mean, atol=1e-14)
+    assert not step.has_density and not CpsTransition(0.0).has_density
+    assert torch.equal(step.sample(), step.mean)
+    assert CpsTransition(0.1).has_density and step.std.abs().max() == 0
+
+
+def test_cps_ends_without_noise_and_computes_in_float32():
+    x = noise(2, 8).bfloat16()
+    one, end = torch.tensor(0.2, dtype=torch.bfloat16), torch.tensor(0.0, dtype=torch.bfloat16)
+    last = CpsTransition(0.9)(x, x, one, end)
+    assert last.std.item() == 0.0
+    assert last.mean.dtype == last.std.dtype == torch.float32
+    assert torch.allclose(last.mean, predict_clean(x, x, one))
+
+
+@pytest.mark.parametrize("eta", [-0.1, 1.1, math.nan, math.inf])
+def test_a_cps_angle_outside_the_quarter_circle_is_refused(eta):
+    with pytest.raises(ValueError, match=rf"eta is {eta}; .* eta in \[0, 1\]; try 0.9"):
+        CpsTransition(eta)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "expected"),
+    [
+        (Transition(FlowDiffusion(0.7)), [0.7, 0.7 * math.sqrt(0.8 / 0.2 * 0.3)]),
+        (Transition(DanceDiffusion(0.3)), [0.3 * math.sqrt(0.2), 0.3 * math.sqrt(0.3)]),
+        (Transition(OdeDiffusion()), [0.0, 0.0]),
+        (CpsTransition(0.5), [0.8 * math.sqrt(0.5), 0.5 * math.sqrt(0.5)]),
+    ],
+)
+def test_the_std_of_a_kernel_is_that_of_its_steps(kernel, expected):
+    sigma = torch.tensor([1.0, 0.8], dtype=torch.float64)
+    sigma_next = torch.tensor([0.8, 0.5], dtype=torch.float64)
+    std = kernel.std(sigma, sigma_next)
+    assert std.tolist() == pytest.approx(expected, rel=1e-12)
+    x = noise(2, 3)
+    assert torch.equal(kernel(x, x, sigma, sigma_next).std[:, 0], std)

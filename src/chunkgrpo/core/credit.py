@@ -281,10 +281,14 @@ def chunk_gains(rewards_BE: Tensor) -> Tensor:
     .. math:: \Delta_j = r(\hat x_0 \text{ at the end of chunk } j)
               - r(\hat x_0 \text{ at its start})
 
-    The clean-image prediction is the posterior mean of the image, so for a reward that is linear
-    in the latent the gains are exactly what each chunk's noise contributed. For a curved reward a
-    blurred early prediction scores differently from the images it stands for, and the gains are
-    biased: they sum to the final reward minus that of the first prediction either way.
+    Gains sum to the final reward minus that of the first prediction, whatever the sampler. That
+    each is what its own chunk's noise does to the image holds for a reward that is linear in the
+    latent, short steps, and one noise level: the flow coefficient with eta = sqrt(2), under which
+    sampling is the time reversal of noising and the prediction a martingale. With less noise the
+    ODE's part of the later steps goes on amplifying what a chunk has drawn, and credits it to
+    them: on Gaussian data a chunk that ends at e receives the share :math:`k_e^{1 - \eta^2/2}` of
+    its due, k being the correlation of the state at e with the image. For a curved reward a
+    blurred early prediction moreover scores differently from the images it stands for.
 
     Args:
         rewards_BE: Rewards of the predictions at the E = C + 1 chunk boundaries, the last being

@@ -404,7 +404,9 @@ class CpsTransition:
     An Euler-Maruyama step leaves more noise in the sample than sigma_next says, of second order
     in the step; here the coefficients of predicted and fresh noise have squares that sum to
     sigma_next^2 for any step length. eta = 0 is the ODE step. Where the predicted noise is not
-    standard normal (real data, long steps) the marginal is only approximately that of the flow.
+    standard normal (any data but a single image) the marginal is only approximately that of the
+    flow, and more steps do not mend it, since each draws the same share of the noise anew: the
+    variance of Gaussian data tends to (1 + cos(eta pi / 2)) / 2 of what it should be.
 
     Attributes:
         eta: In [0, 1]; 0 is the ODE, 1 draws all noise anew.

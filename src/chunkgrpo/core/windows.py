@@ -72,7 +72,7 @@ class FixedWindow:
 
 @dataclass(frozen=True)
 class RandomWindow:
-    """A window whose start is drawn anew, uniformly, every ``every`` iterations.
+    """A window whose start is drawn anew, uniformly, every iteration.
 
     Attributes:
         size: Number of steps.
@@ -89,16 +89,24 @@ class RandomWindow:
     high: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a range that cannot hold the window."""
-        high = self.num_trained if self.high is None else self.high
-        _validate_window(self.low, self.size, min(high, self.num_trained))
+        """Refuse a range that leaves the trained steps or cannot hold the window."""
+        _validate_window(self.low, self.size, self.num_trained)
+        if self.stop > self.num_trained or self.low + self.size > self.stop:
+            raise ValueError(
+                f"a window of {self.size} steps is to lie in steps {self.low} to {self.stop - 1} "
+                f"of {self.num_trained} trained steps; high must be in "
+                f"[{self.low + self.size}, {self.num_trained}]; change it or shrink the window"
+            )
+
+    @property
+    def stop(self) -> int:
+        """``high``, or N where it is None."""
+        return self.num_trained if self.high is None else self.high
 
     def __call__(self, iteration: int, generator: Generator) -> range:
         """Draw the window."""
-        high = self.num_trained if self.high is None else self.high
-        start = self.low + int(
-            torch.randint(high - self.size - self.low + 1, (), generator=generator)
-        )
+        choices = self.stop - self.size - self.low + 1
+        start = self.low + int(torch.randint(choices, (), generator=generator))
         return range(start, start + self.size)
 
 
@@ -150,7 +158,8 @@ class SlidingWindow:
     def stays(self, start: int) -> int:
         """Return the iterations spent at a start."""
         if self.decay == "linear":
-            return math.ceil(self.every * (1 - start / self.num_trained))
+            # In integers: 7 * (1 - 6 / 7) is 1.0000000000000002 in floating point.
+            return -(-self.every * (self.num_trained - start) // self.num_trained)
         if self.decay == "exponential":
             return math.ceil(self.every * math.exp(-self.rate * max(0, start - self.after)))
         return self.every
@@ -163,13 +172,9 @@ class SlidingWindow:
 
     def __call__(self, iteration: int, generator: Generator) -> range:
         """Return the window of an iteration; nothing is drawn."""
-        starts = self.starts()
-        left = iteration % sum(self.stays(start) for start in starts)
-        for start in starts:
-            if left < self.stays(start):
-                return range(start, start + self.size)
-            left -= self.stays(start)
-        raise AssertionError("unreachable: the remainder is smaller than the sum")
+        one_pass = [start for start in self.starts() for _ in range(self.stays(start))]
+        start = one_pass[iteration % len(one_pass)]
+        return range(start, start + self.size)
 
 
 @dataclass(frozen=True)

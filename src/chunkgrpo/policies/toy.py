@@ -29,7 +29,7 @@ class GaussianPolicy:
     """
 
     def __init__(self, mean: Tensor, std: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
-        self.mean = mean.to(dtype).requires_grad_()
+        self.mean = mean.detach().to(dtype, copy=True).requires_grad_()
         self._base = self.mean.detach().clone()
         self.std, self.dtype = std, dtype
         self.latent_shape = tuple(mean.shape)

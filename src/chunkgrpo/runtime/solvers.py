@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chunkgrpo.core.chunks import COUNT_TOLERANCE
+
 
 @dataclass(frozen=True)
 class MultistepTail:
@@ -36,7 +38,8 @@ class MultistepTail:
 
     def sigmas(self, left: Tensor) -> Tensor:
         """Return the levels that are visited: the first and the last of ``left``, thinned."""
-        number = max(1, math.ceil(self.fraction * (len(left) - 1)))
+        # 0.28 * 25 is 7.000000000000001 in floating point, and 7 steps are meant.
+        number = max(1, math.ceil(self.fraction * (len(left) - 1) - COUNT_TOLERANCE))
         index = torch.linspace(0, len(left) - 1, number + 1).round().long()
         return left[index]
 
