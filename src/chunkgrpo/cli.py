@@ -223,7 +223,7 @@ def chunks(
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="Recipe or .yaml file whose prompts and schedule are used.")
-    ] = "demo",
+    ] = "chunk-grpo",
     set_: SetOption = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure.")] = 8,
     seeds: Annotated[int, typer.Option(min=2, help="Trajectories of each prompt.")] = 4,
@@ -249,9 +249,10 @@ def chunks(
             load_config,
             resolve_model,
         )
-        from chunkgrpo.recipes import recipe_names
+        from chunkgrpo.recipes import method_names, recipe_names
 
-        if model is not None and (model in recipe_names() or model.endswith((".yaml", ".yml"))):
+        known = [*recipe_names(), *method_names()]
+        if model is not None and (model in known or model.endswith((".yaml", ".yml"))):
             raise ConfigError(f"{model} is no model; measure that recipe's by --recipe {model}")
         config = load_config(recipe, set_ or [])
         from chunkgrpo.profile import RULES, print_profile, profile_policy, save_profile
@@ -260,6 +261,12 @@ def chunks(
         s, c = config.sampling, config.chunks
         if rule not in RULES:
             raise ConfigError(f"unknown --rule {rule!r}; known: {', '.join(RULES)}")
+        if s.window.kind not in ("all", "chunk"):
+            raise ConfigError(
+                f"sampling.window.kind {s.window.kind!r} of recipe {recipe!r} trains a few steps "
+                "only, and chunks are cut from all; use --recipe chunk-grpo, or --set "
+                "sampling.window.kind=all"
+            )
         if rule == "paper" and s.steps != 17:
             raise ConfigError(f"--rule paper needs sampling.steps = 17, not {s.steps}")
         texts = build_prompts(config, "train").texts[:prompts]

@@ -455,10 +455,16 @@ def check_plan(config: Config) -> None:
             raise ConfigError("chunks.plan 'explicit' needs chunks.sizes, e.g. [2, 3, 4, 7]")
         if sum(c.sizes) != trained:
             listed = ", ".join(map(str, c.sizes))
+            window = config.sampling.window
+            if window.kind in ("all", "chunk"):
+                why = f"sampling.steps = {config.sampling.steps} leaves {trained} trained steps"
+                fix = f"sampling.steps to {sum(c.sizes) + 1}"
+            else:
+                why = f"sampling.window.kind {window.kind!r} trains {trained} steps"
+                fix = f"sampling.window.size to {sum(c.sizes)}"
             raise ConfigError(
-                f"chunks.sizes ({listed}) sum to {sum(c.sizes)}, but sampling.steps = "
-                f"{config.sampling.steps} leaves {trained} trained steps; change a chunk or set "
-                f"sampling.steps to {sum(c.sizes) + 1}"
+                f"chunks.sizes ({listed}) sum to {sum(c.sizes)}, but {why}; change a chunk or set "
+                f"{fix}"
             )
         if min(c.sizes) < 1:
             raise ConfigError(f"chunks.sizes must be at least 1 each, got {min(c.sizes)}")

@@ -29,7 +29,8 @@ SIZE = PipelineSize(
 )  # fmt: skip
 SMALL = [
     "--set", "iterations=3", "--set", "sampling.prompts=3", "--set", "sampling.group_size=4",
-    "--set", "sampling.steps=5", "--set", "chunks.sizes=[1,3]", "--set", "chunks.indices=[0]",
+    "--set", "sampling.window.kind=all", "--set", "sampling.steps=5",
+    "--set", "chunks.sizes=[1,3]", "--set", "chunks.indices=[0]",
     "--set", "evaluation.every=2", "--set", "evaluation.prompts=6",
     "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
 ]  # fmt: skip
@@ -163,11 +164,12 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
     folder = tmp_path / "profile"
     output = call(
         "chunks", str(small_model), "--prompts", "3", "--seeds", "2", "--out", str(folder),
+        "--set", "chunks.selection=listed", "--set", "chunks.indices=[0,1]",
     )  # fmt: skip
     with Image.open(folder / "dynamics.png") as picture:
         assert picture.size[0] > 1000
     words = " ".join(output.split())
-    assert f"chunkgrpo train demo --chunks {folder / 'chunks.yaml'}" in words
+    assert f"chunkgrpo train chunk-grpo --chunks {folder / 'chunks.yaml'}" in words
     for name in ("flow SDE, eta 0.7", "Dance SDE, eta 0.3", "ODE"):
         assert f"{name}: the step explains" in words
     text = (folder / "chunks.yaml").read_text()
@@ -178,11 +180,11 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
     assert [len(sampler["mean"]) for sampler in record] == [9, 9, 9]
     assert record[0]["plans"]["optimal"] == section["sizes"]
     # The file is what `train --chunks` takes, after the recipe and before --set.
-    config = load_config("demo", [], folder / "chunks.yaml")
+    listed = ["chunks.selection=listed"]
+    config = load_config("chunk-grpo", listed, folder / "chunks.yaml")
     assert list(config.chunks.sizes or ()) == section["sizes"]
-    assert config.chunks.selection == "listed"
     assert list(config.chunks.indices or ()) == section["indices"]
-    config = load_config("demo", ["chunks.selection=uniform"], folder / "chunks.yaml")
+    config = load_config("chunk-grpo", ["chunks.selection=uniform"], folder / "chunks.yaml")
     assert config.chunks.selection == "uniform"
 
 
@@ -216,6 +218,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["chunks", "step-level"], "--recipe step-level"),
         (["chunks", "--rule", "best"], "known: optimal"),
         (["chunks", "--rule", "paper"], "needs sampling.steps = 17"),
+        (["chunks", "--recipe", "demo"], "use --recipe chunk-grpo"),
         (["train", "--resume", "TMP"], "no run folder"),
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),

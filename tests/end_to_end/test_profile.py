@@ -307,9 +307,9 @@ def test_plans_and_selections_follow_their_settings() -> None:
 def test_a_chunks_file_changes_the_section_key_by_key(tmp_path: Path) -> None:
     file = tmp_path / "chunks.yaml"
     file.write_text("chunks: {sizes: [4, 5], indices: [1]}\n")
-    config = load_config("demo", [], file)
+    config = load_config("chunk-grpo", ["chunks.selection=listed"], file)
     assert (config.chunks.sizes, config.chunks.indices) == ((4, 5), (1,))
-    assert config.chunks.selection == load_config("demo").chunks.selection
+    assert config.chunks.fraction == load_config("chunk-grpo").chunks.fraction
     for text, says in (
         ("chunks: [1]", "must hold one section"),
         ("sizes: [4, 5]", "must hold one section"),
