@@ -61,11 +61,13 @@ def collect(algorithm, policy, experience, move=None, seed=3):
     return updates
 
 
-def shift(amount):
+def shift(amount, seed=50):
     def move(policy):
         with torch.no_grad():
             for i, parameter in enumerate(policy.parameters()):
-                noise = torch.randn(parameter.shape, generator=seeded(50 + i), dtype=torch.float64)
+                noise = torch.randn(
+                    parameter.shape, generator=seeded(seed + i), dtype=torch.float64
+                )
                 parameter.add_(amount * noise.to(parameter.dtype))
 
     return move

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import difflib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -363,16 +362,13 @@ def methods(
     Every method is a recipe on the embedded model: `chunkgrpo train NAME` runs it.
     """
     with clear_errors():
+        from chunkgrpo.config import unknown_name
         from chunkgrpo.methods import read_method, read_methods
         from chunkgrpo.recipes import method_names, recipe_path
 
         if name is not None:
             if name not in method_names():
-                near = difflib.get_close_matches(name, method_names(), 1, 0.4)
-                hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(
-                    f"unknown method {name!r}{hint}; known: {', '.join(method_names())}"
-                )
+                raise unknown_name("method", name, method_names())
             method = read_method(name)
             typer.echo(recipe_path(name).read_text().rstrip())
             cost = method.cost

@@ -315,6 +315,13 @@ def known_keys(model: type[BaseModel] = Config, prefix: str = "") -> dict[str, s
     return keys
 
 
+def unknown_name(what: str, name: str, known: Sequence[str]) -> ConfigError:
+    """Return the error for a name that does not exist, with the nearest that does and all."""
+    near = difflib.get_close_matches(name, known, 1, 0.4)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"unknown {what} {name!r}{hint}; known: {', '.join(known)}")
+
+
 def unknown_key(key: str) -> str:
     """Return the message for a key that does not exist, with the nearest that does."""
     known = list(known_keys())
@@ -408,9 +415,7 @@ def _read(source: str | Path, seen: tuple[str, ...] = ()) -> dict[str, Any]:
     else:
         names = base_names() if seen else sorted([*recipe_names(), *method_names()])
         if str(source) not in names:
-            near = difflib.get_close_matches(str(source), names, 1, 0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ConfigError(f"unknown recipe {str(source)!r}{hint}; known: {', '.join(names)}")
+            raise unknown_name("recipe", str(source), names)
         path = recipe_path(str(source))
     if str(path) in seen:
         raise ConfigError(f"{' extends '.join([*seen, str(path)])}: a recipe can not extend itself")
@@ -846,8 +851,6 @@ def build_chunk_grpo(config: Config, plan: ChunkPlan, transition: Kernel) -> Chu
         plan=plan,
         transition=transition,
         selection=build_selection(config),
-        clip_low=o.clip_low,
-        clip_high=o.clip_high,
         num_updates=o.updates,
         micro_batch=o.micro_batch,
         anchor=o.anchor,
@@ -914,12 +917,7 @@ def build_trust(objective: ObjectiveConfig) -> TrustRegion:
         return built_in[o.trust]()
     module, separator, attribute = o.trust.partition(":")
     if not separator:
-        near = difflib.get_close_matches(o.trust, built_in, 1, 0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ConfigError(
-            f"unknown objective.trust {o.trust!r}{hint}; known: {', '.join(built_in)}, or "
-            "package.module:factory"
-        )
+        raise unknown_name("objective.trust", o.trust, [*built_in, "or package.module:factory"])
     try:
         return getattr(importlib.import_module(module), attribute)(**o.trust_options)
     except (ImportError, AttributeError, TypeError) as error:

@@ -26,10 +26,7 @@ from chunkgrpo.core.forward import (
     velocity_distance,
 )
 from chunkgrpo.core.sde import predict_clean
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
+from oracles import seeded
 
 
 def draw(*shape, seed=0):

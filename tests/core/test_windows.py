@@ -21,13 +21,10 @@ from chunkgrpo.core.windows import (
     SlidingWindow,
     restrict_plan,
 )
+from oracles import seeded
 
 # Upper 0.1 % points of chi-squared, by degrees of freedom.
 CHI_SQUARED = {3: 16.27, 5: 20.52, 8: 26.12}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def starts_of(schedule, iterations, seed=0):

@@ -10,8 +10,8 @@ from itertools import chain
 
 import pytest
 import torch
-from torch import Generator
 
+import oracles
 from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from chunkgrpo.core import FlowDiffusion, OdeDiffusion, Transition, group_advantages, make_sigmas
 from chunkgrpo.policies.pipeline import Adaptation
@@ -19,16 +19,13 @@ from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.old_policy import Old
 from chunkgrpo.types import Experience
+from oracles import close, seeded
 
 SIGMAS = make_sigmas(8)
 # No step of it has a density, and none is needed.
 ODE = Transition(OdeDiffusion())
 DIM = 12
 NUM_SAMPLES = 12
-
-
-def seeded(seed=0):
-    return Generator().manual_seed(seed)
 
 
 class Recorder(GaussianPolicy):
@@ -48,16 +45,11 @@ class Recorder(GaussianPolicy):
 
 
 def make_experience(policy, prompts=("a", "b", "c"), group_size=4, sigmas=SIGMAS):
-    trajectory = rollout(policy, prompts, ODE, sigmas, group_size, seeded(1))
-    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
-    return Experience(trajectory, group_advantages(rewards, len(prompts)).values)
+    return oracles.make_experience(policy, prompts, group_size, ODE, sigmas)
 
 
 def shift(policy, amount, seed=50):
-    with torch.no_grad():
-        for i, parameter in enumerate(policy.parameters()):
-            noise = torch.randn(parameter.shape, generator=seeded(seed + i), dtype=torch.float64)
-            parameter.add_(amount * noise.to(parameter.dtype))
+    oracles.shift(amount, seed)(policy)
 
 
 @dataclass
@@ -100,11 +92,6 @@ def collect(algorithm, policy, experience, amount=0.0, seed=3):
                 parameter.grad = None
             shift(policy, amount, 50 + len(updates))
     return updates
-
-
-def close(actual, expected, tolerance):
-    assert expected.norm() > 0
-    assert (actual - expected).norm() <= tolerance * expected.norm()
 
 
 # --- the formulas, transcribed ------------------------------------------------------------------

@@ -104,6 +104,11 @@ def gradient_is_cut(
     )
 
 
+def _importance_loss(log_ratio: Tensor, advantages: Tensor) -> Tensor:
+    """-A s, which is its own derivative with respect to log s."""
+    return -_beside(advantages, log_ratio) * log_ratio.exp()
+
+
 def surrogate_slope(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
@@ -123,7 +128,7 @@ def surrogate_slope(
         Shape of ``log_ratio``.
     """
     cut = gradient_is_cut(log_ratio, advantages, clip_low, clip_high)
-    return (-_beside(advantages, log_ratio) * log_ratio.exp()).masked_fill(cut, 0.0)
+    return _importance_loss(log_ratio, advantages).masked_fill(cut, 0.0)
 
 
 class TrustRegion(Protocol):
@@ -201,8 +206,7 @@ class KlMask:
 
     def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """-A s, and 0 where dropped."""
-        loss = -_beside(advantages, log_ratio) * log_ratio.exp()
-        return loss.masked_fill(self.is_cut(log_ratio, advantages, divergence), 0.0)
+        return region_slope(self, log_ratio, advantages, divergence)
 
     def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """-A s where not cut."""
@@ -222,7 +226,7 @@ class NoTrustRegion:
 
     def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """-A s."""
-        return -_beside(advantages, log_ratio) * log_ratio.exp()
+        return _importance_loss(log_ratio, advantages)
 
     def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
         """-A s where not cut."""
@@ -353,7 +357,7 @@ def region_slope(
         Shape of ``log_ratio``.
     """
     cut = region.is_cut(log_ratio, advantages, divergence)
-    return (-_beside(advantages, log_ratio) * log_ratio.exp()).masked_fill(cut, 0.0)
+    return _importance_loss(log_ratio, advantages).masked_fill(cut, 0.0)
 
 
 def step_coefficients(
