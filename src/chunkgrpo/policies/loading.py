@@ -7,6 +7,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from chunkgrpo.policies.pipeline import (
     Adaptation,
     PipelinePolicy,
@@ -16,7 +18,15 @@ from chunkgrpo.policies.pipeline import (
 
 FAMILIES = {
     "StableDiffusion3Pipeline": ("chunkgrpo.policies.sd3", "StableDiffusion3Policy"),
+    "FluxPipeline": ("chunkgrpo.policies.flux", "FluxPolicy"),
+    "QwenImagePipeline": ("chunkgrpo.policies.qwen_image", "QwenImagePolicy"),
+    "ZImagePipeline": ("chunkgrpo.policies.z_image", "ZImagePolicy"),
+    "Lumina2Pipeline": ("chunkgrpo.policies.lumina2", "Lumina2Policy"),
+    "SanaPipeline": ("chunkgrpo.policies.sana", "SanaPolicy"),
+    "Flux2KleinPipeline": ("chunkgrpo.policies.flux2", "Flux2KleinPolicy"),
+    "Flux2Pipeline": ("chunkgrpo.policies.flux2", "Flux2Policy"),
 }
+"""Pipeline class -> (module, class) of its policy."""
 
 
 def load_policy(
@@ -38,17 +48,56 @@ def load_policy(
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
+    module, attribute = family(model)
+    pipe = load_pipeline(model, lora).to(device)
+    return getattr(import_module(module), attribute)(pipe, adaptation, **options)
+
+
+def family(model: str | Path) -> tuple[str, str]:
+    """Return the module and class of a model's policy.
+
+    Raises:
+        ValueError: If the model is missing, no pipeline, or of an unknown family.
+    """
     name = pipeline_class_name(model)
     if name not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise ValueError(f"{model} is a {name}, which has no policy yet; known: {known}")
+        raise ValueError(
+            f"{model} is a {name}, which has no policy yet; known: {', '.join(FAMILIES)}; "
+            "docs/models.md says how to add one"
+        )
+    return FAMILIES[name]
+
+
+def load_pipeline(model: str | Path, lora: str | Path | None = None) -> Any:
+    """Load a pipeline in float32, with a trained LoRA fused into its weights where one is given."""
     from diffusers import DiffusionPipeline
 
-    module, attribute = FAMILIES[name]
     with quiet_diffusers():
-        pipe = DiffusionPipeline.from_pretrained(str(model)).to(device)
+        pipe = DiffusionPipeline.from_pretrained(str(model))
         if lora is not None:
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()
             pipe.unload_lora_weights()
-    return getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    return pipe
+
+
+def export_fused(
+    model: str | Path, lora: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32
+) -> None:
+    """Fuse a trained LoRA into its base model and write a whole pipeline.
+
+    ``DiffusionPipeline.from_pretrained(folder)`` loads it, without peft.
+
+    Args:
+        model: The base, as in :func:`load_policy`.
+        lora: Folder that :meth:`PipelinePolicy.save` wrote.
+        folder: Where the pipeline is written.
+        dtype: Of the written weights; the sum itself is made in float32.
+
+    Raises:
+        ValueError: If the model is missing, no pipeline, or of an unknown family.
+    """
+    family(model)
+    pipe = load_pipeline(model, lora).to(dtype)
+    with quiet_diffusers():
+        pipe.save_pretrained(str(folder))

@@ -3,21 +3,37 @@
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.checkpoint import checkpoint
 
-from chunkgrpo.core.schedules import TimestepRounding, exact_timestep
+from chunkgrpo.core.schedules import (
+    TimestepRounding,
+    exact_timestep,
+    floor1000_timestep,
+    validate_sigmas,
+)
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.types import Conditioning
 
 METHODS = ("lora", "full", "none")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+"""The attention layers of one stream, as diffusers names them."""
+BOTH_STREAMS = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""The same where text has weights of its own."""
+LOWERED = ("hidden_states", "encoder_hidden_states", "pooled_projections", "x", "cap_feats")
+"""Inputs of the networks that may lose precision."""
 DTYPES = {
     "bf16": torch.bfloat16,
     "bf16-pure": torch.bfloat16,
@@ -33,14 +49,14 @@ class Adaptation:
     Attributes:
         method: ``"lora"``, ``"full"``, or ``"none"`` for sampling only.
         rank, alpha: Of the LoRA; its update is scaled by alpha / rank.
-        targets: Module name endings that get a LoRA.
+        targets: Module name endings that get a LoRA; the family's ``lora_targets`` where None.
         seed: Of the LoRA's first weights.
     """
 
     method: str = "lora"
     rank: int = 16
     alpha: float = 16.0
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +65,7 @@ class Adaptation:
 
 
 class PipelinePolicy:
-    """A diffusers pipeline as a policy; a family adds ``encode`` and ``predict``.
+    """A diffusers pipeline as a policy; a family adds ``encode_texts`` and ``predict``.
 
     Args:
         pipe: The loaded pipeline.
@@ -57,14 +73,26 @@ class PipelinePolicy:
         precision: Precision of the network: autocast to ``bf16`` or ``fp16``, ``fp32``, or
             ``bf16-pure``, which also keeps what lies between the matrix products in bfloat16 (the
             weights and their gradients stay in float32); on CPUs a third faster in training.
-        guidance: Guidance scale; at most 1 turns classifier-free guidance off.
+        guidance: The number the stock pipeline's own argument takes; classifier-free guidance is
+            on above ``guided_above``, which is 1 for most families.
+        negative_prompt: Text of the unconditional half of guidance.
         size: Height and width of images in pixels; the pipeline's default where None.
-        max_sequence_length: Text rows of the longest text encoder.
-        timestep: How the network's timestep is rounded.
+        max_sequence_length: Text rows of the longest text encoder; the pipeline's default where
+            None.
+        timestep: How the network's timestep is rounded; as the pipeline's scheduler does where
+            None.
         decode_batch: Images decoded at once.
+        gradient_checkpointing: Recompute each block in the backward pass instead of keeping what
+            lies inside it.
+
+    Raises:
+        ValueError: If the precision is unknown or does not go with checkpointing, if the size does
+            not divide, or if nothing would be trained.
     """
 
     latent_shape: tuple[int, ...]
+    lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
+    guided_above: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -73,10 +101,12 @@ class PipelinePolicy:
         *,
         precision: str = "bf16",
         guidance: float = 1.0,
+        negative_prompt: str = "",
         size: tuple[int, int] | None = None,
-        max_sequence_length: int = 256,
-        timestep: TimestepRounding = exact_timestep,
+        max_sequence_length: int | None = None,
+        timestep: TimestepRounding | None = None,
         decode_batch: int = 64,
+        gradient_checkpointing: bool = False,
     ) -> None:
         self.pipe = pipe
         self.adaptation = adaptation or Adaptation()
@@ -84,19 +114,34 @@ class PipelinePolicy:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
         self.dtype = DTYPES[precision]
         self.pure = precision == "bf16-pure"
+        if self.pure and gradient_checkpointing:
+            # Its casts of the weights are gone by the time a block is computed again.
+            raise ValueError("precision 'bf16-pure' excludes gradient checkpointing; choose 'bf16'")
         self.guidance = guidance
-        self.max_sequence_length = max_sequence_length
-        self.timestep = timestep
+        self.negative_prompt = negative_prompt
+        self.max_sequence_length = max_sequence_length or self.stock_default("max_sequence_length")
         self.decode_batch = decode_batch
         self.device = pipe.transformer.device
         pipe.set_progress_bar_config(disable=True)
-        factor = pipe.vae_scale_factor
-        self.size = size or (pipe.transformer.config.sample_size * factor,) * 2
+        self.size = size or (self.default_side(),) * 2
+        if any(side % self.size_step for side in self.size):
+            raise ValueError(
+                f"image size {self.size[0]} x {self.size[1]} must be divisible by {self.size_step}"
+            )
+        drawn = pipe.prepare_latents(
+            1, self.latent_channels, *self.size, torch.float32, self.device, Generator()
+        )
+        latents, self.image_ids = drawn if isinstance(drawn, tuple) else (drawn, None)
+        self.latent_shape = tuple(latents.shape[1:])
+        self.timestep = timestep or self.native_timestep()
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):
                 module.requires_grad_(False).eval()
+        if gradient_checkpointing:
+            pipe.transformer.enable_gradient_checkpointing(self.checkpointed)
         self._encoded: dict[str, Conditioning] = {}
         self._base: list[Tensor] = []
+        targets = self.adaptation.targets or self.lora_targets
         if self.adaptation.method == "lora":
             from peft import LoraConfig
 
@@ -104,7 +149,7 @@ class PipelinePolicy:
                 r=self.adaptation.rank,
                 lora_alpha=self.adaptation.alpha,  # type: ignore[arg-type] # any number will do
                 init_lora_weights="gaussian",
-                target_modules=list(self.adaptation.targets),
+                target_modules=list(targets),
             )
             devices = [] if self.device.type == "cpu" else [self.device]
             with torch.random.fork_rng(devices, device_type=self.device.type):
@@ -114,10 +159,116 @@ class PipelinePolicy:
             pipe.transformer.requires_grad_(True)
         self._trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
         if not self._trained and self.adaptation.method != "none":
-            targets = ", ".join(self.adaptation.targets)
-            raise ValueError(f"no module matches the LoRA targets {targets}; name others")
+            raise ValueError(
+                f"no module matches the LoRA targets {', '.join(targets)}; name others"
+            )
         if self.adaptation.method == "full":
             self._base = [p.detach().clone() for p in self._trained]
+
+    # --- what a family may say differently ------------------------------------------------------
+
+    @property
+    def size_step(self) -> int:
+        """Heights and widths are multiples of this: two latent pixels make a patch."""
+        return 2 * self.pipe.vae_scale_factor
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels that ``prepare_latents`` is asked for."""
+        return self.pipe.transformer.config.in_channels
+
+    @property
+    def cfg_scale(self) -> float:
+        """Scale of classifier-free guidance."""
+        return self.guidance
+
+    @property
+    def guided(self) -> bool:
+        """Whether velocities need the unconditional half too."""
+        return self.cfg_scale > self.guided_above
+
+    def default_side(self) -> int:
+        """Return the side of the square image the pipeline makes unless told."""
+        return self.pipe.default_sample_size * self.pipe.vae_scale_factor
+
+    def encode_texts(self, prompts: list[str]) -> Conditioning:
+        """Encode prompts; with guidance, what stands for no prompt is named ``negative_...``."""
+        raise TypeError("a family must say how prompts are encoded")
+
+    def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
+        """Predict dx/dsigma of rows, each under the texts of its own row."""
+        raise TypeError("a family must say how a velocity is predicted")
+
+    def guide(self, without: Tensor, with_prompt: Tensor) -> Tensor:
+        """Combine the two halves of guidance."""
+        return without + self.cfg_scale * (with_prompt - without)
+
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """Return what the pipeline passes to its scheduler's ``set_timesteps``."""
+        return {
+            "sigmas": np.linspace(1.0, 1 / num_steps, num_steps),
+            "mu": self.linear_mu(self.latent_shape[0]),
+        }
+
+    def vae_input(self, x: Tensor) -> Tensor:
+        """Turn the loop's latents into what the VAE decodes."""
+        config = self.pipe.vae.config
+        return x / config.scaling_factor + (config.get("shift_factor") or 0.0)
+
+    def vae_images(self, z: Tensor) -> Tensor:
+        """Decode with the VAE."""
+        return self.pipe.vae.decode(z, return_dict=False)[0]
+
+    # --- the pipeline's own conventions ---------------------------------------------------------
+
+    def stock_default(self, argument: str) -> Any:
+        """Return the default of an argument of the pipeline's call."""
+        return inspect.signature(type(self.pipe).__call__).parameters[argument].default
+
+    @property
+    def stock_module(self) -> Any:
+        """The module of the pipeline's class, with its functions of the schedule."""
+        return import_module(type(self.pipe).__module__)
+
+    def linear_mu(self, num_tokens: int) -> float:
+        """Return the shift that grows with the number of image tokens, on a log scale."""
+        config = self.pipe.scheduler.config
+        return self.stock_module.calculate_shift(
+            num_tokens,
+            config.get("base_image_seq_len", 256),
+            config.get("max_image_seq_len", 4096),
+            config.get("base_shift", 0.5),
+            config.get("max_shift", 1.15),
+        )
+
+    def native_scheduler(self, num_steps: int) -> Any:
+        """Return the pipeline's scheduler, set as the pipeline would for this image size."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        options = self.schedule_options(num_steps)
+        self.stock_module.retrieve_timesteps(scheduler, num_steps, "cpu", **options)
+        return scheduler
+
+    def native_sigmas(self, num_steps: int) -> Tensor:
+        """Return the schedule the stock pipeline uses by default, from its own scheduler.
+
+        It holds the family's static or resolution-dependent shift for this policy's image size.
+        To sample it with the stock pipeline, pass ``num_inference_steps`` and no ``sigmas``.
+
+        Args:
+            num_steps: K >= 2 sampler steps.
+
+        Returns:
+            [K+1] float32 on the CPU, decreasing to exactly 0.
+
+        Raises:
+            ValueError: If there are fewer than 2 steps.
+        """
+        return validate_sigmas(self.native_scheduler(num_steps).sigmas.float().cpu())
+
+    def native_timestep(self) -> TimestepRounding:
+        """Return the rounding of the pipeline's scheduler: some truncate to whole thousandths."""
+        exact = self.native_scheduler(2).timesteps.is_floating_point()
+        return exact_timestep if exact else floor1000_timestep
 
     def parameters(self) -> list[Tensor]:
         """Return the trainable parameters."""
@@ -132,7 +283,16 @@ class PipelinePolicy:
         with cast, plain_attention() if on_cpu else nullcontext():
             yield
 
-    def network(self, **inputs: Any) -> Tensor:
+    def checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
+        """Run a block so that the backward pass computes it again, with the same kernels."""
+        on_cpu = self.device.type == "cpu"
+
+        def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+            return nullcontext(), plain_attention() if on_cpu else nullcontext()
+
+        return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
+
+    def network(self, **inputs: Any) -> Any:
         """Call the transformer and return its first output.
 
         With ``bf16-pure`` it runs on bfloat16 casts of the weights, through which gradients reach
@@ -144,49 +304,58 @@ class PipelinePolicy:
         weights = {n: p.to(self.dtype) for n, p in transformer.named_parameters()}
         # The timestep keeps its precision: bfloat16 can not tell 979 from 980.
         low = {
-            name: value.to(self.dtype) if name != "timestep" else value
+            name: self.lowered(value) if name in LOWERED else value
             for name, value in inputs.items()
         }
         return torch.func.functional_call(
             transformer, weights, kwargs={**low, "return_dict": False}
         )[0]
 
+    def lowered(self, value: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
+        """Cast to the low precision."""
+        if isinstance(value, list):
+            return [row.to(self.dtype) for row in value]
+        return value.to(self.dtype)
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts with the pipeline's own encoders, each distinct prompt once.
 
         One at a time: in a batch the last bits of a row depend on the batch's size, and a resumed
-        run meets its prompts in other company than the uninterrupted one.
+        run meets its prompts in other company than the uninterrupted one. Texts of different
+        lengths are padded with zeros here; their family keeps a mask.
         """
         for prompt in dict.fromkeys(prompts):
             if prompt not in self._encoded:
                 with torch.no_grad(), quiet_diffusers():
                     self._encoded[prompt] = self.encode_texts([prompt])
-        return Conditioning.cat([self._encoded[prompt] for prompt in prompts])
-
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
-        """Encode prompts (family)."""
-        raise TypeError("a family must say how prompts are encoded")
-
-    def predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict the guided velocity (family)."""
-        raise TypeError("a family must say how a velocity is predicted")
+        rows = [self._encoded[prompt].tensors for prompt in prompts]
+        return Conditioning({name: padded([row[name] for row in rows]) for name in rows[0]})
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict dx/dsigma in float32; see :class:`~chunkgrpo.policies.protocol.Policy`."""
+        texts, sigma = conditioning.tensors, self.timestep(sigma)
         with self.arithmetic():
-            return self.predict(x, self.timestep(sigma), conditioning).float()
+            if not self.guided:
+                return self.predict(x, sigma, texts).float()
+            # Both halves in one forward; texts of different lengths are padded to one.
+            both = {
+                name: padded([texts.get(f"negative_{name}", text), text])
+                for name, text in texts.items()
+                if not name.startswith("negative_")
+            }
+            v = self.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), both)
+            without, with_prompt = v.float().chunk(2)
+            return self.guide(without, with_prompt)
 
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decode clean latents to images in [0, 1] with the pipeline's VAE and post-processing."""
-        vae = self.pipe.vae
         images = []
         for part in x.split(self.decode_batch):
             # No plain attention here: the VAE's attention, if any, is over many positions.
             low = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype) if low else nullcontext():
-                z = part / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-                image = vae.decode(z.to(vae.dtype), return_dict=False)[0]
+                image = self.vae_images(self.vae_input(part).to(self.pipe.vae.dtype))
             images.append(self.pipe.image_processor.postprocess(image.float(), output_type="pt"))
         return torch.cat(images)
 
@@ -227,6 +396,24 @@ class PipelinePolicy:
             # Without it a loader assumes alpha = rank and is silently wrong otherwise.
             transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
         )
+
+
+def padded(parts: Sequence[Tensor]) -> Tensor:
+    """Join the rows of tensors, with zeros after those whose second axis is shorter."""
+    if len({part.shape[1:] for part in parts}) == 1:
+        return torch.cat(list(parts))
+    return pad_sequence([row for part in parts for row in part], batch_first=True)
+
+
+def renormalised(guided: Tensor, with_prompt: Tensor) -> Tensor:
+    """Scale guided velocities to the norm of the conditional ones along the last axis."""
+    before, after = (v.norm(dim=-1, keepdim=True) for v in (with_prompt, guided))
+    return guided * (before / after)
+
+
+def with_negative(texts: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -> Conditioning:
+    """Join what was encoded for prompts and for the unconditional half of guidance."""
+    return Conditioning({**texts, **{f"negative_{name}": t for name, t in negative.items()}})
 
 
 @contextmanager

@@ -3,61 +3,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import PipelinePolicy
+from chunkgrpo.policies.pipeline import PipelinePolicy, with_negative
 from chunkgrpo.types import Conditioning
 
 
 class StableDiffusion3Policy(PipelinePolicy):
     """The network predicts +v from latents [B, C, h, w] and a timestep of 1000 sigma."""
 
-    def __init__(self, pipe: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(pipe, *args, **kwargs)
-        height, width = self.size
-        step = pipe.vae_scale_factor * pipe.patch_size
-        if height % step or width % step:
-            raise ValueError(f"image size {height} x {width} must be divisible by {step}")
-        self.latent_shape = (
-            pipe.transformer.config.in_channels,
-            height // pipe.vae_scale_factor,
-            width // pipe.vae_scale_factor,
-        )
+    @property
+    def size_step(self) -> int:
+        """One patch of latent pixels."""
+        return self.pipe.vae_scale_factor * self.pipe.patch_size
+
+    def schedule_options(self, num_steps: int) -> dict[str, Any]:
+        """The end points are shifted once more than the rest; dynamic shifting is optional."""
+        if not self.pipe.scheduler.config.get("use_dynamic_shifting"):
+            return {}
+        _, height, width = self.latent_shape
+        patch = self.pipe.transformer.config.patch_size
+        return {"mu": self.linear_mu((height // patch) * (width // patch))}
 
     def encode_texts(self, prompts: list[str]) -> Conditioning:
-        """Encode with both CLIPs and T5, and the empty prompt where guidance needs it."""
-        guided = self.guidance > 1
+        """Encode with both CLIPs and T5, and the negative prompt where guidance needs it."""
         joint, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             prompts,
             None,
             None,
-            do_classifier_free_guidance=guided,
+            negative_prompt=[self.negative_prompt] * len(prompts),
+            do_classifier_free_guidance=self.guided,
             max_sequence_length=self.max_sequence_length,
         )
-        tensors = {"joint": joint, "pooled": pooled}
-        if guided:
-            tensors |= {"negative": negative, "negative_pooled": negative_pooled}
-        return Conditioning(tensors)
+        texts = {"joint": joint, "pooled": pooled}
+        unconditional = {"joint": negative, "pooled": negative_pooled} if self.guided else {}
+        return with_negative(texts, unconditional)
 
-    def predict(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Predict the velocity, both halves of guidance in one forward."""
-        t = conditioning.tensors
-        joint, pooled = t["joint"], t["pooled"]
-        guided = self.guidance > 1
-        if guided:
-            x, sigma = torch.cat([x, x]), torch.cat([sigma, sigma])
-            joint = torch.cat([t["negative"], joint])
-            pooled = torch.cat([t["negative_pooled"], pooled])
-        v = self.network(
+    def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
+        """Call the network."""
+        return self.network(
             hidden_states=x,
             timestep=1000 * sigma,
-            encoder_hidden_states=joint,
-            pooled_projections=pooled,
+            encoder_hidden_states=texts["joint"],
+            pooled_projections=texts["pooled"],
         )
-        if guided:
-            without, with_prompt = v.float().chunk(2)
-            v = without + self.guidance * (with_prompt - without)
-        return v
