@@ -16,7 +16,14 @@ from torch import Generator
 import stock_sampling
 import tiny_pipelines
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core import ChunkPlan, FlowDiffusion, OdeDiffusion, Transition, make_sigmas
+from chunkgrpo.core import (
+    ChunkPlan,
+    FlowDiffusion,
+    OdeDiffusion,
+    Transition,
+    UniformSelection,
+    make_sigmas,
+)
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.rollout import rollout
@@ -73,6 +80,7 @@ def patches(noise, policy):
 
 
 SHORT = {"max_sequence_length": 8}
+LONG = {"max_sequence_length": 160}  # room for the system prompt
 FLUX2 = {"max_sequence_length": 64, "text_encoder_out_layers": (1, 2, 3)}
 FAMILIES = [
     Family(
@@ -82,7 +90,7 @@ FAMILIES = [
     Family(
         "flux", tiny_pipelines.flux, ((16, 16), (16, 24)),
         (
-            scale("embedded", 3.5),
+            scale("embedded", 4.0),  # 3.5 is 3504 thousandths in bfloat16, not 3500
             Guidance(
                 "true_cfg",
                 {"guidance": 2.0, "true_cfg": 3.0, "negative_prompt": "green"},
@@ -124,7 +132,7 @@ FAMILIES = [
     ),
     Family(
         "flux2", tiny_pipelines.flux2, ((16, 16), (16, 24)),
-        (scale("embedded", 4.0),), FLUX2, FLUX2, patches,
+        (scale("embedded", 4.0),), FLUX2 | LONG, FLUX2 | LONG, patches,
     ),
 ]  # fmt: skip
 VARIANTS = [
@@ -450,7 +458,7 @@ def test_gradient_checkpointing_changes_no_gradient(family, kind, folders):
         runs = []
         for module in policy.pipe.transformer.modules():
             if type(module).__name__.endswith(("TransformerBlock", "JointTransformerBlock")):
-                module.register_forward_hook(lambda *_, runs=runs: runs.append(1))
+                module.register_forward_pre_hook(lambda *_, runs=runs: runs.append(1))
         x = torch.randn(3, *policy.latent_shape, generator=Generator().manual_seed(0))
         sigma = torch.tensor([0.9, 0.5, 0.1])
         policy.velocity(x, sigma, policy.encode(PROMPTS)).square().mean().backward()
@@ -470,15 +478,18 @@ def test_pure_low_precision_excludes_checkpointing(family, folders):
 # --- ratios before any update -------------------------------------------------------------------
 
 
-def first_log_ratios(policy, anchor, group_size=2):
-    """Log-ratios of the first update's chunks, trained in batches other than the rollout's."""
+def first_log_ratios(policy, anchor, micro_batch, group_size=2):
+    """Log-ratios of the first update's steps, trained in batches other than the rollout's."""
     transition, plan = Transition(FlowDiffusion(0.7)), ChunkPlan((1, 2))
     generator = Generator().manual_seed(1)
     trajectory = rollout(
         policy, PROMPTS, transition, policy.native_sigmas(STEPS), group_size, generator
     )
     advantages = torch.linspace(-1, 1, trajectory.num_samples)
-    algorithm = ChunkGRPO(plan, transition, num_updates=1, micro_batch=5, anchor=anchor)
+    algorithm = ChunkGRPO(
+        plan, transition, UniformSelection(1.0), num_updates=1, micro_batch=micro_batch,
+        anchor=anchor,
+    )  # fmt: skip
     parts = algorithm.losses(policy, Experience(trajectory, advantages), generator)
     return torch.cat([part.diagnostics["log_ratio"] for part in parts])
 
@@ -486,12 +497,13 @@ def first_log_ratios(policy, anchor, group_size=2):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_ratios_start_at_one(family, precision, folders):
     policy = load(family, folders, precision=precision, **family.guidances[-1].options)
-    replayed = first_log_ratios(policy, "replay")
+    replayed = first_log_ratios(policy, "replay", 5)
+    assert len(replayed) == 6 * (STEPS - 1)
     assert torch.equal(replayed, torch.zeros_like(replayed))
     # Other batches, other roundings; the figures are in docs/models.md.
-    rolled = first_log_ratios(policy, "rollout").abs().max()
+    rolled = max(first_log_ratios(policy, "rollout", rows).abs().max() for rows in (1, 5))
     print(f"{family.name} {precision}: largest |log-ratio| {float(rolled):.1e}")
-    assert rolled <= {"fp32": 2e-6, "bf16": 5e-3}[precision]
+    assert rolled <= {"fp32": 1e-6, "bf16": 1e-3}[precision]
 
 
 # --- refusals -----------------------------------------------------------------------------------
