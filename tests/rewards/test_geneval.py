@@ -18,8 +18,10 @@ from chunkgrpo.rewards import make_reward
 from chunkgrpo.rewards.geneval import (
     COLORS,
     RELATIONS,
+    ClipColorNamer,
     Detection,
     Rules,
+    TransformersDetector,
     judge,
     overlap,
     read_metadata,
@@ -274,3 +276,92 @@ def test_contradictions_and_missing_files_are_refused(tmp_path: Path) -> None:
         make_reward("geneval", {"metadata": path, "detector": str(tmp_path / "none")})
     with pytest.raises(ValueError, match="confidence is 2"):
         Rules(confidence=2)
+
+
+def test_detector_of_fixed_classes(tmp_path: Path) -> None:
+    from tiny_rewards import pil_images, random_images, save_detr
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    folder = save_detr(tmp_path)
+    images = random_images(3, 40, 48)
+    found = TransformersDetector(str(folder), floor=0.2, batch_size=2)(images, [["cup"]] * 3)
+    model = AutoModelForObjectDetection.from_pretrained(folder).eval()
+    processor = AutoImageProcessor.from_pretrained(folder)
+    number = 0
+    for image, ours in zip(pil_images(images), found):
+        with torch.no_grad():
+            output = model(**processor(images=image, return_tensors="pt"))
+        # By hand: the surest class but the last, which is "nothing"; boxes from centre and size.
+        scores, labels = output.logits[0].softmax(-1)[:, :-1].max(-1)
+        x, y, w, h = output.pred_boxes[0].unbind(-1)
+        boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+        boxes = boxes * torch.tensor([48, 40, 48, 40])
+        keep = scores > 0.2
+        names = ["N/A", "cup", "computer mouse", "dog"]
+        assert [d.label for d in ours] == [names[i] for i in labels[keep]]
+        assert [d.score for d in ours] == pytest.approx(scores[keep].tolist(), abs=1e-4)
+        torch.testing.assert_close(
+            torch.tensor([d.box for d in ours]), boxes[keep], rtol=1e-3, atol=1e-2
+        )
+        number += len(ours)
+    assert number > 3
+
+
+def test_zero_shot_detector(tmp_path: Path) -> None:
+    from tiny_rewards import pil_images, random_images, save_owlvit
+    from transformers import AutoImageProcessor, AutoTokenizer, OwlViTForObjectDetection
+
+    folder = save_owlvit(tmp_path)
+    images = random_images(2, 32, 32)
+    labels = [["cup", "dog"], ["cow"]]
+    found = TransformersDetector(str(folder), floor=0.0)(images, labels)
+    model = OwlViTForObjectDetection.from_pretrained(folder).eval()
+    pixels = AutoImageProcessor.from_pretrained(folder)(
+        images=pil_images(images), return_tensors="pt"
+    )["pixel_values"]
+    for i, ours in enumerate(found):
+        tokens = AutoTokenizer.from_pretrained(folder)(
+            [f"a photo of a {label}" for label in labels[i]],
+            padding="max_length",
+            truncation=True,
+            max_length=24,
+            return_tensors="pt",
+        )
+        with torch.no_grad():
+            output = model(
+                input_ids=tokens["input_ids"],
+                attention_mask=tokens["attention_mask"],
+                pixel_values=pixels[i : i + 1],
+            )
+        best = output.logits[0].max(-1)
+        assert [d.score for d in ours] == pytest.approx(best.values.sigmoid().tolist(), abs=1e-4)
+        assert [d.label for d in ours] == [labels[i][j] for j in best.indices]
+
+
+def test_colors_are_named_by_clip(tmp_path: Path) -> None:
+    """The crop goes to CLIP; the nearest mean of three texts wins."""
+    from tiny_rewards import random_images, save_clip
+
+    namer = ClipColorNamer(str(save_clip(tmp_path)))
+    image = random_images(1, 64, 64)[0]
+    box = (3.4, 10.6, 35.2, 42.9)  # rounds to 3:35, 11:43
+    thing = Detection("cup", 0.9, box)
+    crop = namer.crop(image, thing)
+    torch.testing.assert_close(crop, image[:, 11:43, 3:35])
+    seen = namer.encoder.embed_images(crop[None])[0]
+    scores = []
+    for color in COLORS:
+        texts = [
+            f"a photo of a {color} cup", f"a photo of a {color}-colored cup",
+            f"a photo of a {color} object",
+        ]  # fmt: skip
+        mean = namer.encoder.embed_texts(texts, seen.device).mean(0)
+        scores.append(float(seen @ (mean / mean.norm())))
+    assert namer(image, [thing, thing]) == [COLORS[scores.index(max(scores))]] * 2
+
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[11:20] = True
+    painted = namer.crop(image, replace(thing, mask=mask))
+    torch.testing.assert_close(painted[:, :9], image[:, 11:20, 3:35])
+    assert (painted[:, 9:] == 0x99 / 255).all()
+    assert namer.crop(image, replace(thing, box=(-9.0, -9.0, -5.0, -5.0))).shape == (3, 1, 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkgrpo.rewards.aesthetic import linear_chain
 from chunkgrpo.rewards.images import check_batch, rounded
-from chunkgrpo.rewards.loading import dtype_of, fill, freeze, load, place, state_dict
+from chunkgrpo.rewards.loading import dtype_of, freeze, load, place, state_dict
 from chunkgrpo.rewards.preprocess import resized_levels
 
 REWARD_TOKEN = "<|Reward|>"
@@ -24,7 +24,7 @@ NUM_PIXELS = 256 * 28 * 28  # every image is brought to about this many
 MAX_RATIO = 200  # of the longer to the shorter side
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HEAD = "rm_head."
-# Qwen2-VL's chat format; the double line break is the end of the system's turn.
+# Qwen2-VL's chat format.
 CONVERSATION = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
     "<|im_start|>user\n<|vision_start|>{image}<|vision_end|>{text}<|im_end|>\n"
@@ -199,14 +199,21 @@ class HpsV3Reward:
                 f"reward {name!r}: {REWARD_TOKEN} is token {self.reward_id}, but the weights know "
                 f"{config.text_config.vocab_size}; the tokenizer is that of another model"
             )
-        previous = torch.get_default_dtype()
-        torch.set_default_dtype(dtype_of(precision))  # never hold 7 billion weights in float32
-        try:
-            network = Qwen2VLModel(config)
-        finally:
-            torch.set_default_dtype(previous)
-        fill(name, network, converted)
-        self.model = network.to(dtype_of(precision))
+        # Not module.to(dtype): that would also round the rotary frequencies, which at some hundred
+        # tokens is an error of whole turns.
+        self.model, info = Qwen2VLModel.from_pretrained(
+            None,
+            config=config,
+            state_dict=converted,
+            dtype=dtype_of(precision),
+            output_loading_info=True,
+        )
+        wrong = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        if wrong:
+            raise ValueError(
+                f"reward {name!r}: {weights} does not fit {model}: {len(wrong)} tensors are missing "
+                f"or of another shape, such as {wrong[0]}"
+            )
         freeze(self.model)
         # The published head is Linear, ReLU, Dropout, Linear, ReLU, Linear: no ReLU after layer 3.
         linear = linear_chain(name, tensors, HEAD)
@@ -251,7 +258,7 @@ class HpsV3Reward:
             # A prompt may not bring tokens that mean something to the model's machinery.
             clean = prompt.replace("<|", "< |")
             question = self.instruction.replace("{prompt}", clean)
-            texts.append(CONVERSATION.replace("{text}", question).replace("{image}", image))
+            texts.append(CONVERSATION.replace("{image}", image).replace("{text}", question))
         self.tokenizer.padding_side = "right"
         tokens = self.tokenizer(texts, padding=True, return_tensors="pt")
         length = tokens["input_ids"].shape[1]
