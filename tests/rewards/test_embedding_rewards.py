@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
+from chunkgrpo.rewards import make_reward
+from chunkgrpo.rewards.hpsv2 import clip_from_open_clip
+from chunkgrpo.rewards.preprocess import Preprocess
 from tiny_rewards import (
     pil_images,
     random_images,
@@ -18,11 +23,6 @@ from tiny_rewards import (
     save_siglip,
     save_tokenizer,
 )
-from torch import Tensor, nn
-
-from chunkgrpo.rewards import make_reward
-from chunkgrpo.rewards.hpsv2 import clip_from_open_clip
-from chunkgrpo.rewards.preprocess import Preprocess
 
 PROMPTS = ["a cat", "a dog in the snow, and much more than the model can read", "a cat", ""]
 
@@ -137,7 +137,7 @@ def test_aesthetic_scores_are_the_head_over_unit_embeddings(
     reward = make_reward("aesthetic", {"head": str(head), "model": str(clip_folder)})
     torch.testing.assert_close(reward(images, [""] * 4), x.squeeze(-1), rtol=1e-4, atol=1e-4)
     wrong = save_head(tmp_path / "wrong.pth", width=9)
-    with pytest.raises(ValueError, match="takes 9 numbers, but .* gives 12"):
+    with pytest.raises(ValueError, match=r"takes 9 numbers, but .* gives 12"):
         make_reward("aesthetic", {"head": str(wrong), "model": str(clip_folder)})
 
 
@@ -231,9 +231,9 @@ def test_open_clip_weights_convert_exactly(tmp_path: Path) -> None:
 
     images = square_images()
     pixels = Preprocess.from_source("hpsv2", folder)(images)
-    tokens = tokenizer(
-        PROMPTS, padding=True, truncation=True, max_length=24, return_tensors="pt"
-    )["input_ids"]
+    tokens = tokenizer(PROMPTS, padding=True, truncation=True, max_length=24, return_tensors="pt")[
+        "input_ids"
+    ]
     with torch.no_grad():
         ours = model.visual_projection(model.vision_model(pixel_values=pixels).pooler_output)
         theirs = original.visual(pixels)
@@ -250,7 +250,7 @@ def test_open_clip_weights_convert_exactly(tmp_path: Path) -> None:
 
 
 def test_weights_of_another_model_are_refused(clip_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="'visual.trunk.stem.weight' is not a weight"):
+    with pytest.raises(ValueError, match="is not a weight of an open_clip"):
         clip_from_open_clip({"visual.trunk.stem.weight": torch.zeros(1)})
     torch.save({"logit_scale": torch.tensor(1.0)}, tmp_path / "short.pt")
     options = {"weights": str(tmp_path / "short.pt"), "model": str(clip_folder)}

@@ -235,9 +235,7 @@ def test_reward_reads_demands_by_prompt(tmp_path: Path) -> None:
         number = round(image.mean().item() * 100)
         return [scenes[number].colors[detection.box] for detection in detections]
 
-    reward = make_reward(
-        "geneval", {"metadata": path, "detector": detector, "color_model": colors}
-    )
+    reward = make_reward("geneval", {"metadata": path, "detector": detector, "color_model": colors})
     images = torch.arange(9).view(9, 1, 1, 1).expand(9, 3, 4, 4) / 100
     scores = reward(images, [line["prompt"] for line in lines])
     assert scores.tolist() == [0] + [1] * 8 and scores.dtype == torch.float32
@@ -279,8 +277,9 @@ def test_contradictions_and_missing_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_detector_of_fixed_classes(tmp_path: Path) -> None:
-    from tiny_rewards import pil_images, random_images, save_detr
     from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+    from tiny_rewards import pil_images, random_images, save_detr
 
     folder = save_detr(tmp_path)
     images = random_images(3, 40, 48)
@@ -308,8 +307,9 @@ def test_detector_of_fixed_classes(tmp_path: Path) -> None:
 
 
 def test_zero_shot_detector(tmp_path: Path) -> None:
-    from tiny_rewards import pil_images, random_images, save_owlvit
     from transformers import AutoImageProcessor, AutoTokenizer, OwlViTForObjectDetection
+
+    from tiny_rewards import pil_images, random_images, save_owlvit
 
     folder = save_owlvit(tmp_path)
     images = random_images(2, 32, 32)

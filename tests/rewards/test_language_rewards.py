@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_rewards import pil_images, random_images, save_blip, save_qwen, save_tokenizer
 
 import chunkgrpo.rewards.hpsv3 as hpsv3
 from chunkgrpo.rewards import make_reward
+from tiny_rewards import pil_images, random_images, save_blip, save_qwen, save_tokenizer
 
 PROMPTS = ["a cat", "a dog in the snow, with much more text than the model will ever read", "a cat"]
 

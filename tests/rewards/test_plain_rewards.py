@@ -7,10 +7,9 @@ import io
 
 import pytest
 import torch
-from PIL import Image
-from tiny_rewards import pil_images, random_images
 
 from chunkgrpo.rewards import make_reward
+from tiny_rewards import pil_images, random_images
 
 
 def test_brightness_is_mean_luma() -> None:

@@ -105,9 +105,7 @@ class Rules:
     def __post_init__(self) -> None:
         for field in ("confidence", "counting_confidence", "max_overlap", "position_margin"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(
-                    f"{field} is {getattr(self, field)}; expected a number in [0, 1]"
-                )
+                raise ValueError(f"{field} is {getattr(self, field)}; expected a number in [0, 1]")
         if self.max_objects < 1:
             raise ValueError(f"max_objects is {self.max_objects}; expected 1 or more")
 
@@ -226,7 +224,9 @@ def _wrong_colors(
     image: Tensor, objects: Sequence[Detection], wanted: str, colors: ColorNamer | None
 ) -> list[str]:
     if colors is None:
-        raise ValueError(f"the colour {wanted!r} is asked for, but there is nothing to name colours")
+        raise ValueError(
+            f"the colour {wanted!r} is asked for, but there is nothing to name colours"
+        )
     named = list(colors(image, objects))
     if all(color == wanted for color in named):
         return []
@@ -384,7 +384,9 @@ class TransformersDetector:
             ):
                 found.append(
                     [
-                        Detection(COCO_TO_GENEVAL.get(names[label], names[label]), score, tuple(box))
+                        Detection(
+                            COCO_TO_GENEVAL.get(names[label], names[label]), score, tuple(box)
+                        )
                         for label, score, box in zip(
                             result["labels"].tolist(),
                             result["scores"].tolist(),
@@ -499,7 +501,7 @@ class GenEvalReward:
     def __init__(
         self,
         metadata: str | Path,
-        detector: str | Detector = "facebook/detr-resnet-101",
+        detector: str | Detector = "PekingU/rtdetr_r101vd_coco_o365",
         color_model: str | ColorNamer = "openai/clip-vit-large-patch14",
         confidence: float = 0.3,
         counting_confidence: float = 0.9,

@@ -128,8 +128,9 @@ class HpsV2Reward:
         from transformers import AutoTokenizer, CLIPConfig, CLIPModel
 
         self.name = name
+        converted = clip_from_open_clip(state_dict(name, weights))
         network = CLIPModel(load(name, model, CLIPConfig.from_pretrained))
-        fill(name, network, clip_from_open_clip(state_dict(name, weights)))
+        fill(name, network, converted)
         self.encoder = DualEncoder(
             name,
             network.to(dtype_of(precision)),

@@ -111,8 +111,13 @@ class ImageRewardReward:
         if use_package:
             self.package = self._load_package(weights)
             return
-        from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig
-        from transformers import BlipVisionModel
+        from transformers import (
+            AutoTokenizer,
+            BlipTextConfig,
+            BlipTextModel,
+            BlipVisionConfig,
+            BlipVisionModel,
+        )
 
         tensors = state_dict(name, weights)
         vision_in, text_in = below(tensors, VISION), below(tensors, TEXT)
@@ -220,9 +225,7 @@ class ImageRewardReward:
                 input_ids=tokens["input_ids"],
                 attention_mask=tokens["attention_mask"],
                 encoder_hidden_states=seen,
-                encoder_attention_mask=torch.ones(
-                    seen.shape[:2], dtype=torch.long, device=device
-                ),
+                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=device),
             ).last_hidden_state
             raw = self.head(read[:, 0].float()).squeeze(-1)
             scores.append((raw - RAW_MEAN) / RAW_STD)
