@@ -164,7 +164,8 @@ def save_blip(path: Path, seed: int = 0) -> Any:
         tensors[f"blip.text_encoder.{name}"] = tensor
     tensors["blip.text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
     tensors["blip.temp"] = torch.tensor(0.07)
-    for number, layer in ((0, head[0]), (2, head[1])):
+    layers: Any = head
+    for number, layer in ((0, layers[0]), (2, layers[1])):
         tensors[f"mlp.layers.{number}.weight"] = layer.weight.detach()
         tensors[f"mlp.layers.{number}.bias"] = layer.bias.detach()
     torch.save(tensors, path)

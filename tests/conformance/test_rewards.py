@@ -81,7 +81,7 @@ def options_of(name: str, folder: Path) -> dict[str, Any]:
             "precision": "fp32",
         }
     if name == "geneval":
-        line = {"tag": "colors", "prompt": PROMPTS["geneval"]}
+        line: dict[str, Any] = {"tag": "colors", "prompt": PROMPTS["geneval"]}
         line["include"] = [{"class": "cup", "count": 1, "color": "red"}]
         (folder / "lines.jsonl").write_text(json.dumps(line))
         return {

@@ -148,7 +148,7 @@ class OpenClipBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.ModuleDict(
+        self.mlp: Any = nn.ModuleDict(
             {"c_fc": nn.Linear(width, 2 * width), "c_proj": nn.Linear(2 * width, width)}
         )
 

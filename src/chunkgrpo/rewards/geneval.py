@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunkgrpo.rewards.images import check_batch, rounded
-from chunkgrpo.rewards.loading import check_source, dtype_of, freeze, load, place
+from chunkgrpo.rewards.loading import check_source, dtype_of, freeze, load, load_model, place
 
 COLORS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
@@ -352,7 +352,7 @@ class TransformersDetector:
                 )
             kind = AutoModelForZeroShotObjectDetection
             self.tokenizer = load("geneval", model, AutoTokenizer.from_pretrained)
-        self.model = load("geneval", model, kind.from_pretrained).to(dtype_of(precision))
+        self.model = load_model("geneval", model, kind, dtype_of(precision))
         self.processor = load("geneval", model, AutoImageProcessor.from_pretrained)
         freeze(self.model)
 

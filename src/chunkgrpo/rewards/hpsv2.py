@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +130,7 @@ class HpsV2Reward:
 
         self.name = name
         converted = clip_from_open_clip(state_dict(name, weights))
-        network = CLIPModel(load(name, model, CLIPConfig.from_pretrained))
+        network: Any = CLIPModel(load(name, model, CLIPConfig.from_pretrained))
         fill(name, network, converted)
         self.encoder = DualEncoder(
             name,

@@ -93,7 +93,7 @@ def patches(images: Tensor, patch: int, temporal: int, merge: int, pixels: int) 
         [B, rows, columns, 3 * temporal * patch * patch]: patches in the order the model reads,
         blocks of ``merge`` x ``merge`` one after the other, on a grid of rows x columns.
     """
-    height, width = image_size(*images.shape[-2:], patch * merge, pixels)
+    height, width = image_size(images.shape[-2], images.shape[-1], patch * merge, pixels)
     levels = resized_levels(rounded(images), height, width, "bicubic")
     mean = torch.tensor(CLIP_MEAN, device=levels.device).view(1, 3, 1, 1)
     std = torch.tensor(CLIP_STD, device=levels.device).view(1, 3, 1, 1)
@@ -201,7 +201,9 @@ class HpsV3Reward:
             )
         # Not module.to(dtype): that would also round the rotary frequencies, which at some hundred
         # tokens is an error of whole turns.
-        self.model, info = Qwen2VLModel.from_pretrained(
+        self.model: Any
+        kind: Any = Qwen2VLModel
+        self.model, info = kind.from_pretrained(
             None,
             config=config,
             state_dict=converted,
@@ -211,8 +213,8 @@ class HpsV3Reward:
         wrong = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
         if wrong:
             raise ValueError(
-                f"reward {name!r}: {weights} does not fit {model}: {len(wrong)} tensors are missing "
-                f"or of another shape, such as {wrong[0]}"
+                f"reward {name!r}: {weights} does not fit {model}: {len(wrong)} tensors are "
+                f"missing or of another shape, such as {wrong[0]}"
             )
         freeze(self.model)
         # The published head is Linear, ReLU, Dropout, Linear, ReLU, Linear: no ReLU after layer 3.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -149,9 +150,9 @@ class ImageRewardReward:
             max_position_embeddings=int(text_in["embeddings.position_embeddings.weight"].shape[0]),
             is_decoder=True,  # gives each layer the attention to the image
         )
-        self.vision = BlipVisionModel(vision)
+        self.vision: Any = BlipVisionModel(vision)
         fill(name, self.vision, blip_vision_weights(vision_in))
-        self.text = BlipTextModel(text, add_pooling_layer=False)
+        self.text: Any = BlipTextModel(text, add_pooling_layer=False)
         known = set(self.text.state_dict())
         # Positions 0, 1, 2, ... are stored in older files and computed in newer classes.
         stored = {k: t for k, t in text_in.items() if k in known or not k.endswith("position_ids")}
