@@ -13,7 +13,22 @@ from torch import Tensor
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.types import RewardBatch
 
-BUILT_IN = {"shapes": ("chunkgrpo.rewards.shapes", "ShapesReward")}
+BUILT_IN = {
+    "shapes": ("chunkgrpo.rewards.shapes", "ShapesReward"),
+    "clip": ("chunkgrpo.rewards.clip", "ClipReward"),
+    "pickscore": ("chunkgrpo.rewards.pickscore", "PickScoreReward"),
+    "hpsv2": ("chunkgrpo.rewards.hpsv2", "HpsV2Reward"),
+    "hpsv3": ("chunkgrpo.rewards.hpsv3", "HpsV3Reward"),
+    "image_reward": ("chunkgrpo.rewards.image_reward", "ImageRewardReward"),
+    "aesthetic": ("chunkgrpo.rewards.aesthetic", "AestheticReward"),
+    "siglip": ("chunkgrpo.rewards.siglip", "SiglipReward"),
+    "ocr": ("chunkgrpo.rewards.ocr", "OcrReward"),
+    "geneval": ("chunkgrpo.rewards.geneval", "GenEvalReward"),
+    "vlm_judge": ("chunkgrpo.rewards.vlm_judge", "VlmJudgeReward"),
+    "jpeg_compressibility": ("chunkgrpo.rewards.jpeg", "JpegCompressibility"),
+    "jpeg_incompressibility": ("chunkgrpo.rewards.jpeg", "JpegIncompressibility"),
+    "brightness": ("chunkgrpo.rewards.brightness", "BrightnessReward"),
+}
 
 
 class FunctionReward:

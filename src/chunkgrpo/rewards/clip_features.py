@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What rewards over image and text embeddings share: CLIP, PickScore, HPSv2, SigLIP, aesthetics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from chunkgrpo.rewards.images import check_batch
+from chunkgrpo.rewards.loading import dtype_of, freeze, load, load_model, place
+from chunkgrpo.rewards.preprocess import Preprocess
+
+
+class DualEncoder:
+    """An image and a text encoder with a common space, as CLIP and SigLIP of transformers are.
+
+    Args:
+        reward: Name of the reward, for messages.
+        model: ``CLIPModel``, ``SiglipModel`` or another with ``vision_model`` and ``text_model``;
+            without ``text_model`` only images are embedded.
+        tokenizer: Its tokenizer, or None where only images are embedded.
+        preprocess: Its image preprocessing.
+        pad_to_full_length: Whether texts are padded to the model's length (SigLIP was trained so,
+            and reads the last position) or to the longest of the batch.
+        device: Where to compute; None follows the images.
+        batch_size: Images embedded at once.
+    """
+
+    def __init__(
+        self,
+        reward: str,
+        model: Any,
+        tokenizer: Any,
+        preprocess: Preprocess,
+        pad_to_full_length: bool = False,
+        device: str | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
+        self.reward, self.model, self.tokenizer = reward, model, tokenizer
+        self.preprocess, self.pad_to_full_length = preprocess, pad_to_full_length
+        self.device, self.batch_size = device, batch_size
+        freeze(model)
+
+    @property
+    def text_length(self) -> int:
+        """Most tokens of a text; what is longer is cut."""
+        longest = int(self.model.config.text_config.max_position_embeddings)
+        return min(int(self.tokenizer.model_max_length), longest)
+
+    @torch.no_grad()
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Return unit embeddings [B, D] of images [B, 3, H, W] in [0, 1]; float32."""
+        device = place(self.model, self.device, images)
+        rows = []
+        for part in images.split(self.batch_size):
+            pixels = self.preprocess(part.to(device)).to(self.model.dtype)
+            pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+            if hasattr(self.model, "visual_projection"):
+                pooled = self.model.visual_projection(pooled)
+            rows.append(F.normalize(pooled.float(), dim=-1))
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str], device: torch.device) -> Tensor:
+        """Return unit embeddings [B, D] of texts; float32. Equal texts are embedded once."""
+        unique = list(dict.fromkeys(texts))
+        rows = []
+        for start in range(0, len(unique), self.batch_size):
+            tokens = self.tokenizer(
+                unique[start : start + self.batch_size],
+                padding="max_length" if self.pad_to_full_length else True,
+                truncation=True,
+                max_length=self.text_length,
+                return_tensors="pt",
+            ).to(device)
+            inputs = {"input_ids": tokens["input_ids"]}
+            if not self.pad_to_full_length:
+                inputs["attention_mask"] = tokens["attention_mask"]
+            pooled = self.model.text_model(**inputs).pooler_output
+            if hasattr(self.model, "text_projection"):
+                pooled = self.model.text_projection(pooled)
+            rows.append(F.normalize(pooled.float(), dim=-1))
+        place_of = {text: i for i, text in enumerate(unique)}
+        return torch.cat(rows)[[place_of[text] for text in texts]]
+
+    def cosines(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine of each image with its own prompt; float32 [B] on the CPU.
+
+        Raises:
+            ValueError: If ``images`` is not [B, 3, H, W] or the numbers differ.
+        """
+        check_batch(images, prompts)
+        image_BD = self.embed_images(images)
+        text_BD = self.embed_texts(prompts, image_BD.device)
+        return (image_BD * text_BD).sum(dim=-1).cpu()
+
+
+def load_clip(
+    reward: str,
+    model: str | Path,
+    processor: str | Path | None,
+    precision: str,
+    device: str | None,
+    batch_size: int,
+) -> DualEncoder:
+    """Load a ``CLIPModel`` with its tokenizer and image preprocessing.
+
+    Args:
+        reward: Name of the reward, for messages.
+        model: Checkpoint folder or hub id.
+        processor: Where tokenizer and image processor are; None for the same place.
+        precision: ``"fp32"`` or ``"bf16"``.
+        device: Where to compute; None follows the images.
+        batch_size: Images embedded at once.
+
+    Raises:
+        OSError: If something can not be loaded.
+        ValueError: If an option is out of its range.
+    """
+    from transformers import AutoTokenizer, CLIPModel
+
+    dtype = dtype_of(precision)
+    source = model if processor is None else processor
+    return DualEncoder(
+        reward,
+        load_model(reward, model, CLIPModel, dtype),
+        load(reward, source, AutoTokenizer.from_pretrained),
+        Preprocess.from_source(reward, source),
+        device=device,
+        batch_size=batch_size,
+    )
