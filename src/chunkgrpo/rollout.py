@@ -52,9 +52,9 @@ def rollout(
 
     Where a group starts from one noise and all steps before the window are shared too, its members
     are one row until the window begins: the window's first state is a branching point, and the
-    prefix costs a network row per prompt, not per sample. After it, ``batch_size`` samples at a time
-    are taken to the end, so that those which are finished can be decoded and scored while the
-    others are still on their way.
+    prefix costs a network row per prompt, not per sample. After it, ``batch_size`` samples at a
+    time are taken to the end, so that those which are finished can be decoded and scored while
+    the others are still on their way.
 
     Args:
         policy: The sampling policy.

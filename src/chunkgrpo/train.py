@@ -184,20 +184,17 @@ class Trainer:
                 started = time.perf_counter()
                 try:
                     record = self.train_once()
-                except RewardError:
+                except RewardError as error:
                     # Scores come before any update, so this is the state after the last iteration.
-                    if self.iteration and not self.is_saved():
-                        self.save()
-                    raise
+                    raise self.saved_before(error) from error
                 self.iteration += 1
                 self.seconds += time.perf_counter() - started
                 record |= {"iteration": self.iteration, "seconds": self.seconds}
                 try:
                     record |= self.look()
-                except RewardError:
+                except RewardError as error:
                     metrics.write(record)
-                    self.save()
-                    raise
+                    raise self.saved_before(error) from error
                 self.on_iteration(metrics.write(record))
                 every = self.settings.checkpoint_every
                 last = self.iteration == self.settings.iterations
@@ -398,10 +395,15 @@ class Trainer:
         with self.ema.applied(self.parameters):
             yield
 
-    def is_saved(self) -> bool:
-        """Whether the newest checkpoint is that of the last finished iteration."""
+    def saved_before(self, error: RewardError) -> RewardError:
+        """Save all finished iterations; return the error, which then says so."""
+        if not self.iteration:
+            return RewardError(error.reward, error.reason)
         found = list_checkpoints(self.folder / "checkpoints")
-        return bool(found) and found[-1].name == f"{self.iteration:06d}"
+        if not found or found[-1].name != f"{self.iteration:06d}":
+            self.save()
+        saved = f"all {self.iteration} finished iterations are saved, go on with --resume"
+        return RewardError(error.reward, f"{error.reason}; {saved} {self.folder}")
 
     def save(self) -> None:
         """Write a checkpoint."""

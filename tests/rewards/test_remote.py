@@ -319,7 +319,7 @@ def test_an_address_without_a_reward_server_is_told_at_once(liar) -> None:
         RemoteReward(f"http://127.0.0.1:{port}", deadline=0.5)
     with pytest.raises(RewardError, match="no usable address"):
         RemoteReward("http://", deadline=0.5)
-    with pytest.raises(ValueError, match="timeout of .* is 0"):
+    with pytest.raises(ValueError, match=r"timeout of .* is 0"):
         RemoteReward("http://127.0.0.1:1", timeout=0)
 
 
@@ -439,6 +439,8 @@ def test_requests_are_checked_before_they_are_believed() -> None:
         (envelope(png(9, 9, bytes(1000)), png(9, 9, bytes(1000)), good), 413, "9 x 9 pixels"),
         (envelope(good, png(8, 4, bytes(100))), 422, "images of 2 sizes"),
         (envelope(good[:-30]), 400, "image 0 is a broken PNG"),
+        (envelope(good[:-14]), 400, "image 0 is a broken PNG"),  # only a checksum is missing
+        (envelope(good[:-12]), 400, "image 0 is a broken PNG"),  # only the end mark is missing
     ]:  # fmt: skip
         with pytest.raises(Refused, match=says) as caught:
             parse_request(body, limits)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -619,7 +620,7 @@ def combined_chunk_advantages(
             combined_advantages(
                 after - before, weights_R, num_prompts, combination, convention, clip, kept_B
             ).values
-            for before, after in zip(boundaries, boundaries[1:], strict=False)
+            for before, after in pairwise(boundaries)
         ]
         return torch.stack(columns, dim=1)
     totals = [combined_rewards(r_RB, weights_R, combination, kept_B) for r_RB in boundaries]

@@ -149,6 +149,9 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
     pixels = []
     for index, data in enumerate(files):
         try:
+            # Reading pixels alone would not notice that the end is missing.
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                image.verify()
             with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
                 if image.mode != "RGB" or image.size not in sizes:
                     raise Refused(422, f"image {index} is not what its header says")
@@ -313,5 +316,5 @@ def serve(
     with listener:
         shown = f"[{host}]" if ":" in host else host
         announce(f"http://{shown}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(app, log_level="warning", limit_concurrency=64, server_header=False)
+        config = uvicorn.Config(app, log_level="error", limit_concurrency=64, server_header=False)
         uvicorn.Server(config).run(sockets=[listener])
