@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import torch
@@ -51,13 +51,13 @@ def build(
 
 
 def run(trainer: Trainer, iterations: int) -> tuple[dict[str, float], list[torch.Tensor]]:
-    """Train; return the mean seconds of each phase and the weights."""
+    """Train; return the median seconds of each phase and the weights."""
     records: list[dict[str, Any]] = []
     for _ in range(iterations):
         records.append(trainer.train_once())
         trainer.iteration += 1
     phases = [record["phase_seconds"] for record in records]
-    seconds = {name: mean(phase[name] for phase in phases) for name in phases[0]}
+    seconds = {name: median(phase[name] for phase in phases) for name in phases[0]}
     return seconds, [p.detach().clone() for p in trainer.parameters]
 
 
@@ -74,13 +74,15 @@ def main() -> None:
         group_size, batches, iterations = 4, (4,), 1
     else:
         settings += [f"sampling.group_size={group_size}"]
-    table = Table(title="One iteration, seconds (mean)")
+    table = Table(title="One iteration, seconds (median)")
     for column in ("rollout batch", "rollout", "reward", "total", "overlapped", "saved", "same"):
         table.add_column(column, justify="right")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for batch in batches:
-            first, _ = run(build(folder, batch, False, 0.0, settings), 1)
+            probe = build(folder, batch, False, 0.0, settings)
+            run(probe, 1)  # the first iteration also loads and encodes
+            first, _ = run(probe, 1)
             num_images = (2 if options.quick else 8) * group_size
             seconds = (first["rollout"] + first["decode"]) / num_images
             plain, weights = run(build(folder, batch, False, seconds, settings), iterations)
