@@ -29,3 +29,17 @@ def test_iteration_benchmark_runs_and_compares() -> None:
         found = re.search(rf"ratio \({precision}\): .* takes (\d+\.\d+) times", run.stdout)
         assert found and float(found[1]) > 0, run.stdout
     assert "same work: in float32" in run.stdout
+
+
+@pytest.mark.slow
+def test_async_benchmark_runs_and_compares() -> None:
+    pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "benchmarks/async_rewards.py", "--quick"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert re.search(r"│ +4 │.*│ +yes │", run.stdout), run.stdout

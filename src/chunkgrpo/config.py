@@ -70,9 +70,38 @@ class PromptConfig(Section):
 class RewardConfig(Section):
     """One reward."""
 
-    name: str = Field(default="shapes", description="a built-in name or package.module:function")
+    name: str = Field(
+        default="shapes",
+        description="a built-in name, package.module:function, or a server's http://host:port",
+    )
     weight: float = 1.0
     options: dict[str, Any] = {}
+
+
+class WatchedConfig(Section):
+    """One reward that is logged and not trained on."""
+
+    name: str = Field(description="as of rewards")
+    options: dict[str, Any] = {}
+
+
+class ScoringConfig(Section):
+    """How rewards are combined, and what happens when one misbehaves."""
+
+    combine: Literal["sum", "advantage", "gdpo", "product", "minimum"] = Field(
+        default="sum",
+        description="'advantage' normalises each reward within its groups before they are added, "
+        "'gdpo' then the sum over the batch",
+    )
+    on_error: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="a score that is missing, not finite or of the wrong shape: 'stop' ends the "
+        "run with all saved, 'drop' takes the image out of its group",
+    )
+    quantise: bool = Field(
+        default=False,
+        description="round images to 8 bits first: local and remote rewards see the same pixels",
+    )
 
 
 class WindowConfig(Section):
@@ -271,7 +300,14 @@ class Config(Section):
     checkpoint_every: int = Field(default=10, ge=1)
     model: ModelConfig = ModelConfig()
     prompts: PromptConfig = PromptConfig()
-    rewards: tuple[RewardConfig, ...] = (RewardConfig(),)
+    rewards: tuple[RewardConfig, ...] = Field(default=(RewardConfig(),), min_length=1)
+    watched_rewards: tuple[WatchedConfig, ...] = Field(
+        default=(), description="scored and logged, not trained on"
+    )
+    scoring: ScoringConfig = ScoringConfig()
+    async_rewards: bool = Field(
+        default=False, description="score images while later ones are rolled out; same results"
+    )
     sampling: SamplingConfig = SamplingConfig()
     chunks: ChunkConfig = ChunkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -775,7 +811,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
 
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
-    from chunkgrpo.rewards import make_reward
+    from chunkgrpo.rewards import Scorer, make_reward
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -786,6 +822,8 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     if config.threads:
         torch.set_num_threads(config.threads)
     rewards = [(make_reward(r.name, r.options), r.weight) for r in config.rewards]
+    watched = [make_reward(r.name, r.options) for r in config.watched_rewards]
+    Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
     judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
     policy = build_policy(config)
@@ -811,6 +849,10 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         advantage=o.advantage,
         advantage_clip=o.advantage_clip,
         credit=o.credit,
+        combine=config.scoring.combine,
+        on_error=config.scoring.on_error,
+        quantise=config.scoring.quantise,
+        async_rewards=config.async_rewards,
         learning_rate=opt.learning_rate,
         betas=opt.betas,
         eps=opt.eps,
@@ -839,6 +881,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         replan=(lambda: build_plan(config, curve)) if c.refresh else None,
         refresh=c.refresh,
         usefulness=c.usefulness,
+        watched=watched,
     )
 
 

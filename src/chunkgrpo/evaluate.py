@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from chunkgrpo.core.sde import OdeDiffusion, Transition
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.health import image_health
-from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.rewards.scoring import usable_scores
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import ProgressHook
@@ -28,7 +29,7 @@ class Evaluation:
     Attributes:
         prompts: The prompt set, P prompts.
         num_seeds: S images a prompt.
-        scores: Each reward's scores, [P, S].
+        scores: Each reward's scores, [P, S]; NaN where a lenient one gave none.
         images: uint8 [P * S, 3, H, W], prompt-major.
         health: Image-health figures of all images (see ``report.health``).
     """
@@ -106,6 +107,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 128,
     progress: ProgressHook | None = None,
+    lenient: Collection[str] = (),
 ) -> Evaluation:
     """Sample ``num_seeds`` images a prompt and score them.
 
@@ -118,15 +120,28 @@ def evaluate(
         seed: The same seed gives every policy the same initial noise.
         batch_size: Images at once.
         progress: Called with (done, total) images.
+        lenient: Names of rewards whose missing scores become NaN.
+
+    Raises:
+        RewardError: If a reward that is not lenient gives no usable score.
     """
     texts = [text for text in prompts.texts for _ in range(num_seeds)]
     seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
     images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
     scores = {reward.name: [] for reward in rewards}
-    for start in range(0, len(texts), 512):
-        part = slice(start, start + 512)
+    size = max(1, 512 // num_seeds) * num_seeds  # whole groups
+    for start in range(0, len(texts), size):
+        part = slice(start, start + size)
         for reward in rewards:
-            scores[reward.name].append(reward(images[part].float() / 255, texts[part]).numpy())
+            found, problems = usable_scores(
+                reward, images[part].float() / 255, texts[part], num_seeds
+            )
+            if problems and reward.name not in lenient:
+                first = problems[0]
+                raise RewardError(
+                    reward.name, f"{first.reason}; prompt {texts[start + first.index]!r}"
+                )
+            scores[reward.name].append(found.numpy())
     shape = (len(prompts), num_seeds)
     health = image_health(images.float() / 255, len(prompts) if num_seeds > 1 else None)
     joined = {name: np.concatenate(s).reshape(shape) for name, s in scores.items()}

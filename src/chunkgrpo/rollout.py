@@ -12,14 +12,17 @@ from chunkgrpo.core.schedules import validate_sigmas
 from chunkgrpo.core.sde import Kernel, OdeDiffusion, Transition, predict_clean
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
-from chunkgrpo.types import ProgressHook, Trajectory
+from chunkgrpo.types import Conditioning, ProgressHook, Trajectory
 
-# Axis names: B samples, R rows that still differ, M samples of one forward, N transitions.
+# Axis names: P prompts, B samples, R rows that still differ, M samples of one batch, N transitions.
 
 PREFIXES = ("ode", "sde")
 
 Tail = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
 """Finishes a trajectory without noise: (velocity(x, sigma), x, sigmas that are left) -> x0."""
+
+FinishedHook = Callable[[slice, Tensor], None]
+"""Called with samples that are finished and their clean latents [M, *latent]."""
 
 
 @torch.no_grad()
@@ -39,6 +42,7 @@ def rollout(
     tail: Tail | None = None,
     keep_velocities: bool = False,
     progress: ProgressHook | None = None,
+    finished: FinishedHook | None = None,
 ) -> Trajectory:
     """Sample ``group_size`` images of each prompt and keep what training needs.
 
@@ -48,7 +52,9 @@ def rollout(
 
     Where a group starts from one noise and all steps before the window are shared too, its members
     are one row until the window begins: the window's first state is a branching point, and the
-    prefix costs a network row per prompt, not per sample.
+    prefix costs a network row per prompt, not per sample. After it, ``batch_size`` samples at a
+    time are taken to the end, so that those which are finished can be decoded and scored while
+    the others are still on their way.
 
     Args:
         policy: The sampling policy.
@@ -67,6 +73,7 @@ def rollout(
         tail: Solver of the steps after the window; Euler where None.
         keep_velocities: Store the sampling policy's velocities.
         progress: Called after each forward with (done, expected) network rows.
+        finished: Called with each batch of samples as it is finished, in order.
 
     Returns:
         The trajectory, prompt-major.
@@ -97,10 +104,6 @@ def rollout(
     conditioning = policy.encode(prompts).repeat_interleave(group_size)
     # Members of a group are one row until noise of their own tells them apart.
     fold = group_size if same_noise else 1
-    rows = seeds[::fold]
-    first = NoiseSource(list(rows) if same_noise else [derive_seed(seed, 1) for seed in rows])
-    before = NoiseSource([derive_seed(seed, 3) for seed in rows])
-    inside = NoiseSource([derive_seed(s, 2) for s in seeds] if same_noise else list(seeds))
     ode = Transition(OdeDiffusion())
     latent, device = policy.latent_shape, policy.device
     num_trained = len(window)
@@ -109,15 +112,13 @@ def rollout(
     if keep_velocities:
         velocities_BN = torch.empty((num_samples, num_trained, *latent), device=device)
     log_prob_BN = torch.zeros((num_samples, num_trained), device=device)
-    x_R = sigmas[0] * first.draw(latent, device)
+    final_B = torch.empty((num_samples, *latent), device=device)
     num_evaluations = 0
     shared_steps = window.start + 1
     total = num_samples // fold * shared_steps + num_samples * (num_steps - shared_steps)
 
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+    def velocity(x: Tensor, sigma: Tensor, rows_of: Conditioning) -> Tensor:
         nonlocal num_evaluations
-        step = num_samples // len(x)
-        rows_of = conditioning[::step] if step > 1 else conditioning
         parts = []
         for start in range(0, len(x), batch_size):
             part = x[start : start + batch_size]
@@ -129,38 +130,72 @@ def rollout(
                 progress(num_evaluations, total)
         return torch.cat(parts)
 
-    for i in range(num_steps):
-        sigma, sigma_next = sigmas[i], sigmas[i + 1]
-        if i == window.stop and tail is not None:
-            states_BN[:, num_trained] = x_R
-            x_R = tail(velocity, x_R, sigmas[i:])
-            break
-        v_R = velocity(x_R, sigma)
-        if i in window and len(x_R) < num_samples:
-            x_R, v_R = x_R.repeat_interleave(fold, 0), v_R.repeat_interleave(fold, 0)
-        if window.start <= i <= window.stop:
-            states_BN[:, i - window.start] = x_R
-        if i in window and velocities_BN is not None:
-            velocities_BN[:, i - window.start] = v_R
-        if i == num_steps - 1:
-            x_R = predict_clean(x_R, v_R, sigma)
-        elif i in window:
-            step = transition(x_R, v_R, sigma, sigma_next)
-            if step.has_density:
-                x_R = step.sample(noise=inside.draw(latent, device)).float()
-                log_prob_BN[:, i - window.start] = step.log_prob_per_dim(x_R).float()
+    def first(rows: Sequence[int]) -> Tensor:
+        start = NoiseSource(rows if same_noise else [derive_seed(seed, 1) for seed in rows])
+        return sigmas[0] * start.draw(latent, device)
+
+    def to_window(x_R: Tensor, rows: Sequence[int], rows_of: Conditioning) -> Tensor:
+        """Take the steps before the window."""
+        before = NoiseSource([derive_seed(seed, 3) for seed in rows])
+        for i in range(window.start):
+            v_R = velocity(x_R, sigmas[i], rows_of)
+            if prefix == "sde":
+                step = transition(x_R, v_R, sigmas[i], sigmas[i + 1])
+                x_R = step.sample(noise=before.draw(latent, device)).float()
             else:
-                x_R = step.mean.float()
-        elif i < window.start and prefix == "sde":
-            step = transition(x_R, v_R, sigma, sigma_next)
-            x_R = step.sample(noise=before.draw(latent, device)).float()
+                x_R = ode(x_R, v_R, sigmas[i], sigmas[i + 1]).mean.float()
+        return x_R
+
+    def to_end(x_M: Tensor, v_M: Tensor, rows: slice, rows_of: Conditioning) -> Tensor:
+        """Take the steps from the window on; ``v_M`` is the velocity of its first."""
+        own = seeds[rows]
+        inside = NoiseSource([derive_seed(s, 2) for s in own] if same_noise else list(own))
+        for i in range(window.start, num_steps):
+            sigma, sigma_next = sigmas[i], sigmas[i + 1]
+            if i == window.stop and tail is not None:
+                states_BN[rows, num_trained] = x_M
+                return tail(lambda x, level: velocity(x, level, rows_of), x_M, sigmas[i:])
+            if i > window.start:
+                v_M = velocity(x_M, sigma, rows_of)
+            if i <= window.stop:
+                states_BN[rows, i - window.start] = x_M
+            if i in window and velocities_BN is not None:
+                velocities_BN[rows, i - window.start] = v_M
+            if i == num_steps - 1:
+                x_M = predict_clean(x_M, v_M, sigma)
+            elif i in window:
+                step = transition(x_M, v_M, sigma, sigma_next)
+                if step.has_density:
+                    x_M = step.sample(noise=inside.draw(latent, device)).float()
+                    log_prob_BN[rows, i - window.start] = step.log_prob_per_dim(x_M).float()
+                else:
+                    x_M = step.mean.float()
+            else:
+                x_M = ode(x_M, v_M, sigma, sigma_next).mean.float()
+        return x_M
+
+    shared = None
+    if fold > 1:
+        one_each = conditioning[::fold]
+        x_P = to_window(first(seeds[::fold]), seeds[::fold], one_each)
+        v_P = velocity(x_P, sigmas[window.start], one_each)
+        shared = x_P.repeat_interleave(fold, 0), v_P.repeat_interleave(fold, 0)
+    for begin in range(0, num_samples, batch_size):
+        rows = slice(begin, min(begin + batch_size, num_samples))
+        rows_of = conditioning[rows]
+        if shared is None:
+            x_M = to_window(first(seeds[rows]), seeds[rows], rows_of)
+            v_M = velocity(x_M, sigmas[window.start], rows_of)
         else:
-            x_R = ode(x_R, v_R, sigma, sigma_next).mean.float()
+            x_M, v_M = (each[rows] for each in shared)
+        final_B[rows] = to_end(x_M, v_M, rows, rows_of).float()
+        if finished:
+            finished(rows, final_B[rows])
     return Trajectory(
         states=states_BN,
         sigmas=sigmas,
         old_log_prob=log_prob_BN,
-        final=x_R.float(),
+        final=final_B,
         conditioning=conditioning,
         num_prompts=num_prompts,
         num_evaluations=num_evaluations,

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Generator, Tensor
 
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.core.chunks import ChunkPlan
-from chunkgrpo.core.credit import chunk_advantages, chunk_gains, group_advantages
+from chunkgrpo.core.credit import combined_advantages, combined_chunk_advantages
 from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from chunkgrpo.core.sde import Kernel, predict_clean
@@ -27,8 +28,10 @@ from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
 from chunkgrpo.report.statistics import wilson_interval
-from chunkgrpo.rewards import score
-from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rewards.overlap import PendingScores, ScoringQueue
+from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.rewards.scoring import Scorer, is_groupwise
+from chunkgrpo.rewards.watch import RewardWatch
 from chunkgrpo.rollout import Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
@@ -57,6 +60,11 @@ class TrainSettings:
         advantage_clip: Largest absolute advantage.
         credit: ``"trajectory"`` credits every chunk with the image's reward; ``"gain"`` each chunk
             with what it added to the reward of the predicted clean image.
+        combine: How several rewards become one signal (``core.credit.COMBINATIONS``).
+        on_error: ``"stop"`` or ``"drop"``, what a score that is not usable does (``Scorer``).
+        quantise: Round images to 8 bits before they are scored.
+        async_rewards: Score images in threads while later ones are rolled out. The scores are the
+            same ones.
         learning_rate, betas, eps, weight_decay: Of AdamW.
         warmup: Optimizer steps of linear warm-up.
         max_grad_norm: Gradient clipping.
@@ -74,6 +82,10 @@ class TrainSettings:
     advantage: str = "group_std"
     advantage_clip: float = 5.0
     credit: str = "trajectory"
+    combine: str = "sum"
+    on_error: str = "stop"
+    quantise: bool = False
+    async_rewards: bool = False
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -107,6 +119,7 @@ class Trainer:
         refresh: Iterations between calls of ``replan``; 0 keeps the plan.
         usefulness: What a ``LearnedSelection`` of the algorithm observes: ``"gradient"`` or
             ``"reward"``.
+        watched: Rewards that score every rollout and are only logged.
     """
 
     policy: Policy
@@ -126,6 +139,7 @@ class Trainer:
     replan: Callable[[], ChunkPlan] | None = None
     refresh: int = 0
     usefulness: str = "gradient"
+    watched: Sequence[Reward] = ()
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -141,22 +155,46 @@ class Trainer:
         self.seconds = 0.0
         self.stopped = False
 
+    @cached_property
+    def scorer(self) -> Scorer:
+        """The rewards, and what happens when one of them misbehaves."""
+        s = self.settings
+        folder = self.folder / "unscored"
+        return Scorer(self.rewards, self.watched, s.combine, s.on_error, folder, s.quantise)
+
+    @cached_property
+    def watch(self) -> RewardWatch:
+        """What the rewards say about one another."""
+        return RewardWatch(self.scorer, self.settings.advantage)
+
     def run(self) -> bool:
         """Train to the last iteration, from the newest checkpoint where there is one.
 
         Returns:
             True when finished; False when interrupted (everything is saved then).
+
+        Raises:
+            RewardError: If a reward misbehaves. All finished iterations are saved: a later call
+                goes on with the one that failed.
         """
         self.resume()
         truncate_metrics(self.folder / "metrics.jsonl", self.iteration)
         with MetricsWriter(self.folder / "metrics.jsonl") as metrics, self.finish_on_interrupt():
             while self.iteration < self.settings.iterations and not self.stopped:
                 started = time.perf_counter()
-                record = self.train_once()
+                try:
+                    record = self.train_once()
+                except RewardError as error:
+                    # Scores come before any update, so this is the state after the last iteration.
+                    raise self.saved_before(error) from error
                 self.iteration += 1
                 self.seconds += time.perf_counter() - started
                 record |= {"iteration": self.iteration, "seconds": self.seconds}
-                record |= self.look()
+                try:
+                    record |= self.look()
+                except RewardError as error:
+                    metrics.write(record)
+                    raise self.saved_before(error) from error
                 self.on_iteration(metrics.write(record))
                 every = self.settings.checkpoint_every
                 last = self.iteration == self.settings.iterations
@@ -180,33 +218,47 @@ class Trainer:
             drawn = self.learned(plan, row, Generator().manual_seed(0))
             weights_C = self.learned.loss_weights(plan, row, drawn)[0]
             observer = ChunkObserver(plan, self.parameters, self.usefulness, weights_C)
-        with self.sampling_policy(algorithm):
-            trajectory = rollout(
-                self.policy,
-                prompts,
-                self.transition,
-                self.sigmas,
-                s.group_size,
-                generator,
-                same_noise=s.same_noise,
-                batch_size=s.rollout_batch,
-                window=window,
-                prefix=self.prefix,
-                tail=self.tail,
-                keep_velocities=algorithm.needs_velocities or s.credit == "gain",
-            )
-        clock.lap("rollout")
-        images = self.policy.decode(trajectory.final)
-        clock.lap("decode")
         repeated = [p for p in prompts for _ in range(s.group_size)]
-        rewards = score(self.rewards, images, repeated)
-        advantages = group_advantages(
-            rewards.total, len(prompts), s.advantage, clip=s.advantage_clip
-        )
+        label = f"{self.iteration + 1:06d}-"
+        with ScoringQueue(self.scorer, s.async_rewards) as queue:
+            pending = queue.batch(repeated, s.group_size, label)
+
+            def finished(rows: slice, latents: Tensor) -> None:
+                clock.lap("rollout")
+                pending.add(self.policy.decode(latents))
+                clock.lap("decode")
+
+            with self.sampling_policy(algorithm):
+                trajectory = rollout(
+                    self.policy,
+                    prompts,
+                    self.transition,
+                    self.sigmas,
+                    s.group_size,
+                    generator,
+                    same_noise=s.same_noise,
+                    batch_size=s.rollout_batch,
+                    window=window,
+                    prefix=self.prefix,
+                    tail=self.tail,
+                    keep_velocities=algorithm.needs_velocities or s.credit == "gain",
+                    finished=finished,
+                )
+            clock.lap("rollout")
+            boundaries = []
+            if s.credit == "gain":
+                plan = plan_of(algorithm)
+                boundaries = self.boundaries(queue, trajectory, plan, repeated, label)
+            rewards = pending.result()
+            boundaries = [*(each.result() for each in boundaries), rewards]
+        kept = kept_of(boundaries)
+        weights, num_prompts = self.scorer.weights, len(prompts)
+        options = (weights, num_prompts, s.combine, s.advantage, s.advantage_clip, kept)
+        advantages = combined_advantages(stacked(rewards), *options)
         credit = advantages.values
         if s.credit == "gain":
-            gains_BC = self.gains(trajectory, plan_of(algorithm), rewards, repeated)
-            credit = chunk_advantages(gains_BC, len(prompts), s.advantage, s.advantage_clip)
+            rewards_RBE = torch.stack([stacked(each) for each in boundaries], dim=2)
+            credit = combined_chunk_advantages(rewards_RBE, *options)
         clock.lap("reward")
         experience = Experience(trajectory, credit.to(trajectory.states.device))
         parts: list[Mapping[str, Tensor]] = []
@@ -229,9 +281,7 @@ class Trainer:
         pairs = sum(len(d["sample"]) for d in parts if "sample" in d)
         idle = sum(len(d["idle"]) for d in parts if "idle" in d)
         record: dict[str, Any] = {
-            "reward_mean": rewards.total.mean(),
-            "reward_std": rewards.total.std(),
-            "rewards": {name: values.mean() for name, values in rewards.raw.items()},
+            **self.watch.record(rewards, num_prompts, self.iteration + 1),
             "advantage_spread": advantages.spread.mean(),
             "zero_spread_groups": advantages.num_zero_spread,
             "loss": torch.stack(losses).sum(),
@@ -248,7 +298,8 @@ class Trainer:
             number = plan_of(algorithm).num_chunks
             record["chunk_probability"] = self.learned.probabilities(number).tolist()
         if s.credit == "gain":
-            record["chunk_gain"] = gains_BC.mean(0).tolist()
+            totals_BE = torch.stack([each.total for each in boundaries], dim=1)
+            record["chunk_gain"] = totals_BE.diff(dim=1).nanmean(0).tolist()
         record |= summarise(parts, trajectory.num_trained)
         seconds = clock.seconds()
         images_per_second = trajectory.num_samples / sum(seconds.values())
@@ -270,23 +321,28 @@ class Trainer:
         plan = restrict_plan(plan_of(self.algorithm), window)
         return with_plan(self.algorithm, plan), window
 
-    def gains(
+    def boundaries(
         self,
+        queue: ScoringQueue,
         trajectory: Trajectory,
         plan: ChunkPlan,
-        rewards: RewardBatch,
         prompts: Sequence[str],
-    ) -> Tensor:
-        """Score the clean prediction where each chunk begins; return the chunks' gains [B, C]."""
+        label: str,
+    ) -> list[PendingScores]:
+        """Begin to score the clean prediction where each chunk begins."""
         assert trajectory.velocities is not None
-        columns = []
+        begun = []
         for start in plan.starts:
             sigma = trajectory.trained_sigmas[start]
             clean = predict_clean(
                 trajectory.states[:, start], trajectory.velocities[:, start], sigma
             )
-            columns.append(score(self.rewards, self.policy.decode(clean), prompts).total)
-        return chunk_gains(torch.stack([*columns, rewards.total], dim=1))
+            size = trajectory.group_size
+            pending = queue.batch(prompts, size, f"{label}step-{start}-", watched=False)
+            for part in clean.split(self.settings.rollout_batch):
+                pending.add(self.policy.decode(part))
+            begun.append(pending)
+        return begun
 
     def update(self) -> Tensor:
         """Clip, step, average; return the gradient's norm before clipping."""
@@ -314,10 +370,21 @@ class Trainer:
         return {"accuracy": float(values.mean()), "accuracy_low": low, "accuracy_high": high}
 
     def evaluate(self, prompts: PromptSet, num_seeds: int, seed: int, **kwargs: Any) -> Evaluation:
-        """Evaluate the policy as it is."""
-        rewards = [self.judge, *(reward for reward, _ in self.rewards)]
-        unique = list({reward.name: reward for reward in reversed(rewards)}.values())
-        return evaluate(self.policy, prompts, self.sigmas, unique, num_seeds, seed, **kwargs)
+        """Evaluate the policy as it is, by the judge and by every reward that can.
+
+        A groupwise reward can not judge single images. Under ``on_error`` ``"drop"`` rewards other
+        than the judge may leave images without a score.
+
+        Raises:
+            RewardError: If a score of the judge, or with ``"stop"`` of any reward, is not usable.
+        """
+        others = [r for r in self.scorer.everything if num_seeds > 1 or not is_groupwise(r)]
+        unique = list({r.name: r for r in reversed([self.judge, *others])}.values())
+        drop = self.settings.on_error == "drop"
+        lenient = {reward.name for reward in unique} - {self.judge.name} if drop else set()
+        return evaluate(
+            self.policy, prompts, self.sigmas, unique, num_seeds, seed, lenient=lenient, **kwargs
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -327,6 +394,16 @@ class Trainer:
             return
         with self.ema.applied(self.parameters):
             yield
+
+    def saved_before(self, error: RewardError) -> RewardError:
+        """Save all finished iterations; return the error, which then says so."""
+        if not self.iteration:
+            return RewardError(error.reward, error.reason)
+        found = list_checkpoints(self.folder / "checkpoints")
+        if not found or found[-1].name != f"{self.iteration:06d}":
+            self.save()
+        saved = f"all {self.iteration} finished iterations are saved, go on with --resume"
+        return RewardError(error.reward, f"{error.reason}; {saved} {self.folder}")
 
     def save(self) -> None:
         """Write a checkpoint."""
@@ -492,9 +569,22 @@ class PhaseClock:
         self.times.append((name, time.perf_counter()))
 
     def seconds(self) -> dict[str, float]:
-        """Return the seconds of each phase."""
-        pairs = zip(self.times, self.times[1:], strict=False)
-        return {name: end - start for (_, start), (name, end) in pairs}
+        """Return the seconds of each phase, all its laps together."""
+        sums: dict[str, float] = defaultdict(float)
+        for (_, start), (name, end) in zip(self.times, self.times[1:], strict=False):
+            sums[name] += end - start
+        return dict(sums)
+
+
+def stacked(rewards: RewardBatch) -> Tensor:
+    """Return the trained rewards as [R, B]."""
+    return torch.stack(list(rewards.raw.values()))
+
+
+def kept_of(batches: Sequence[RewardBatch]) -> Tensor | None:
+    """Return the samples that all batches keep, [B]; None where these are all."""
+    masks = [batch.kept for batch in batches if batch.kept is not None]
+    return torch.stack(masks).all(dim=0) if masks else None
 
 
 def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:

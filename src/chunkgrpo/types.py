@@ -112,10 +112,19 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Scores of a batch: each reward raw [B], and their weighted total [B]."""
+    """Scores of a batch.
+
+    Attributes:
+        raw: Each reward as it scored, [B]; NaN where it gave no usable score.
+        total: What they combine to, [B]; NaN where a sample is dropped.
+        kept: False for dropped samples, [B]; None where all are kept.
+        watched: Rewards that are logged but not trained on, as ``raw``.
+    """
 
     raw: Mapping[str, Tensor]
     total: Tensor
+    kept: Tensor | None = None
+    watched: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from chunkgrpo.core.credit import (
+    COMBINATIONS,
     CONVENTIONS,
     Advantages,
     chunk_advantages,
     chunk_gains,
+    combined_advantages,
+    combined_chunk_advantages,
+    combined_rewards,
     group_advantages,
+    group_correlation,
+    reward_shares,
 )
 
 CENTRED = sorted(set(CONVENTIONS) - {"ungrouped", "group_std_median"})
@@ -210,3 +216,264 @@ def test_each_chunk_is_compared_with_the_same_chunk_of_its_siblings():
     # A gain's unit or offset is its own chunk's affair.
     moved = chunk_advantages(gains * torch.tensor([7.0, 1.0]) + 3, 2)
     assert torch.allclose(moved, normalised, atol=1e-5)
+
+
+# --- dropped samples --------------------------------------------------------------------------
+
+NAN = float("nan")
+
+
+def drop(groups, gone):
+    """Rewards [B] with garbage where (group, image) is gone, and what is kept."""
+    rewards = torch.tensor(groups, dtype=torch.float64)
+    kept = torch.ones_like(rewards, dtype=torch.bool)
+    for number, where in enumerate(gone):
+        kept[where] = False
+        rewards[where] = (NAN, math.inf, 1e9)[number % 3]
+    return rewards.flatten(), kept.flatten()
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("gone", [[(0, 1), (1, 3)], [(0, 0), (0, 2)], [(1, 2)]])
+def test_statistics_are_those_of_the_samples_left(convention, gone):
+    generator = torch.Generator().manual_seed(len(gone))
+    groups = (3 * torch.randn(2, 4, generator=generator, dtype=torch.float64)).tolist()
+    rewards, kept = drop(groups, gone)
+    left = [[r for g, r in enumerate(row) if (p, g) not in gone] for p, row in enumerate(groups)]
+    result = group_advantages(rewards, 2, convention, None, kept)
+    assert result.values[kept].tolist() == pytest.approx(by_definition(left, convention), rel=1e-9)
+    assert (result.values[~kept] == 0).all()
+    assert result.spread.tolist() == pytest.approx([statistics.stdev(row) for row in left])
+    assert int(result.num_zero_spread) == 0
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_groups_of_which_one_is_left_teach_nothing(convention):
+    rewards, kept = drop([[1.0, 5.0], [2.0, 3.0], [7.0, 7.5]], [(0, 1), (2, 0), (2, 1)])
+    result = group_advantages(rewards, 3, convention, kept_B=kept)
+    assert result.values.isfinite().all() and int(result.num_zero_spread) == 2
+    assert result.spread[[0, 2]].tolist() == [0.0, 0.0]
+    assert result.values[~kept].tolist() == [0.0] * 3
+    assert result.values[2] < result.values[3]
+    if CONVENTIONS[convention].centres_groups:
+        assert result.values[0] == 0
+    alone = group_advantages(rewards[:2], 1, convention, kept_B=kept[:2])
+    assert alone.values.tolist() == [0.0, 0.0] and int(alone.num_zero_spread) == 1
+    none = group_advantages(rewards, 3, convention, kept_B=torch.zeros(6, dtype=torch.bool))
+    assert none.values.tolist() == [0.0] * 6 and int(none.num_zero_spread) == 3
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_keeping_all_changes_no_bit(convention):
+    rewards = torch.randn(24, generator=torch.Generator().manual_seed(0))
+    kept = torch.ones(24, dtype=torch.bool)
+    assert torch.equal(
+        group_advantages(rewards, 4, convention, kept_B=kept).values,
+        group_advantages(rewards, 4, convention).values,
+    )
+
+
+def test_kept_samples_must_be_finite_and_fit():
+    rewards = torch.tensor([1.0, NAN, 2.0, 3.0])
+    with pytest.raises(ValueError, match=r"rewards\[1\] is nan"):
+        group_advantages(rewards, 2, kept_B=torch.tensor([True, True, False, True]))
+    for wrong in (torch.ones(3, dtype=torch.bool), torch.ones(4)):
+        with pytest.raises(ValueError, match=r"one boolean per sample is needed, \(4,\)"):
+            group_advantages(rewards, 2, kept_B=wrong)
+
+
+def test_chunks_of_dropped_samples_teach_nothing():
+    gains = torch.tensor([[1.0, 5], [NAN, 1], [3, 7], [0, 1], [0, 2], [3, 9]])
+    kept = torch.tensor([True, False, True, True, True, True])
+    found = chunk_advantages(gains, 2, "mean_only", None, kept)
+    expected = torch.tensor([[-1.0, -1], [0, 0], [1, 1], [-1, -3], [-1, -2], [2, 5]])
+    assert torch.allclose(found, expected)
+
+
+# --- several rewards --------------------------------------------------------------------------
+
+TWO = torch.tensor([[1.0, 2.0, 6.0, 0.5, 0.5, 2.0], [0.3, 0.1, 0.2, 0.9, 0.4, 0.2]]).double()
+WEIGHTS = torch.tensor([2.0, 0.5], dtype=torch.float64)
+
+
+def test_combined_rewards_by_hand():
+    a, b = TWO.tolist()
+    by_hand = {
+        "sum": [2 * x + 0.5 * y for x, y in zip(a, b, strict=True)],
+        "product": [x**2 * y**0.5 for x, y in zip(a, b, strict=True)],
+        "minimum": [min(2 * x, 0.5 * y) for x, y in zip(a, b, strict=True)],
+    }
+    by_hand |= {"advantage": by_hand["sum"], "gdpo": by_hand["sum"]}
+    for name in COMBINATIONS:
+        assert combined_rewards(TWO, WEIGHTS, name).tolist() == pytest.approx(by_hand[name])
+        alone = combined_rewards(TWO[:1], torch.ones(1), name)
+        assert torch.equal(alone, TWO[0])
+
+
+@pytest.mark.parametrize("combination", ["sum", "product", "minimum"])
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_a_combined_reward_is_credited_like_any_other(combination, convention):
+    total = combined_rewards(TWO, WEIGHTS, combination)
+    expected = group_advantages(total, 2, convention)
+    found = combined_advantages(TWO, WEIGHTS, 2, combination, convention)
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.spread, expected.spread)
+
+
+@pytest.mark.parametrize("convention", ["group_std", "group_population_std", "mean_only"])
+def test_advantages_of_each_reward_are_added_by_weight(convention):
+    parts = [by_definition([row[:3], row[3:]], convention) for row in TWO.tolist()]
+    expected = [2 * x + 0.5 * y for x, y in zip(*parts, strict=True)]
+    found = combined_advantages(TWO, WEIGHTS, 2, "advantage", convention, None)
+    assert found.values.tolist() == pytest.approx(expected, rel=1e-7)
+    rescaled = combined_advantages(TWO, WEIGHTS, 2, "gdpo", convention, None).values
+    mean, deviation = statistics.fmean(expected), statistics.stdev(expected) + 1e-4
+    assert rescaled.tolist() == pytest.approx([(x - mean) / deviation for x in expected], rel=1e-7)
+    assert combined_advantages(TWO, WEIGHTS, 2, "advantage", convention, 0.5).values.max() == 0.5
+
+
+def test_by_reward_units_do_not_matter_and_in_a_sum_they_do():
+    other = TWO * torch.tensor([[1000.0], [1.0]]) + 7
+    for combination, same in (("advantage", True), ("gdpo", True), ("sum", False)):
+        before, after = (
+            combined_advantages(r, WEIGHTS, 2, combination).values for r in (TWO, other)
+        )
+        assert torch.allclose(before, after, atol=1e-5) is same
+
+
+def test_with_one_reward_by_reward_is_the_plain_convention():
+    plain = group_advantages(TWO[0], 2)
+    found = combined_advantages(TWO[:1], torch.ones(1), 2, "advantage")
+    assert torch.equal(found.values, plain.values)
+    assert torch.equal(found.num_zero_spread, plain.num_zero_spread)
+
+
+def test_by_reward_a_group_teaches_while_one_reward_differs():
+    rewards = torch.tensor([[1.0, 1.0, 2.0, 2.0], [1.0, 2.0, 3.0, 3.0]])
+    found = combined_advantages(rewards, torch.ones(2), 2, "advantage", clip=None)
+    assert int(found.num_zero_spread) == 1
+    assert found.values[2:].tolist() == [0.0, 0.0] and found.values[0] < 0 < found.values[1]
+    # Two rewards that disagree cancel in the sum, and have spread nonetheless.
+    opposed = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
+    found = combined_advantages(opposed, torch.ones(2), 1, "gdpo")
+    assert int(found.num_zero_spread) == 0 and found.values.abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_dropped_samples_of_several_rewards(combination):
+    kept = torch.tensor([True, True, False, True, True, True])
+    rewards = TWO.clone()
+    rewards[1, 2] = NAN
+    found = combined_advantages(rewards, WEIGHTS, 2, combination, clip=None, kept_B=kept)
+    assert found.values[2] == 0 and found.values.isfinite().all()
+    first = combined_advantages(TWO[:, :2], WEIGHTS, 1, combination, clip=None).values
+    if combination != "gdpo":  # whose last step compares all groups
+        assert torch.allclose(found.values[:2], first)
+    else:
+        assert found.values[kept].std().item() == pytest.approx(1, abs=1e-3)
+    assert (
+        combined_rewards(rewards, WEIGHTS, combination, kept).isnan().tolist() == (~kept).tolist()
+    )
+    shares = reward_shares(rewards, WEIGHTS, 2, combination, kept_B=kept)
+    assert shares.sum().item() == pytest.approx(1)
+    one = torch.tensor([True] + [False] * 5)
+    alone = combined_advantages(rewards, WEIGHTS, 2, combination, kept_B=one)
+    assert alone.values.tolist() == [0.0] * 6 and int(alone.num_zero_spread) == 2
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_shares_of_a_sum_are_those_of_the_variances(convention):
+    rewards = torch.tensor([[0.0, 1.0, 5.0, 6.0], [0.0, 3.0, 0.0, 3.0]])
+    found = reward_shares(rewards, torch.ones(2), 2, "sum", convention)
+    assert found.tolist() == pytest.approx([0.1, 0.9], rel=1e-4)
+    found = reward_shares(rewards, torch.tensor([3.0, -1.0]), 2, "sum", "mean_only")
+    assert found.isnan().all()  # 3 a - b has no spread in any group
+    found = reward_shares(rewards, torch.tensor([6.0, 1.0]), 2, "sum", convention)
+    assert found.tolist() == pytest.approx([0.8, 0.2], rel=1e-4)
+
+
+def test_shares_of_the_other_combinations():
+    rewards = torch.tensor([[0.0, 1.0, 5.0, 6.0], [0.0, 300.0, 0.0, 300.0]])
+    weights = torch.tensor([1.0, 2.0])
+    for combination in ("advantage", "gdpo"):
+        found = reward_shares(rewards, weights, 2, combination)
+        assert found.tolist() == pytest.approx([0.2, 0.8], rel=1e-4)
+    # Deviations relative to the mean: 0.1 of the one, 0.2 of the other.
+    product = torch.tensor([[0.9, 1.1], [8.0, 12.0]])
+    found = reward_shares(product, torch.ones(2), 1, "product")
+    assert found.tolist() == pytest.approx([0.2, 0.8], rel=1e-4)
+    found = reward_shares(product, torch.tensor([4.0, 1.0]), 1, "product")
+    assert found.tolist() == pytest.approx([0.8, 0.2], rel=1e-4)
+    # The first is smallest twice, the second once, and once they tie.
+    lowest = torch.tensor([[1.0, 5.0, 2.0, 1.0], [2.0, 4.0, 2.0, 3.0]])
+    found = reward_shares(lowest, torch.ones(2), 2, "minimum")
+    assert found.tolist() == pytest.approx([0.625, 0.375])
+
+
+@pytest.mark.parametrize(
+    ("combination", "weights", "advantages", "share"),
+    [
+        ("sum", [1.0, 1.0], [-0.899, 0.831, -0.831, 0.899], 0.002),
+        ("advantage", [1.0, 1.0], [-2.028, 0.479, -0.479, 2.028], 0.5),
+        ("gdpo", [1.0, 1.0], [-1.192, 0.282, -0.282, 1.192], 0.5),
+        ("product", [1.0, 1.0], [-0.860, 0.717, -0.860, 1.003], 0.009),
+        ("minimum", [4.0, 1.0], [-0.863, 0.752, -0.863, 0.973], 0.25),
+    ],
+)
+def test_the_worked_example_of_the_documentation(combination, weights, advantages, share):
+    rewards = torch.tensor([[0.20, 0.22, 0.24, 0.26], [0.0, 1.0, 0.0, 1.0]])
+    found = combined_advantages(rewards, torch.tensor(weights), 1, combination)
+    assert found.values.tolist() == pytest.approx(advantages, abs=6e-4)
+    shares = reward_shares(rewards, torch.tensor(weights), 1, combination)
+    assert shares[0].item() == pytest.approx(share, abs=6e-4)
+
+
+def test_correlation_is_within_groups():
+    a = torch.tensor([1.0, 2.0, 4.0, 10.0, 11.0, 15.0])
+    assert group_correlation(a, 3 * a + 1, 2).item() == pytest.approx(1)
+    assert group_correlation(a, -a, 2).item() == pytest.approx(-1)
+    moved = a + torch.tensor([100.0] * 3 + [0.0] * 3)  # prompts differ, images do not
+    assert group_correlation(a, moved, 2).item() == pytest.approx(1)
+    other = torch.tensor([0.0, 4.0, 5.0, 1.0])
+    mine = torch.tensor([0.0, 3.0, 0.0, 3.0])
+    expected = 0.0  # agreement in one group, disagreement as strong in the other
+    assert group_correlation(mine, other, 2).item() == pytest.approx(expected)
+    kept = torch.tensor([True, True, False, True, True, True])
+    broken = a.clone()
+    broken[2] = NAN
+    assert group_correlation(broken, a, 2, kept).item() == pytest.approx(1)
+    assert group_correlation(a, torch.full((6,), 0.1), 2).isnan()
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_chunks_are_credited_with_what_they_add_to_several_rewards(combination):
+    generator = torch.Generator().manual_seed(1)
+    rewards = torch.rand(2, 6, 3, generator=generator, dtype=torch.float64)
+    found = combined_chunk_advantages(rewards, WEIGHTS, 2, combination)
+    assert found.shape == (6, 2)
+    for chunk in range(2):
+        before, after = rewards[:, :, chunk], rewards[:, :, chunk + 1]
+        if combination in ("advantage", "gdpo"):
+            expected = combined_advantages(after - before, WEIGHTS, 2, combination).values
+        else:
+            gain = combined_rewards(after, WEIGHTS, combination)
+            gain = gain - combined_rewards(before, WEIGHTS, combination)
+            expected = group_advantages(gain, 2).values
+        assert torch.allclose(found[:, chunk], expected)
+
+
+@pytest.mark.parametrize(
+    ("rewards", "weights", "combination", "message"),
+    [
+        (TWO, WEIGHTS, "best", "'best'; it must be one of.*'minimum'"),
+        (TWO, WEIGHTS[:1], "sum", r"shape \(2, 6\) and weights of shape \(1,\)"),
+        (TWO[0], WEIGHTS, "sum", r"shape \(6,\)"),
+        (TWO[:0], WEIGHTS[:0], "sum", "at least one reward"),
+        (TWO, -WEIGHTS, "minimum", "needs positive ones"),
+        (TWO, 0 * WEIGHTS, "product", "needs positive ones"),
+        (TWO - 0.15, WEIGHTS, "product", "reward 1 scored -0.05 for sample 1"),
+    ],
+)
+def test_combinations_refuse_what_makes_no_sense(rewards, weights, combination, message):
+    with pytest.raises(ValueError, match=message):
+        combined_rewards(rewards, weights, combination)

@@ -179,19 +179,21 @@ def test_nothing_measured_is_no_observation():
 def test_gains_sum_to_the_reward_above_the_first_prediction(tmp_path):
     trainer = make_trainer(tmp_path, replace(SETTINGS, iterations=1, credit="gain"))
     seen = {}
-    original = trainer.gains
+    original = trainer.boundaries
 
-    def gains(trajectory, plan, rewards, prompts):
-        seen["gains"] = original(trajectory, plan, rewards, prompts)
-        seen["rewards"], seen["trajectory"] = rewards.total, trajectory
-        return seen["gains"]
+    def boundaries(queue, trajectory, *rest):
+        seen["pending"], seen["trajectory"] = original(queue, trajectory, *rest), trajectory
+        return seen["pending"]
 
-    trainer.gains = gains
+    trainer.boundaries = boundaries
     assert trainer.run()
     t = seen["trajectory"]
+    final = BRIGHTNESS(trainer.policy.decode(t.final), [""] * 18)
+    totals = [pending.result().total for pending in seen["pending"]]
+    seen["gains"] = torch.stack([*totals, final], dim=1).diff(dim=1)
     first = trainer.policy.decode(t.states[:, 0] - t.sigmas[0] * t.velocities[:, 0])
     start = BRIGHTNESS(first, [""] * 18)
-    torch.testing.assert_close(seen["gains"].sum(1), seen["rewards"] - start)
+    torch.testing.assert_close(seen["gains"].sum(1), final - start)
     record = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert record["chunk_gain"] == pytest.approx(seen["gains"].mean(0).tolist())
 

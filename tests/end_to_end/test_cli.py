@@ -215,6 +215,12 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
         (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
+        (["train", "--resume", "TMP", "--async-rewards"], "--async-rewards"),
+        (["train", "--set", "rewards=[{name: shapes},{name: shapes}]"], "two rewards are named"),
+        (["train", "--set", "rewards=[]"], "at least 1 item"),
+        (["serve-reward", "clipp"], "unknown reward 'clipp'"),
+        (["serve-reward", "shapes", "--option", "mode"], "key=value"),
+        (["serve-reward", "shapes", "--host", "0.0.0.0"], "there is no token"),
         (["chunks", "step-level"], "--recipe step-level"),
         (["chunks", "--rule", "best"], "known: optimal"),
         (["chunks", "--rule", "paper"], "needs sampling.steps = 17"),
@@ -247,13 +253,15 @@ def test_every_flag_is_known() -> None:
         if name != "shapes"
     }
     assert flags == {
-        "train": ["--chunks", "--out", "--resume", "--set"],
+        "train": ["--async-rewards", "--chunks", "--out", "--resume", "--set"],
         "sample": ["--images", "--out", "--seed"],
         "evaluate": ["--split"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],
-    }
+        "serve-reward": ["--host", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
+                         "--port", "--timeout", "--token"],
+    }  # fmt: skip
 
 
 def test_known_keys_and_errors() -> None:

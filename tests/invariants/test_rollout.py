@@ -183,7 +183,7 @@ def test_rows_are_counted_and_progress_is_told():
         seeds=SEEDS, batch_size=5, progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert trajectory.num_evaluations == 12 * 6
-    assert seen[:3] == [(5, 72), (10, 72), (12, 72)] and seen[-1] == (72, 72)
+    assert seen[:3] == [(5, 72), (10, 72), (15, 72)] and seen[-1] == (72, 72)
     seen.clear()
     rollout(
         toy(), "abc", FLOW, SIGMAS, 4, seeds=SEEDS, same_noise=True,

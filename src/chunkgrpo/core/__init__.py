@@ -42,12 +42,22 @@ from .chunks import (
     whole_plan,
 )
 from .credit import (
+    COMBINATIONS,
     CONVENTIONS,
     Advantages,
+    Combination,
     Convention,
     chunk_advantages,
     chunk_gains,
+    combined_advantages,
+    combined_chunk_advantages,
+    combined_rewards,
     group_advantages,
+    group_correlation,
+    reward_shares,
+    weighted_minimum,
+    weighted_product,
+    weighted_sum,
 )
 from .dynamics import DISTANCES, cosine_distance, mean_curve, relative_l1, relative_l2
 from .forward import (
@@ -123,6 +133,7 @@ from .windows import (
 )
 
 __all__ = [
+    "COMBINATIONS",
     "CONVENTIONS",
     "DIFFERENCES",
     "DISTANCES",
@@ -137,6 +148,7 @@ __all__ = [
     "ChunkPlan",
     "ChunkWindow",
     "Clip",
+    "Combination",
     "Convention",
     "CpsTransition",
     "DanceDiffusion",
@@ -164,6 +176,9 @@ __all__ = [
     "chosen_mask",
     "chunk_advantages",
     "chunk_gains",
+    "combined_advantages",
+    "combined_chunk_advantages",
+    "combined_rewards",
     "chunk_log_ratio",
     "chunk_weights",
     "clipped_surrogate",
@@ -177,6 +192,11 @@ __all__ = [
     "gradient_is_cut",
     "gradient_usefulness",
     "group_advantages",
+    "group_correlation",
+    "reward_shares",
+    "weighted_minimum",
+    "weighted_product",
+    "weighted_sum",
     "importance_weights",
     "inverse_dt_weights",
     "k3_kl",

@@ -3,15 +3,20 @@
 
 G images of one prompt form a group; an image's advantage is its reward relative to the group.
 Published code differs in what the difference is divided by, and each variant is one function
-here, registered by name in ``CONVENTIONS``.
+here, registered by name in ``CONVENTIONS``. Several rewards become one advantage in one of the
+ways of ``COMBINATIONS``.
 
-Axes: P prompts, G images per prompt, B = P * G samples, prompt-major.
+An image without a usable reward is dropped: inside the conventions its reward is NaN, which no
+mean and no deviation counts, and its advantage is 0.
+
+Axes: P prompts, G images per prompt, B = P * G samples, prompt-major; R rewards, C chunks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,8 +35,8 @@ class Advantages:
     Attributes:
         values: One advantage per sample, [B].
         spread: Unbiased standard deviation of the raw rewards within each group, [P].
-        num_zero_spread: Number of groups whose rewards are all equal and which therefore teach
-            nothing (0-dim integer tensor).
+        num_zero_spread: Number of groups whose rewards are all equal, or of which fewer than two
+            images are left, and which therefore teach nothing (0-dim integer tensor).
     """
 
     values: Tensor
@@ -44,7 +49,7 @@ class Convention:
     """One way to normalise rewards.
 
     Attributes:
-        normalise: [P, G] rewards -> [P, G] advantages.
+        normalise: [P, G] rewards, NaN where an image is dropped -> [P, G] advantages, NaN there.
         centres_groups: Whether each group is compared with its own mean. Then a group whose
             rewards are all equal has advantage exactly 0.
     """
@@ -53,8 +58,31 @@ class Convention:
     centres_groups: bool = True
 
 
+def _group_mean(rewards_PG: Tensor) -> Tensor:
+    # Without NaN, nanmean may round differently from mean.
+    if rewards_PG.isnan().any():
+        return rewards_PG.nanmean(dim=1, keepdim=True)
+    return rewards_PG.mean(dim=1, keepdim=True)
+
+
 def _group_centred(rewards_PG: Tensor) -> Tensor:
-    return rewards_PG - rewards_PG.mean(dim=1, keepdim=True)
+    return rewards_PG - _group_mean(rewards_PG)
+
+
+def _group_spread(rewards_PG: Tensor, correction: int = 1) -> Tensor:
+    """Standard deviation of each group [P, 1]; NaN of groups with ``correction`` images or less."""
+    if not rewards_PG.isnan().any():
+        return rewards_PG.std(dim=1, keepdim=True, correction=correction)
+    squares_P1 = _group_centred(rewards_PG).square().nansum(dim=1, keepdim=True)
+    freedom_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True) - correction
+    return (squares_P1 / freedom_P1.clamp(min=0)).sqrt()
+
+
+def _batch_spread(rewards_PG: Tensor, correction: int = 1) -> Tensor:
+    kept = rewards_PG[~rewards_PG.isnan()]
+    if len(kept) <= correction:
+        return torch.full_like(rewards_PG[0, 0], float("nan"))
+    return kept.std(correction=correction)
 
 
 def group_std(rewards_PG: Tensor) -> Tensor:
@@ -72,7 +100,7 @@ def group_std(rewards_PG: Tensor) -> Tensor:
 
     Reference: DanceGRPO, arXiv:2505.07818; Chunk-GRPO, arXiv:2510.21583.
     """
-    return _group_centred(rewards_PG) / (rewards_PG.std(dim=1, keepdim=True) + TINY)
+    return _group_centred(rewards_PG) / (_group_spread(rewards_PG) + TINY)
 
 
 def group_population_std(rewards_PG: Tensor) -> Tensor:
@@ -90,8 +118,7 @@ def group_population_std(rewards_PG: Tensor) -> Tensor:
 
     Reference: Flow-GRPO, arXiv:2505.05470, eq. 5, per-prompt variant.
     """
-    spread_P1 = rewards_PG.std(dim=1, keepdim=True, correction=0)
-    return _group_centred(rewards_PG) / (spread_P1 + SMALL)
+    return _group_centred(rewards_PG) / (_group_spread(rewards_PG, correction=0) + SMALL)
 
 
 def global_std(rewards_PG: Tensor) -> Tensor:
@@ -109,7 +136,7 @@ def global_std(rewards_PG: Tensor) -> Tensor:
 
     Reference: an option of the DanceGRPO line of code, arXiv:2505.07818.
     """
-    return _group_centred(rewards_PG) / (rewards_PG.std() + TINY)
+    return _group_centred(rewards_PG) / (_batch_spread(rewards_PG) + TINY)
 
 
 def flow_grpo(rewards_PG: Tensor) -> Tensor:
@@ -125,7 +152,7 @@ def flow_grpo(rewards_PG: Tensor) -> Tensor:
 
     Reference: Flow-GRPO, arXiv:2505.05470, default of its code.
     """
-    return _group_centred(rewards_PG) / (rewards_PG.std(correction=0) + SMALL)
+    return _group_centred(rewards_PG) / (_batch_spread(rewards_PG, correction=0) + SMALL)
 
 
 def group_std_median(rewards_PG: Tensor) -> Tensor:
@@ -145,7 +172,7 @@ def group_std_median(rewards_PG: Tensor) -> Tensor:
     Reference: an option of the Chunk-GRPO code, arXiv:2510.21583.
     """
     advantages_PG = group_std(rewards_PG)
-    return advantages_PG - advantages_PG.quantile(0.5, dim=1, keepdim=True)
+    return advantages_PG - advantages_PG.nanquantile(0.5, dim=1, keepdim=True)
 
 
 def ungrouped(rewards_PG: Tensor) -> Tensor:
@@ -163,7 +190,8 @@ def ungrouped(rewards_PG: Tensor) -> Tensor:
 
     Reference: an option of the DanceGRPO line of code, arXiv:2505.07818.
     """
-    return (rewards_PG - rewards_PG.mean()) / (rewards_PG.std() + TINY)
+    mean = rewards_PG[~rewards_PG.isnan()].mean()
+    return (rewards_PG - mean) / (_batch_spread(rewards_PG) + TINY)
 
 
 def mean_only(rewards_PG: Tensor) -> Tensor:
@@ -197,8 +225,8 @@ CONVENTIONS: dict[str, Convention] = {
 """Normalisations by the name a configuration uses."""
 
 
-def _validated_groups(rewards_B: Tensor, num_prompts: int) -> Tensor:
-    """[B] -> [P, G], float32 or better, or the reason why not."""
+def _validated_groups(rewards_B: Tensor, num_prompts: int, kept_B: Tensor | None) -> Tensor:
+    """[B] -> [P, G], float32 or better with NaN where dropped, or the reason why not."""
     if rewards_B.ndim != 1:
         raise ValueError(
             f"rewards have shape {tuple(rewards_B.shape)}; one reward per sample is needed, [B]; "
@@ -216,19 +244,44 @@ def _validated_groups(rewards_B: Tensor, num_prompts: int) -> Tensor:
             "the group size is 1; an advantage compares images of one prompt, so a group needs "
             "at least 2; raise group_size"
         )
-    finite_B = rewards_B.isfinite()
+    if kept_B is not None and (kept_B.shape != rewards_B.shape or kept_B.dtype != torch.bool):
+        raise ValueError(
+            f"the kept samples are {kept_B.dtype} of shape {tuple(kept_B.shape)}; one boolean per "
+            f"sample is needed, {tuple(rewards_B.shape)}"
+        )
+    finite_B = rewards_B.isfinite() if kept_B is None else rewards_B.isfinite() | ~kept_B
     if not finite_B.all():
         index = int((~finite_B).nonzero()[0])
         raise ValueError(
             f"rewards[{index}] is {rewards_B[index].item()} (prompt {index // group_size}, image "
             f"{index % group_size}); every reward must be finite; fix the reward function, "
-            "or give failed images its lowest score"
+            "or drop failed images"
         )
-    return at_least_float32(rewards_B).reshape(num_prompts, group_size)
+    rewards_B = at_least_float32(rewards_B)
+    if kept_B is not None:
+        rewards_B = rewards_B.masked_fill(~kept_B, float("nan"))
+    return rewards_B.reshape(num_prompts, group_size)
+
+
+def _without_spread(rewards_PG: Tensor) -> Tensor:
+    """Say which groups teach nothing, [P]: all rewards equal, or fewer than two left."""
+    dropped_PG = rewards_PG.isnan()
+    highest_P = rewards_PG.masked_fill(dropped_PG, -torch.inf).amax(dim=1)
+    lowest_P = rewards_PG.masked_fill(dropped_PG, torch.inf).amin(dim=1)
+    return (highest_P == lowest_P) | ((~dropped_PG).sum(dim=1) < 2)
+
+
+def _validated_clip(clip: float | None) -> None:
+    if clip is not None and not clip > 0:
+        raise ValueError(f"the advantage clip is {clip}; it must be above 0; None turns it off")
 
 
 def group_advantages(
-    rewards_B: Tensor, num_prompts: int, convention: str = "group_std", clip: float | None = 5.0
+    rewards_B: Tensor,
+    num_prompts: int,
+    convention: str = "group_std",
+    clip: float | None = 5.0,
+    kept_B: Tensor | None = None,
 ) -> Advantages:
     """Group-relative advantages of one reward.
 
@@ -238,18 +291,21 @@ def group_advantages(
     would make an advantage out of nothing.
 
     Args:
-        rewards_B: [B], finite, any unit.
+        rewards_B: [B], finite where kept, any unit.
         num_prompts: P >= 1, a divisor of B; groups have G = B / P >= 2 samples.
         convention: A name in ``CONVENTIONS``.
         clip: Advantages are clamped to [-clip, clip]; None leaves them alone. A clamp that binds
             breaks the zero sum.
+        kept_B: False for samples that are dropped, [B]; all are kept where None. Statistics are
+            those of the kept ones, as if a group had never had the others, whose advantage is 0.
+            A group with fewer than two left has no spread.
 
     Returns:
         Advantages [B] with the groups' spread [P] and the number of groups without any.
 
     Raises:
-        ValueError: If the shapes do not form groups of at least two, a reward is not finite, the
-            convention is unknown, or ``clip`` is not positive.
+        ValueError: If the shapes do not form groups of at least two, a kept reward is not finite,
+            the convention is unknown, or ``clip`` is not positive.
 
     Reference: Chunk-GRPO, arXiv:2510.21583, eq. 4; GRPO, arXiv:2402.03300.
     """
@@ -258,20 +314,23 @@ def group_advantages(
             f"the advantage convention is {convention!r}; it must be one of "
             f"{sorted(CONVENTIONS)}; choose one of these"
         )
-    if clip is not None and not clip > 0:
-        raise ValueError(f"the advantage clip is {clip}; it must be above 0; None turns it off")
-    rewards_PG = _validated_groups(rewards_B, num_prompts)
+    _validated_clip(clip)
+    rewards_PG = _validated_groups(rewards_B, num_prompts, kept_B)
     rule = CONVENTIONS[convention]
     advantages_PG = rule.normalise(rewards_PG)
-    all_equal_P = rewards_PG.amax(dim=1) == rewards_PG.amin(dim=1)
+    flat_P = _without_spread(rewards_PG)
     if rule.centres_groups:
-        advantages_PG = advantages_PG.masked_fill(all_equal_P[:, None], 0.0)
+        advantages_PG = advantages_PG.masked_fill(flat_P[:, None], 0.0)
+    dropped_PG = rewards_PG.isnan()
+    # One sample has no deviation, not even under a convention that ignores groups.
+    too_few = (~dropped_PG).sum() < 2
+    advantages_PG = advantages_PG.masked_fill(dropped_PG | too_few, 0.0)
     if clip is not None:
         advantages_PG = advantages_PG.clamp(-clip, clip)
     return Advantages(
         values=advantages_PG.reshape(-1),
-        spread=torch.where(all_equal_P, 0.0, rewards_PG.std(dim=1)),
-        num_zero_spread=all_equal_P.sum(),
+        spread=torch.where(flat_P, 0.0, _group_spread(rewards_PG)[:, 0]),
+        num_zero_spread=flat_P.sum(),
     )
 
 
@@ -313,6 +372,7 @@ def chunk_advantages(
     num_prompts: int,
     convention: str = "group_std",
     clip: float | None = 5.0,
+    kept_B: Tensor | None = None,
 ) -> Tensor:
     """Group-relative advantages of each chunk by its own gain.
 
@@ -323,7 +383,7 @@ def chunk_advantages(
         gains_BC: :func:`chunk_gains`, [B, C].
         num_prompts: P.
         convention: A name in ``CONVENTIONS``.
-        clip: As in :func:`group_advantages`.
+        clip, kept_B: As in :func:`group_advantages`.
 
     Returns:
         [B, C].
@@ -331,7 +391,320 @@ def chunk_advantages(
     Reference: Stepwise-Flow-GRPO (gains by step); the chunk form is this library's.
     """
     columns = [
-        group_advantages(gain_B, num_prompts, convention, clip).values
+        group_advantages(gain_B, num_prompts, convention, clip, kept_B).values
         for gain_B in gains_BC.unbind(1)
     ]
     return torch.stack(columns, dim=1)
+
+
+# --- several rewards --------------------------------------------------------------------------
+
+
+def weighted_sum(rewards_RB: Tensor, weights_R: Tensor) -> Tensor:
+    r"""Rewards added by weight.
+
+    .. math:: T_b = \sum_k w_k r_{kb}
+
+    The reward of the larger spread decides, whatever the weights were meant to say.
+
+    Args:
+        rewards_RB: [R, B].
+        weights_R: [R], any sign.
+
+    Returns:
+        [B].
+    """
+    total_B = torch.zeros_like(rewards_RB[0])
+    for weight, rewards_B in zip(weights_R, rewards_RB, strict=True):
+        total_B = total_B + weight * rewards_B
+    return total_B
+
+
+def weighted_product(rewards_RB: Tensor, weights_R: Tensor) -> Tensor:
+    r"""Rewards multiplied, their weights being exponents.
+
+    .. math:: T_b = \prod_k r_{kb}^{w_k}
+
+    A zero in one reward can not be made up for by another. Only relative differences count, so
+    units do not matter.
+
+    Args:
+        rewards_RB: [R, B], not negative: the product of two bad scores must not be a good one.
+        weights_R: [R], positive.
+
+    Returns:
+        [B].
+    """
+    return (rewards_RB ** weights_R[:, None]).prod(dim=0)
+
+
+def weighted_minimum(rewards_RB: Tensor, weights_R: Tensor) -> Tensor:
+    r"""The worst reward after scaling.
+
+    .. math:: T_b = \min_k w_k r_{kb}
+
+    Weights bring rewards to one scale; one that is never the smallest teaches nothing.
+
+    Args:
+        rewards_RB: [R, B].
+        weights_R: [R], positive.
+
+    Returns:
+        [B].
+    """
+    return (rewards_RB * weights_R[:, None]).amin(dim=0)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One way to make one learning signal of several rewards.
+
+    Attributes:
+        total: [R, B] rewards and [R] weights -> [B].
+        by_reward: Whether each reward becomes advantages of its own, which are then added by
+            weight; ``total`` is then what is reported, not what is trained on.
+        rescaled: Whether the sum of advantages is brought to unit deviation over the batch.
+        positive: Whether weights must be positive.
+    """
+
+    total: Callable[[Tensor, Tensor], Tensor]
+    by_reward: bool = False
+    rescaled: bool = False
+    positive: bool = False
+
+
+COMBINATIONS: dict[str, Combination] = {
+    "sum": Combination(weighted_sum),
+    "advantage": Combination(weighted_sum, by_reward=True),
+    "gdpo": Combination(weighted_sum, by_reward=True, rescaled=True),
+    "product": Combination(weighted_product, positive=True),
+    "minimum": Combination(weighted_minimum, positive=True),
+}
+"""Combinations by the name a configuration uses."""
+
+
+def _validated_combination(
+    rewards_RB: Tensor, weights_R: Tensor, combination: str, kept_B: Tensor | None
+) -> Combination:
+    if combination not in COMBINATIONS:
+        raise ValueError(
+            f"the combination of rewards is {combination!r}; it must be one of "
+            f"{sorted(COMBINATIONS)}; choose one of these"
+        )
+    if rewards_RB.ndim != 2 or weights_R.shape != rewards_RB.shape[:1] or not len(weights_R):
+        raise ValueError(
+            f"rewards of shape {tuple(rewards_RB.shape)} and weights of shape "
+            f"{tuple(weights_R.shape)} do not fit; pass [R, B] and [R], at least one reward"
+        )
+    rule = COMBINATIONS[combination]
+    if rule.positive and not (weights_R > 0).all():
+        raise ValueError(
+            f"reward weights are {weights_R.tolist()}; combination {combination!r} needs positive "
+            "ones; use 'sum' to subtract a reward"
+        )
+    if rule.total is weighted_product:
+        wrong_RB = rewards_RB < 0
+        if kept_B is not None:
+            wrong_RB = wrong_RB & kept_B
+        if wrong_RB.any():
+            reward, sample = wrong_RB.nonzero()[0].tolist()
+            raise ValueError(
+                f"reward {reward} scored {rewards_RB[reward, sample].item():g} for sample "
+                f"{sample}; a product needs scores that are not negative; shift the reward, or "
+                "combine by 'advantage'"
+            )
+    return rule
+
+
+def combined_rewards(
+    rewards_RB: Tensor, weights_R: Tensor, combination: str = "sum", kept_B: Tensor | None = None
+) -> Tensor:
+    """One number per sample from several rewards.
+
+    Args:
+        rewards_RB: [R, B], finite where kept.
+        weights_R: [R].
+        combination: A name in ``COMBINATIONS``.
+        kept_B: False for dropped samples, [B]; all are kept where None.
+
+    Returns:
+        [B], NaN where dropped.
+
+    Raises:
+        ValueError: If the combination is unknown, or weights or scores are not allowed in it.
+    """
+    rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
+    total_B = rule.total(rewards_RB, weights_R)
+    return total_B if kept_B is None else total_B.masked_fill(~kept_B, float("nan"))
+
+
+def combined_advantages(
+    rewards_RB: Tensor,
+    weights_R: Tensor,
+    num_prompts: int,
+    combination: str = "sum",
+    convention: str = "group_std",
+    clip: float | None = 5.0,
+    kept_B: Tensor | None = None,
+) -> Advantages:
+    r"""Group-relative advantages of several rewards.
+
+    By reward (``"advantage"``, ``"gdpo"``), with :math:`A_k` the advantages of reward k alone:
+
+    .. math:: A_b = \sum_k w_k A_{kb}, \qquad
+              A^{gdpo}_b = \frac{A_b - \bar A}{s_{B-1} + 10^{-4}}
+
+    so weights say what they seem to, whatever the rewards' units; else those of the combined
+    reward. The clamp is applied to the result.
+
+    Args:
+        rewards_RB: [R, B], finite where kept.
+        weights_R: [R].
+        num_prompts: P.
+        combination: A name in ``COMBINATIONS``.
+        convention, clip, kept_B: As in :func:`group_advantages`.
+
+    Returns:
+        Advantages. By reward, a group has no spread where no reward has any; the spread is that
+        of the weighted sum.
+
+    Raises:
+        ValueError: As :func:`group_advantages` and :func:`combined_rewards`.
+
+    Reference: GDPO, arXiv:2601.05242, for the normalisation by reward and the rescaling.
+    """
+    rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
+    total_B = combined_rewards(rewards_RB, weights_R, combination, kept_B)
+    whole = group_advantages(total_B, num_prompts, convention, clip, kept_B)
+    if not rule.by_reward:
+        return whole
+    each = [group_advantages(r_B, num_prompts, convention, None, kept_B) for r_B in rewards_RB]
+    values_B = weighted_sum(torch.stack([part.values for part in each]), weights_R)
+    if rule.rescaled:
+        counted_B = slice(None) if kept_B is None else kept_B
+        rest_B = values_B[counted_B]
+        if len(rest_B) > 1:
+            scaled_B = (values_B - rest_B.mean()) / (rest_B.std() + SMALL)
+            values_B = scaled_B if kept_B is None else scaled_B.masked_fill(~kept_B, 0.0)
+    if clip is not None:
+        values_B = values_B.clamp(-clip, clip)
+    flat_P = torch.stack([part.spread == 0 for part in each]).all(dim=0)
+    return Advantages(values_B, whole.spread, flat_P.sum())
+
+
+def combined_chunk_advantages(
+    rewards_RBE: Tensor,
+    weights_R: Tensor,
+    num_prompts: int,
+    combination: str = "sum",
+    convention: str = "group_std",
+    clip: float | None = 5.0,
+    kept_B: Tensor | None = None,
+) -> Tensor:
+    """Group-relative advantages of each chunk by what it adds to several rewards.
+
+    By reward, a chunk's gains in each reward are normalised before they are added; else the
+    combined reward's gains are those of :func:`chunk_gains`.
+
+    Args:
+        rewards_RBE: Each reward of the predictions at the chunk boundaries, [R, B, C+1].
+        weights_R, num_prompts, combination, convention, clip, kept_B: As in
+            :func:`combined_advantages`.
+
+    Returns:
+        [B, C].
+    """
+    boundaries = rewards_RBE.unbind(2)
+    if _validated_combination(boundaries[0], weights_R, combination, kept_B).by_reward:
+        columns = [
+            combined_advantages(
+                after - before, weights_R, num_prompts, combination, convention, clip, kept_B
+            ).values
+            for before, after in pairwise(boundaries)
+        ]
+        return torch.stack(columns, dim=1)
+    totals = [combined_rewards(r_RB, weights_R, combination, kept_B) for r_RB in boundaries]
+    gains_BC = chunk_gains(torch.stack(totals, dim=1))
+    return chunk_advantages(gains_BC, num_prompts, convention, clip, kept_B)
+
+
+def reward_shares(
+    rewards_RB: Tensor,
+    weights_R: Tensor,
+    num_prompts: int,
+    combination: str = "sum",
+    convention: str = "group_std",
+    kept_B: Tensor | None = None,
+) -> Tensor:
+    r"""How much of the advantages' variance each reward brings.
+
+    .. math:: \rho_k = \frac{\sum_b a_{kb}^2}{\sum_j \sum_b a_{jb}^2}
+
+    with :math:`a_k` the reward's own part of the advantage: of a sum, its weighted deviation from
+    the group's mean over what the group is divided by; by reward, its weighted advantage; of a
+    product, to first order, its weighted deviation relative to the group's mean, times the mean
+    product. A minimum has no parts: there :math:`\rho_k` is the share of samples in which reward k
+    is the smallest, ties divided. Parts may cancel (two rewards that disagree); shares do not show
+    it, correlations do.
+
+    Args:
+        rewards_RB, weights_R, num_prompts, combination, convention, kept_B: As in
+            :func:`combined_advantages`.
+
+    Returns:
+        [R], summing to 1; NaN where no group teaches anything.
+    """
+    rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
+    if kept_B is None:
+        kept_B = torch.ones_like(rewards_RB[0], dtype=torch.bool)
+    groups_RPG = torch.stack([_validated_groups(r_B, num_prompts, kept_B) for r_B in rewards_RB])
+    if rule.total is weighted_minimum:
+        scaled_RB = (rewards_RB * weights_R[:, None])[:, kept_B]
+        lowest_RB = (scaled_RB == scaled_RB.amin(dim=0)).float()
+        return (lowest_RB / lowest_RB.sum(dim=0)).mean(dim=1)
+    weights_R11 = weights_R[:, None, None]
+    if rule.by_reward:
+        each = [group_advantages(r, num_prompts, convention, None, kept_B) for r in rewards_RB]
+        shape = groups_RPG.shape
+        parts_RPG = weights_R11 * torch.stack([part.values for part in each]).reshape(shape)
+    else:
+        total_B = rule.total(rewards_RB, weights_R)
+        whole = group_advantages(total_B, num_prompts, convention, None, kept_B)
+        total_PG = total_B.masked_fill(~kept_B, float("nan")).reshape(num_prompts, -1)
+        advantage_PG = whole.values.masked_fill(~kept_B, float("nan")).reshape(num_prompts, -1)
+        # What a group is divided by, without asking the convention; groups without spread count 0.
+        factor_P1 = (_group_spread(advantage_PG) / _group_spread(total_PG)).nan_to_num(0, 0, 0)
+        factor_P1 = factor_P1.masked_fill(_without_spread(total_PG)[:, None], 0.0)
+        mean_RP1 = torch.stack([_group_mean(r_PG) for r_PG in groups_RPG])
+        parts_RPG = weights_R11 * (groups_RPG - mean_RP1) * factor_P1
+        if rule.total is weighted_product:
+            level_P1 = weighted_product(mean_RP1.flatten(1), weights_R)[:, None]
+            parts_RPG = (parts_RPG * level_P1 / mean_RP1).nan_to_num(0, 0, 0)
+    power_R = parts_RPG.square().flatten(1).nansum(dim=1)
+    return power_R / power_R.sum()
+
+
+def group_correlation(
+    first_B: Tensor, second_B: Tensor, num_prompts: int, kept_B: Tensor | None = None
+) -> Tensor:
+    r"""Correlation of two rewards within groups.
+
+    .. math:: \frac{\sum_b c_b d_b}{\sqrt{\sum_b c_b^2 \sum_b d_b^2}}
+
+    with c and d the deviations from each group's mean: what prompts have in common does not count.
+
+    Args:
+        first_B, second_B: [B], finite where kept.
+        num_prompts: P.
+        kept_B: False for dropped samples, [B]; all are kept where None.
+
+    Returns:
+        0-dim, in [-1, 1]; NaN where either has no spread.
+    """
+    c, d = (
+        _group_centred(_validated_groups(values_B, num_prompts, kept_B)).double()
+        for values_B in (first_B, second_B)
+    )
+    flat = [_without_spread(_validated_groups(v, num_prompts, kept_B)) for v in (first_B, second_B)]
+    c, d = (x.masked_fill(f[:, None], 0.0) for x, f in zip((c, d), flat, strict=True))
+    return (c * d).nansum() / (c.square().nansum() * d.square().nansum()).sqrt()

@@ -7,11 +7,21 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from chunkgrpo.rewards.protocol import Reward
-from chunkgrpo.types import RewardBatch
+from chunkgrpo.rewards.protocol import GroupwiseReward, Reward, RewardError
+from chunkgrpo.rewards.scoring import Scorer, as_scores, score
+
+__all__ = [
+    "BUILT_IN",
+    "FunctionReward",
+    "GroupwiseReward",
+    "Reward",
+    "RewardError",
+    "Scorer",
+    "make_reward",
+    "score",
+]
 
 BUILT_IN = {
     "shapes": ("chunkgrpo.rewards.shapes", "ShapesReward"),
@@ -28,26 +38,34 @@ BUILT_IN = {
     "jpeg_compressibility": ("chunkgrpo.rewards.jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("chunkgrpo.rewards.jpeg", "JpegIncompressibility"),
     "brightness": ("chunkgrpo.rewards.brightness", "BrightnessReward"),
+    "remote": ("chunkgrpo.rewards.remote", "RemoteReward"),
 }
 
 
 class FunctionReward:
-    """A plain function ``(images, prompts) -> scores`` as a reward."""
+    """A plain function ``(images, prompts) -> scores`` as a reward.
+
+    A function with an attribute ``groupwise = True`` gets the group size as third argument, see
+    :class:`GroupwiseReward`.
+    """
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name, function
+        self.groupwise = bool(getattr(function, "groupwise", False))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str], *group_size: int) -> Tensor:
         """Score images."""
-        return torch.as_tensor(self.function(images, prompts), dtype=torch.float32)
+        return as_scores(self.function(images, prompts, *group_size), self.name)
 
 
 def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
-    """Build a reward from its name, or from ``package.module:function``.
+    """Build a reward from its name, from ``package.module:function``, or from a server's address.
 
     Raises:
-        ValueError: If no reward has that name or the import path leads nowhere.
+        ValueError: If no reward has that name, the import path leads nowhere, or no server answers.
     """
+    if name.startswith(("http://", "https://")):
+        name, options = "remote", {"url": name, **(options or {})}
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name]
         try:
@@ -63,38 +81,3 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         return FunctionReward(attribute, found)
     known = ", ".join(BUILT_IN)
     raise ValueError(f"unknown reward {name!r}; known: {known}, or package.module:function")
-
-
-def score(
-    rewards: Sequence[tuple[Reward, float]], images: Tensor, prompts: Sequence[str]
-) -> RewardBatch:
-    """Score images with every reward and add them by weight.
-
-    Args:
-        rewards: (reward, weight) pairs.
-        images: [B, 3, H, W] in [0, 1].
-        prompts: B texts.
-
-    Raises:
-        ValueError: If a reward returns a wrong shape or a number that is not finite; the message
-            names the reward and the first prompt concerned.
-    """
-    raw: dict[str, Tensor] = {}
-    total = torch.zeros(len(prompts))
-    for reward, weight in rewards:
-        scores = reward(images, prompts).detach().float().cpu()
-        if scores.shape != (len(prompts),):
-            raise ValueError(
-                f"reward {reward.name!r} returned shape {tuple(scores.shape)} for "
-                f"{len(prompts)} images; it must return one score an image"
-            )
-        bad = (~scores.isfinite()).nonzero()
-        if len(bad):
-            i = int(bad[0])
-            raise ValueError(
-                f"reward {reward.name!r} returned {scores[i].item()} for the prompt "
-                f"{prompts[i]!r}; scores must be finite"
-            )
-        raw[reward.name] = scores
-        total = total + weight * scores
-    return RewardBatch(raw, total)

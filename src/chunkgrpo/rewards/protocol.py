@@ -9,6 +9,19 @@ from typing import Protocol, runtime_checkable
 import torch
 
 
+class RewardError(ValueError):
+    """A reward gave no usable score.
+
+    Attributes:
+        reward: The reward's name.
+        reason: What it did instead, without its name.
+    """
+
+    def __init__(self, reward: str, reason: str) -> None:
+        super().__init__(f"reward {reward!r} {reason}")
+        self.reward, self.reason = reward, reason
+
+
 @runtime_checkable
 class Reward(Protocol):
     """A named scorer of images.
@@ -32,4 +45,27 @@ class Reward(Protocol):
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B]."""
+        ...
+
+
+@runtime_checkable
+class GroupwiseReward(Protocol):
+    """A reward that looks at all images of a prompt together, e.g. their win rates.
+
+    As :class:`Reward`, but a score may depend on the image's own group (and on nothing else). It
+    is called with whole groups, prompt-major: ``prompts[i * G]`` to ``prompts[i * G + G - 1]`` are
+    equal, and so belong the images.
+
+    Attributes:
+        name: As in :class:`Reward`.
+        groupwise: True; this is what tells the two apart.
+    """
+
+    name: str
+    groupwise: bool
+
+    def __call__(
+        self, images: torch.Tensor, prompts: Sequence[str], group_size: int
+    ) -> torch.Tensor:
+        """Score images [P * G, 3, H, W] in groups of ``group_size``; return float32 [P * G]."""
         ...

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reward that lives behind ``chunkgrpo serve-reward``, in another process or on another machine.
+
+Images travel as PNG, so with 8 bits a channel: a pixel differs from the local one by 1/510 at most
+(``scoring.quantise`` gives local rewards the same pixels).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import time
+from collections.abc import Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor
+
+from chunkgrpo.rewards.protocol import RewardError
+from chunkgrpo.rewards.scoring import eight_bit
+
+PROTOCOL = 1
+TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"
+LONGEST_PAUSE = 8.0
+LARGEST_ANSWER = 1 << 24
+
+
+def png_base64(image: Tensor) -> str:
+    """Encode an image [3, H, W] in [0, 1] as an 8-bit PNG in base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    pixels = eight_bit(image).permute(1, 2, 0).cpu().numpy()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+class RemoteReward:
+    """Asks a reward server.
+
+    Requests share a pool of connections. One that fails to connect, is cut off or times out, and
+    one answered with a 5xx status, is tried again after a pause that doubles each time, until the
+    deadline; any other answer that is not a score for each image is final.
+
+    Args:
+        url: ``http://host:port`` or ``https://...``; asked for its name and limits at once.
+        name: Of the metrics; the served reward's where None.
+        batch: Most images a request; never more than the server's limit.
+        timeout: Seconds without a sign of life after which a request has failed.
+        deadline: Seconds after which a call has failed, all requests and pauses included.
+        token_variable: Environment variable that holds the server's token, so that no token is
+            written into a run's settings.
+
+    Raises:
+        RewardError: If no reward server answers.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        name: str | None = None,
+        batch: int | None = None,
+        timeout: float = 60.0,
+        deadline: float = 300.0,
+        token_variable: str = TOKEN_VARIABLE,
+    ) -> None:
+        try:
+            import httpx
+        except ImportError:
+            raise ValueError(
+                "remote rewards need more packages: pip install 'chunkgrpo[server]'"
+            ) from None
+        self.url = url.rstrip("/")
+        self.name = name or self.url
+        for what, value in (("timeout", timeout), ("deadline", deadline), ("batch", batch or 1)):
+            if not value > 0:
+                raise ValueError(f"{what} of {url} is {value}; it must be above 0")
+        self.timeout, self.deadline = timeout, deadline
+        token = os.environ.get(token_variable)
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        # A proxy of the environment has no business between two processes of one machine.
+        local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
+        self._client = httpx.Client(headers=headers, trust_env=not local)
+        # Pauses of its own random stream: nobody else's numbers change.
+        self._random = random.Random()
+        info = self._ask("GET", "/info", None, time.monotonic() + min(deadline, 30.0))
+        if not isinstance(info, dict) or info.get("protocol") != PROTOCOL:
+            raise RewardError(self.name, "is no reward server of this version; check the address")
+        self.name = name or str(info["name"])
+        self.groupwise = bool(info["groupwise"])
+        limit = int(info["max_batch"])
+        self.batch = min(batch or limit, limit)
+        self.max_pixels, self.max_body = int(info["max_pixels"]), int(info["max_body"])
+
+    def __call__(
+        self, images: Tensor, prompts: Sequence[str], group_size: int | None = None
+    ) -> Tensor:
+        """Score images [B, 3, H, W] in [0, 1]; groupwise rewards need ``group_size``.
+
+        Returns:
+            float32 [B], NaN where the server's reward gave no finite score.
+
+        Raises:
+            RewardError: If the server can not be reached within the deadline, or answers with
+                anything but a number or null for each image.
+        """
+        deadline = time.monotonic() + self.deadline
+        size = self._request_size(images, group_size)
+        scores: list[float] = []
+        for start in range(0, len(prompts), size):
+            part = slice(start, start + size)
+            body = {
+                "prompts": list(prompts[part]),
+                "images": [png_base64(image) for image in images[part]],
+                "group_size": group_size if self.groupwise else None,
+            }
+            answer = self._ask("POST", "/score", json.dumps(body).encode(), deadline)
+            scores += self._scores(answer, len(body["prompts"]))
+        return torch.tensor(scores, dtype=torch.float32)
+
+    def _request_size(self, images: Tensor, group_size: int | None) -> int:
+        pixels = images.shape[-2] * images.shape[-1]
+        # The worst PNG is a little larger than its pixels, and base64 adds a third.
+        bytes_each = int(4.1 * pixels) + 4096
+        size = min(self.batch, self.max_pixels // pixels, self.max_body // bytes_each)
+        if self.groupwise:
+            size = size // (group_size or 1) * (group_size or 1)
+        if size < 1:
+            raise RewardError(
+                self.name,
+                f"takes {self.batch} images, {self.max_pixels} pixels and {self.max_body} bytes a "
+                f"request, which {group_size if self.groupwise else 1} images of {pixels} pixels "
+                "may exceed; raise --max-batch, --max-pixels or --max-megabytes of the server",
+            )
+        return size
+
+    def _scores(self, answer: Any, number: int) -> list[float]:
+        found = answer.get("scores") if isinstance(answer, dict) else None
+        if not isinstance(found, list):
+            raise RewardError(self.name, f"answered {answer!r:.80} instead of scores")
+        if len(found) != number:
+            raise RewardError(
+                self.name, f"answered {len(found)} scores for {number} images; one each is needed"
+            )
+        for value in found:
+            if value is not None and type(value) not in (int, float):
+                raise RewardError(self.name, f"answered {value!r:.80}, which is no number")
+        return [float("nan") if value is None else float(value) for value in found]
+
+    def _ask(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
+        """Send a request until it is answered; return the answer's JSON."""
+        import httpx
+
+        pause, tries = 0.25, 0
+        while True:
+            tries += 1
+            try:
+                status, content = self._send(method, path, body, deadline)
+                if status < 500:
+                    return self._judge(status, content)
+                problem = f"status {status}, {reason_of(content)}"
+            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+                raise RewardError(self.name, f"has no usable address: {error}") from None
+            except httpx.TransportError as error:
+                problem = f"{type(error).__name__}: {error}"
+            except httpx.HTTPError as error:
+                raise RewardError(self.name, f"answered what can not be read: {error}") from None
+            left = deadline - time.monotonic()
+            if pause >= left:
+                raise RewardError(
+                    self.name,
+                    f"at {self.url} gave no answer in {tries} tries before its deadline "
+                    f"({' '.join(problem.split())}); is it running? chunkgrpo serve-reward",
+                )
+            # Spread out, so that many clients do not come back at the same moment.
+            time.sleep(pause * self._random.uniform(0.5, 1.0))
+            pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _send(
+        self, method: str, path: str, body: bytes | None, deadline: float
+    ) -> tuple[int, bytes]:
+        """Send one request; return status and content. Raises httpx errors."""
+        import httpx
+
+        left = max(deadline - time.monotonic(), 0.05)
+        timeout = httpx.Timeout(min(self.timeout, left))
+        headers = {"content-type": "application/json"} if body is not None else None
+        with self._client.stream(
+            method, self.url + path, content=body, headers=headers, timeout=timeout
+        ) as response:
+            content = bytearray()
+            for part in response.iter_bytes():
+                content += part
+                if len(content) > LARGEST_ANSWER:
+                    raise RewardError(
+                        self.name, f"answered more than {LARGEST_ANSWER} bytes, which are no scores"
+                    )
+                # Each byte may come in time, and the whole never.
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout("the deadline is over")
+            return response.status_code, bytes(content)
+
+    def _judge(self, status: int, content: bytes) -> Any:
+        if status in (401, 403):
+            raise RewardError(
+                self.name, f"at {self.url} wants a token; set {TOKEN_VARIABLE} to the server's"
+            )
+        if status != 200:
+            raise RewardError(self.name, f"answered status {status}, {reason_of(content)}")
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError):
+            raise RewardError(
+                self.name, f"answered {content[:60]!r}, which is no JSON; check the address"
+            ) from None
+
+
+def reason_of(content: bytes) -> str:
+    """Return what an error answer says, on one line."""
+    try:
+        found = json.loads(content)
+        text = found["error"] if isinstance(found, dict) and "error" in found else found
+    except (ValueError, RecursionError):
+        text = content[:200].decode("utf-8", "replace")
+    return " ".join(str(text).split())[:300]

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calling rewards, and what happens when one misbehaves.
+
+Whatever a reward returns is checked here, once, before anything is computed from it: a score that
+is missing, not finite or of the wrong shape either stops the step or drops its image, and is
+counted. It never becomes a zero.
+
+Axis names: B samples, prompt-major.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from chunkgrpo.core.credit import combined_rewards
+from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.types import RewardBatch
+
+ON_ERROR = ("stop", "drop")
+
+log = logging.getLogger("chunkgrpo")
+
+
+def is_groupwise(reward: Reward) -> bool:
+    """Whether a reward looks at whole groups (see :class:`~.protocol.GroupwiseReward`)."""
+    return bool(getattr(reward, "groupwise", False))
+
+
+def scores_of(
+    reward: Reward, images: Tensor, prompts: Sequence[str], group_size: int | None = None
+) -> Tensor:
+    """Call a reward, without gradient, and check the form of its answer.
+
+    Args:
+        reward: Called with the images and prompts, and with the group size if it is groupwise.
+        images: [B, 3, H, W] in [0, 1].
+        prompts: B texts.
+        group_size: G, a divisor of B; needed by groupwise rewards only.
+
+    Returns:
+        float32 [B] on the CPU; may hold numbers that are not finite (None counts as NaN).
+
+    Raises:
+        RewardError: If the answer is no list of B numbers, or the reward itself says that it has
+            none.
+        ValueError: If a groupwise reward is not told its groups.
+    """
+    with torch.no_grad():
+        if is_groupwise(reward):
+            if group_size is None or len(prompts) % group_size:
+                raise ValueError(
+                    f"reward {reward.name!r} compares the images of a group, but {len(prompts)} "
+                    f"images do not form groups of {group_size}; pass group_size and whole groups"
+                )
+            answer = reward(images, prompts, group_size)  # type: ignore[call-arg]
+        else:
+            answer = reward(images, prompts)
+    scores = as_scores(answer, reward.name)
+    if scores.shape != (len(prompts),):
+        raise RewardError(
+            reward.name,
+            f"returned shape {tuple(scores.shape)} for {len(prompts)} images; it must return one "
+            "score an image",
+        )
+    return scores
+
+
+def as_scores(answer: Any, name: str) -> Tensor:
+    """Turn what a reward returned into float32 on the CPU; None becomes NaN.
+
+    Raises:
+        RewardError: If it is neither a tensor nor an array nor a list of numbers.
+    """
+    if isinstance(answer, list | tuple):
+        answer = [float("nan") if value is None else value for value in answer]
+    try:
+        return torch.as_tensor(answer).detach().float().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RewardError(
+            name, f"returned {answer!r:.80}, which is no list of numbers ({error})"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A sample to which a reward gave no usable score, and why."""
+
+    index: int
+    reason: str
+
+
+def usable_scores(
+    reward: Reward, images: Tensor, prompts: Sequence[str], group_size: int | None = None
+) -> tuple[Tensor, list[Problem]]:
+    """Call a reward and tell usable scores from others.
+
+    Returns:
+        float32 [B], NaN where there is no usable score, and a problem for each of these. A reward
+        that fails as a whole, or returns a number of scores that can not be told apart, has none.
+    """
+    try:
+        scores = scores_of(reward, images, prompts, group_size)
+    except RewardError as error:
+        reasons = [Problem(i, error.reason) for i in range(len(prompts))]
+        return torch.full((len(prompts),), float("nan")), reasons
+    bad = (~scores.isfinite()).nonzero().flatten().tolist()
+    problems = [Problem(i, f"returned {scores[i].item()}; scores must be finite") for i in bad]
+    return scores.masked_fill(~scores.isfinite(), float("nan")), problems
+
+
+@dataclass
+class Scorer:
+    """Scores images with several rewards and keeps watch over them.
+
+    Args:
+        rewards: (reward, weight) pairs that make the training signal.
+        watched: Rewards that are only logged.
+        combine: How rewards become one (``core.credit.COMBINATIONS``).
+        on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
+            ``"drop"`` drops the image from its group and counts it. What a watched reward can not
+            score is missing from its mean only.
+        folder: Where the image concerned is saved; nowhere where None.
+        quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
+            behind a server see the same pixels.
+    """
+
+    rewards: Sequence[tuple[Reward, float]]
+    watched: Sequence[Reward] = ()
+    combine: str = "sum"
+    on_error: str = "stop"
+    folder: Path | None = None
+    quantise: bool = False
+    _told: set[str] = field(default_factory=set, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.on_error not in ON_ERROR:
+            raise ValueError(f"unknown on_error {self.on_error!r}; known: {', '.join(ON_ERROR)}")
+        names = [reward.name for reward in self.everything]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"two rewards are named {name!r}, and metrics are filed by name; give one "
+                    "another name, e.g. options: {name: ...}"
+                )
+
+    @property
+    def everything(self) -> list[Reward]:
+        """All rewards, trained ones first."""
+        return [*(reward for reward, _ in self.rewards), *self.watched]
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights of the trained rewards, [R]."""
+        return torch.tensor([weight for _, weight in self.rewards])
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Return the images as rewards see them."""
+        return quantised(images) if self.quantise else images
+
+    def checked(
+        self,
+        reward: Reward,
+        images: Tensor,
+        prompts: Sequence[str],
+        group_size: int | None = None,
+        label: str = "",
+    ) -> Tensor:
+        """Return one reward's scores [B], NaN where an image is dropped.
+
+        Args:
+            reward: One of :attr:`everything`.
+            images, prompts, group_size: See :func:`scores_of`.
+            label: Begins the name of a saved image, e.g. the iteration's number.
+
+        Raises:
+            RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image.
+        """
+        scores, problems = usable_scores(reward, images, prompts, group_size)
+        if not problems:
+            return scores
+        first = problems[0]
+        if self.on_error == "drop" and reward.name in self._told:
+            return scores
+        path = self.save_image(images[first.index], f"{label}{reward.name}-{first.index}.png")
+        saved = f" (image saved as {path})" if path else ""
+        reason = f"{first.reason}; prompt {prompts[first.index]!r}{saved}"
+        if self.on_error == "stop":
+            raise RewardError(reward.name, reason)
+        self._told.add(reward.name)
+        log.warning(
+            "reward %r %s; %d of %d images are dropped (told once; see 'dropped' in the metrics)",
+            reward.name, reason, len(problems), len(prompts),
+        )  # fmt: skip
+        return scores
+
+    def save_image(self, image: Tensor, name: str) -> Path | None:
+        """Save one image [3, H, W] as a PNG in the folder, if there is one."""
+        if self.folder is None:
+            return None
+        from PIL import Image
+
+        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / plain
+        Image.fromarray(eight_bit(image).permute(1, 2, 0).cpu().numpy()).save(path)
+        return path
+
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        group_size: int | None = None,
+        label: str = "",
+    ) -> RewardBatch:
+        """Score images with every reward.
+
+        Raises:
+            RewardError: Where a score is not usable and ``on_error`` is ``"stop"``, or where every
+                image had to be dropped.
+        """
+        images = self.prepare(images)
+        columns = {
+            reward.name: self.checked(reward, images, prompts, group_size, label)
+            for reward in self.everything
+        }
+        return self.combined(columns)
+
+    def combined(self, columns: Mapping[str, Tensor]) -> RewardBatch:
+        """Put together what :meth:`checked` returned for each reward, by name."""
+        raw = {reward.name: columns[reward.name] for reward, _ in self.rewards}
+        watched = {r.name: columns[r.name] for r in self.watched if r.name in columns}
+        rewards_RB = torch.stack(list(raw.values()))
+        kept = rewards_RB.isfinite().all(dim=0)
+        if not kept.any():
+            worst = min(raw, key=lambda name: int(raw[name].isfinite().sum()))
+            raise RewardError(
+                worst, "and the others left no image with a usable score; there is nothing to learn"
+            )
+        total = combined_rewards(rewards_RB, self.weights, self.combine, kept)
+        return RewardBatch(raw, total, None if kept.all() else kept, watched)
+
+
+def score(
+    rewards: Sequence[tuple[Reward, float]],
+    images: Tensor,
+    prompts: Sequence[str],
+    group_size: int | None = None,
+    combine: str = "sum",
+) -> RewardBatch:
+    """Score images with every reward and add them by weight.
+
+    Args:
+        rewards: (reward, weight) pairs.
+        images: [B, 3, H, W] in [0, 1].
+        prompts: B texts.
+        group_size: G, needed by groupwise rewards.
+        combine: How rewards become one (``core.credit.COMBINATIONS``).
+
+    Raises:
+        RewardError: If a reward returns a wrong shape or a number that is not finite; the message
+            names the reward and the first prompt concerned. It is a ValueError.
+    """
+    return Scorer(rewards, combine=combine)(images, prompts, group_size)
+
+
+def eight_bit(images: Tensor) -> Tensor:
+    """Images in [0, 1] as uint8, rounded; NaN becomes 0."""
+    return (images.detach().float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def quantised(images: Tensor) -> Tensor:
+    """Images in [0, 1] as a PNG returns them: multiples of 1/255, float32.
+
+    The difference is at most 1/510 a pixel.
+    """
+    return eight_bit(images).float() / 255

@@ -1,0 +1,320 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A reward behind HTTP: JSON with PNG images in, JSON scores out, and nothing executed.
+
+``POST /score`` takes ``{"prompts": [...], "images": [base64 PNG, ...], "group_size": null}`` and
+answers ``{"name": ..., "scores": [...]}``, null for a score that is not finite. ``GET /health``
+answers while the reward works; ``GET /info`` tells name and limits. Errors are
+``{"error": "one line"}``. :mod:`.remote` is the client.
+"""
+
+# Annotations are evaluated here: FastAPI reads them, and it is imported inside functions.
+
+import asyncio
+import base64
+import binascii
+import hmac
+import io
+import json
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.rewards.scoring import is_groupwise, scores_of
+
+PROTOCOL = 1
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+PNG_HEADER = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
+MEGABYTE = 1 << 20
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for.
+
+    Attributes:
+        batch: Images.
+        body: Bytes of the request.
+        pixels: Pixels of all its images together, counted before any is decompressed.
+        seconds: From its first byte to the answer.
+        waiting: Requests that may wait for the reward, which answers one at a time; more get 503.
+    """
+
+    batch: int = 64
+    body: int = 80 * MEGABYTE
+    pixels: int = 16 * MEGABYTE
+    seconds: float = 120.0
+    waiting: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "body", "pixels", "seconds", "waiting"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"the limit {name} is {getattr(self, name)}; it must be above 0")
+
+
+class Refused(Exception):
+    """A request that is answered with an error.
+
+    Attributes:
+        status: HTTP status.
+        reason: One line.
+    """
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that has been read: images [B, 3, H, W] in [0, 1], B prompts, the group size."""
+
+    images: Tensor
+    prompts: list[str]
+    group_size: int | None
+
+
+def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Request:
+    """Read and check the body of ``POST /score``.
+
+    Raises:
+        Refused: 400 for what is no request, 413 for too much of it, 422 for one that can not be
+            scored.
+    """
+    try:
+        found = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused(400, "the body is no JSON") from None
+    if not isinstance(found, dict) or not {"prompts", "images"} <= found.keys():
+        raise Refused(400, "the body must be an object with prompts and images")
+    prompts, encoded, group_size = found["prompts"], found["images"], found.get("group_size")
+    for name, values in (("prompts", prompts), ("images", encoded)):
+        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+            raise Refused(400, f"{name} must be a list of strings")
+    if len(prompts) != len(encoded) or not prompts:
+        raise Refused(
+            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image a prompt"
+        )
+    if len(prompts) > limits.batch:
+        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} a request")
+    if groupwise or group_size is not None:
+        whole = type(group_size) is int and group_size > 0 and len(prompts) % group_size == 0
+        if not whole:
+            raise Refused(
+                422, f"group_size is {group_size!r:.20}; {len(prompts)} images need a divisor"
+            )
+    return Request(decode_images(encoded, limits.pixels), prompts, group_size)
+
+
+def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
+    """Decode base64 PNGs of 8-bit RGB and one size to float32 [B, 3, H, W] in [0, 1].
+
+    Sizes are read from the headers and added up before anything is decompressed.
+
+    Raises:
+        Refused: See :func:`parse_request`.
+    """
+    from PIL import Image
+
+    files, sizes = [], set()
+    for index, text in enumerate(encoded):
+        try:
+            data = base64.b64decode(text, validate=True)
+        except (binascii.Error, ValueError):
+            raise Refused(400, f"image {index} is no base64") from None
+        if len(data) < 33 or not data.startswith(PNG_HEADER):
+            raise Refused(400, f"image {index} is no PNG")
+        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+        depth, color = data[24], data[25]
+        if 0 in size:
+            raise Refused(400, f"image {index} has no pixels")
+        if (depth, color) != (8, 2):
+            raise Refused(422, f"image {index} is not 8-bit RGB")
+        sizes.add(size)
+        if size[0] * size[1] * len(encoded) > max_pixels:
+            raise Refused(
+                413,
+                f"image {index} has {size[0]} x {size[1]} pixels; a request may have {max_pixels} "
+                f"in all its {len(encoded)} images",
+            )
+        files.append(data)
+    if len(sizes) > 1:
+        raise Refused(422, f"images of {len(sizes)} sizes; send one size a request")
+    pixels = []
+    for index, data in enumerate(files):
+        try:
+            # Reading pixels alone would not notice that the end is missing.
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                image.verify()
+            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
+                if image.mode != "RGB" or image.size not in sizes:
+                    raise Refused(422, f"image {index} is not what its header says")
+                pixels.append(np.asarray(image))
+        except Refused:
+            raise
+        # Broken files raise whatever the decoder stumbles over: OSError, SyntaxError, EOFError,
+        # struct.error, zlib.error, DecompressionBombError, ...
+        except Exception:
+            raise Refused(400, f"image {index} is a broken PNG") from None
+    stack = torch.from_numpy(np.stack(pixels))
+    return stack.permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def create_app(reward: Reward, token: str | None = None, limits: Limits | None = None) -> Any:
+    """Build the server.
+
+    Args:
+        reward: What it serves; called by one thread, one request at a time.
+        token: What ``/score`` and ``/info`` want as ``Authorization: Bearer TOKEN``; none is
+            wanted where None.
+        limits: Of a request.
+
+    Returns:
+        The FastAPI application.
+    """
+    from fastapi import FastAPI
+    from fastapi import Request as HttpRequest
+    from fastapi.responses import JSONResponse
+
+    limits = limits or Limits()
+    groupwise = is_groupwise(reward)
+    worker = ThreadPoolExecutor(1, "reward")
+    reader = ThreadPoolExecutor(2, "reader")
+    secret = None if token is None else f"Bearer {token}".encode()
+    num_waiting = 0
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+
+    def authorise(request: HttpRequest) -> None:
+        given = request.headers.get("authorization", "").encode("utf-8", "replace")
+        # Compared in a time that tells nothing about how much of it is right.
+        if secret is not None and not hmac.compare_digest(given, secret):
+            raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
+
+    async def read(request: HttpRequest) -> bytes:
+        try:
+            announced = int(request.headers.get("content-length", "0"))
+        except ValueError:
+            raise Refused(400, "the content length is no number") from None
+        body = bytearray()
+        if announced <= limits.body:
+            async for part in request.stream():
+                body += part
+                if len(body) > limits.body:
+                    break
+        if max(announced, len(body)) > limits.body:
+            raise Refused(413, f"the request is larger than {limits.body} bytes")
+        return bytes(body)
+
+    async def within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+    async def answer(request: HttpRequest) -> list[float | None]:
+        nonlocal num_waiting
+        if num_waiting >= limits.waiting:
+            raise Refused(503, f"{num_waiting} requests are waiting; try again later")
+        num_waiting += 1
+        try:
+            body = await read(request)
+            asked = await within(reader, lambda: parse_request(body, limits, groupwise))
+            scores = await within(
+                worker,
+                lambda: scores_of(reward, asked.images, asked.prompts, asked.group_size).tolist(),
+            )
+        finally:
+            num_waiting -= 1
+        return [value if math.isfinite(value) else None for value in scores]
+
+    @app.exception_handler(Refused)
+    async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
+        # The rest of a request that was not read must not be taken for the next one.
+        headers = {"connection": "close"} if error.status in (401, 413, 503) else None
+        return JSONResponse({"error": error.reason}, error.status, headers)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/info")
+    async def info(request: HttpRequest) -> dict[str, Any]:
+        authorise(request)
+        return {
+            "name": reward.name,
+            "protocol": PROTOCOL,
+            "groupwise": groupwise,
+            "max_batch": limits.batch,
+            "max_body": limits.body,
+            "max_pixels": limits.pixels,
+            "seconds": limits.seconds,
+        }
+
+    @app.post("/score")
+    async def score(request: HttpRequest) -> JSONResponse:
+        authorise(request)
+        try:
+            scores = await asyncio.wait_for(answer(request), limits.seconds)
+        except Refused:
+            raise
+        except TimeoutError:
+            raise Refused(504, f"no answer within {limits.seconds:g} seconds") from None
+        except RewardError as error:
+            raise Refused(500, str(error)) from None
+        except Exception as error:
+            # Whatever the reward stumbles over, the next request may be a better one.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Refused(500, f"reward {reward.name!r} failed: {reason:.300}") from None
+        return JSONResponse({"name": reward.name, "scores": scores})
+
+    return app
+
+
+def serve(
+    reward: Reward,
+    host: str = "127.0.0.1",
+    port: int = 8900,
+    token: str | None = None,
+    limits: Limits | None = None,
+    announce: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve a reward until interrupted.
+
+    Args:
+        reward: What to serve.
+        host: Interface; another than the loopback needs a token.
+        port: 0 takes a free one.
+        token: See :func:`create_app`.
+        limits: See :func:`create_app`.
+        announce: Called with the address once the port is taken.
+
+    Raises:
+        ValueError: If the interface is open to others and there is no token, or the port is taken.
+    """
+    import socket
+
+    try:
+        import uvicorn
+    except ImportError:
+        raise ValueError(
+            "serving rewards needs more packages: pip install 'chunkgrpo[server]'"
+        ) from None
+    if host not in LOOPBACK and not token:
+        raise ValueError(
+            f"host {host} can be reached by others, and there is no token; set "
+            "CHUNKGRPO_REWARD_TOKEN (or --token), or serve on 127.0.0.1"
+        )
+    app = create_app(reward, token, limits)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        raise ValueError(f"can not listen on {host}, port {port}: {error}") from None
+    with listener:
+        shown = f"[{host}]" if ":" in host else host
+        announce(f"http://{shown}:{listener.getsockname()[1]}")
+        config = uvicorn.Config(app, log_level="error", limit_concurrency=64, server_header=False)
+        uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards in a run: that misbehave, that are several, that are watched, that take their time."""
+
+import logging
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.metrics import read_metrics
+from chunkgrpo.rewards import FunctionReward, RewardError
+from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
+from chunkgrpo.train import Trainer, TrainSettings
+
+FLOW = Transition(FlowDiffusion(0.7))
+PROMPTS = PromptSet(("a star", "two circles", "a red cross"), ("all",) * 3)
+SETTINGS = TrainSettings(
+    iterations=4, num_prompts=2, group_size=3, learning_rate=1e-2, evaluate_every=0,
+    checkpoint_every=2,
+)  # fmt: skip
+TIMES = ("seconds", "phase_seconds", "images_per_second")
+
+
+def brightness(images, prompts):
+    return images.mean((1, 2, 3))
+
+
+BRIGHTNESS = FunctionReward("brightness", brightness)
+
+
+def make_trainer(folder, rewards=BRIGHTNESS, watched=(), **changes):
+    rewards = rewards if isinstance(rewards, list) else [(rewards, 1.0)]
+    return Trainer(
+        policy=GaussianPolicy(torch.zeros(4)),
+        transition=FLOW,
+        algorithm=ChunkGRPO(ChunkPlan((1, 2)), FLOW, num_updates=2, micro_batch=4),
+        sigmas=make_sigmas(4),
+        prompts=PROMPTS,
+        rewards=rewards,
+        held_out=PROMPTS,
+        judge=BRIGHTNESS,
+        folder=folder,
+        settings=replace(SETTINGS, **changes),
+        watched=watched,
+    )
+
+
+def finish(trainer):
+    """Run to the end; return the state and the records without times."""
+    assert trainer.run()
+    state = {f"parameter {i}": p.detach().clone() for i, p in enumerate(trainer.parameters)}
+    records = read_metrics(trainer.folder / "metrics.jsonl")
+    records = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+    return state | optimizer_tensors(trainer.optimizer), records
+
+
+def assert_same(a, b):
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys()
+    assert [key for key in a[0] if not torch.equal(a[0][key], b[0][key])] == []
+
+
+def spoilt(answer, call=3):
+    """Brightness, but the given call (from 0) returns ``answer(scores)``."""
+    calls = []
+
+    def reward(images, prompts):
+        calls.append((images.clone(), list(prompts)))
+        scores = brightness(images, prompts)
+        return answer(scores.clone()) if len(calls) == call + 1 else scores
+
+    return FunctionReward("spoilt", reward), calls
+
+
+def with_nan(scores):
+    scores[4] = float("nan")
+    return scores
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "index", "says"),
+    [
+        (with_nan, 4, "returned nan; scores must be finite"),
+        (lambda scores: [*scores[:5].tolist(), None], 5, "returned nan"),
+        (lambda scores: scores[:5], 0, r"returned shape \(5,\) for 6 images"),
+        (lambda scores: scores[:, None], 0, r"returned shape \(6, 1\)"),
+        (lambda scores: ["good"] * 6, 0, "no list of numbers"),
+        (lambda scores: None, 0, "returned None"),
+    ],
+)
+def test_a_useless_score_stops_the_run_and_loses_nothing(tmp_path, answer, index, says):
+    reward, calls = spoilt(answer)
+    trainer = make_trainer(tmp_path / "run", reward)
+    with pytest.raises(RewardError, match=says) as caught:
+        trainer.run()
+    images, prompts = calls[3]
+    picture = tmp_path / "run" / "unscored" / f"000004-spoilt-{index}.png"
+    for part in ("'spoilt'", repr(prompts[index]), str(picture)):
+        assert part in str(caught.value)
+    with Image.open(picture) as saved:
+        expected = (images[index] * 255).round().permute(1, 2, 0).numpy()
+        assert np.array_equal(np.asarray(saved), expected)
+    # A checkpoint was due after the second iteration; the third is saved all the same.
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "000003"
+    mended = FunctionReward("spoilt", brightness)
+    resumed = finish(make_trainer(tmp_path / "run", mended))
+    assert_same(resumed, finish(make_trainer(tmp_path / "whole", mended)))
+
+
+def test_a_failed_evaluation_loses_nothing(tmp_path):
+    trainer = make_trainer(tmp_path / "run")
+
+    def look():
+        if trainer.iteration == 3:
+            raise RewardError("judge", "is on holiday")
+        return {}
+
+    trainer.look = look
+    with pytest.raises(RewardError, match="reward 'judge' is on holiday"):
+        trainer.run()
+    resumed = finish(make_trainer(tmp_path / "run"))
+    assert_same(resumed, finish(make_trainer(tmp_path / "whole")))
+
+
+# --- dropping -----------------------------------------------------------------------------------
+
+
+def test_dropped_samples_are_counted_and_told_once(tmp_path, caplog):
+    def picky(images, prompts):
+        scores = brightness(images, prompts)
+        return with_nan(scores) if picky.broken else scores
+
+    picky.broken = True
+    reward = FunctionReward("picky", picky)
+    with caplog.at_level(logging.WARNING, "chunkgrpo"):
+        dropping = finish(make_trainer(tmp_path / "drop", reward, on_error="drop"))
+    assert [r["dropped"] for r in dropping[1]] == [{"picky": 1}] * 4
+    assert [r["dropped_samples"] for r in dropping[1]] == [1] * 4
+    assert caplog.text.count("'picky' returned nan") == 1
+    assert len(list((tmp_path / "drop" / "unscored").iterdir())) == 1
+    # A dropped sample is not one with the score 0.
+    zero = FunctionReward("picky", lambda i, p: picky(i, p).nan_to_num(0.0))
+    zeroed = finish(make_trainer(tmp_path / "zero", zero))
+    assert zeroed[1][0]["reward_mean"] < dropping[1][0]["reward_mean"]
+    assert not torch.equal(zeroed[0]["parameter 0"], dropping[0]["parameter 0"])
+    # With nothing to drop, dropping changes nothing.
+    picky.broken = False
+    plain = finish(make_trainer(tmp_path / "plain", reward))
+    calm = finish(make_trainer(tmp_path / "calm", reward, on_error="drop"))
+    assert all(torch.equal(plain[0][key], calm[0][key]) for key in plain[0])
+    assert calm[1][0]["dropped"] == {"picky": 0} and calm[1][0]["dropped_samples"] == 0
+
+
+def test_an_iteration_without_any_score_stops_even_so(tmp_path):
+    reward, _ = spoilt(lambda scores: scores[:1])
+    with pytest.raises(RewardError, match="there is nothing to learn"):
+        make_trainer(tmp_path, reward, on_error="drop").run()
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "000003"
+
+
+def test_what_a_watched_reward_can_not_score_is_trained_on(tmp_path):
+    watched = FunctionReward("watched", lambda i, p: with_nan(brightness(i, p)))
+    found = finish(make_trainer(tmp_path / "a", watched=[watched], on_error="drop"))
+    plain = finish(make_trainer(tmp_path / "b"))
+    assert all(torch.equal(plain[0][key], found[0][key]) for key in plain[0])
+    assert found[1][0]["dropped"] == {"brightness": 0, "watched": 1}
+    assert found[1][0]["dropped_samples"] == 0
+    with pytest.raises(RewardError, match="'watched' returned nan"):
+        make_trainer(tmp_path / "c", watched=[watched]).run()
+
+
+# --- several rewards ----------------------------------------------------------------------------
+
+
+def test_watched_rewards_are_logged_and_change_nothing(tmp_path):
+    dark = FunctionReward("dark", lambda i, p: 2 - brightness(i, p))
+    flat = FunctionReward("flat", lambda i, p: torch.full((len(i),), 0.3))
+    state, records = finish(make_trainer(tmp_path / "a", watched=[dark, flat]))
+    plain = finish(make_trainer(tmp_path / "b"))
+    assert all(torch.equal(plain[0][key], state[key]) for key in state)
+    for record in records:
+        mean = record["rewards"]["brightness"]
+        assert record["watched"] == pytest.approx({"dark": 2 - mean, "flat": 0.3})
+        correlation = record["watched_correlation"]
+        assert correlation["dark"]["brightness"] == pytest.approx(-1, abs=1e-4)
+        assert correlation["flat"] == {"brightness": None}
+        assert record["reward_mean"] == mean
+
+
+def test_drowned_and_flat_rewards_are_reported_once(tmp_path, caplog):
+    left = FunctionReward("left", lambda i, p: i[:, 0, 0, 0])
+    small = FunctionReward("small", lambda i, p: 0.01 * i[:, 0, 0, 3])
+    flat = FunctionReward("flat", lambda i, p: torch.full((len(i),), 0.3))
+    rewards = [(left, 1.0), (small, 1.0), (flat, 1.0)]
+    with caplog.at_level(logging.WARNING, "chunkgrpo"):
+        _, records = finish(make_trainer(tmp_path / "sum", rewards))
+    assert caplog.text.count("'small' brings") == 1 and caplog.text.count("'flat' gives all") == 1
+    assert "drowned by 'left'" in caplog.text and "scoring.combine=advantage" in caplog.text
+    for record in records:
+        assert record["reward_share"]["left"] > 0.99
+        assert record["reward_share"]["flat"] == 0
+        assert record["reward_zero_spread"] == {"left": 0, "small": 0, "flat": 2}
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "chunkgrpo"):
+        _, records = finish(make_trainer(tmp_path / "advantage", rewards, combine="advantage"))
+    assert "drowned" not in caplog.text
+    for record in records:
+        shares = record["reward_share"]
+        assert shares["left"] == pytest.approx(shares["small"], rel=1e-3)
+
+
+def test_two_rewards_of_one_name_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="two rewards are named 'brightness'"):
+        make_trainer(tmp_path, watched=[BRIGHTNESS]).run()
+
+
+def test_groupwise_rewards_see_whole_groups_whatever_the_batch(tmp_path):
+    seen = []
+
+    def wins(images, prompts, group_size):
+        seen.append((len(images), list(prompts), group_size))
+        light = brightness(images, prompts).view(-1, group_size)
+        return (light[:, :, None] > light[:, None, :]).float().mean(2).flatten()
+
+    wins.groupwise = True
+    reward = FunctionReward("wins", wins)
+    together = finish(make_trainer(tmp_path / "a", reward))
+    assert [(n, g) for n, _, g in seen] == [(6, 3)] * 4
+    seen.clear()
+    apart = finish(make_trainer(tmp_path / "b", reward, rollout_batch=4))
+    assert [(n, g) for n, _, g in seen] == [(3, 3), (3, 3)] * 4
+    assert all(len(set(prompts)) == 1 for _, prompts, _ in seen)
+    assert together[1][0]["reward_mean"] == pytest.approx(1 / 3)
+    assert apart[1][0]["reward_mean"] == pytest.approx(1 / 3)
+
+
+# --- scoring while sampling ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("credit", ["trajectory", "gain"])
+@pytest.mark.parametrize("same_noise", [True, False])
+def test_overlapped_scoring_changes_no_bit(tmp_path, credit, same_noise):
+    names = []
+
+    def slow(images, prompts):
+        names.append(threading.current_thread().name)
+        time.sleep(0.002)
+        return brightness(images, prompts)
+
+    rewards = [(FunctionReward("slow", slow), 1.0), (BRIGHTNESS, 0.5)]
+    options = {
+        "credit": credit, "same_noise": same_noise, "group_size": 4, "rollout_batch": 3,
+        "combine": "advantage", "iterations": 2,
+    }  # fmt: skip
+    plain = finish(make_trainer(tmp_path / "plain", rewards, **options))
+    assert set(names) == {"MainThread"}
+    number = len(names)
+    names.clear()
+    overlapped = finish(make_trainer(tmp_path / "overlap", rewards, async_rewards=True, **options))
+    assert len(names) == number and all(name.startswith("reward slow") for name in names)
+    assert_same(overlapped, plain)
+
+
+def test_an_error_in_a_thread_stops_the_run_like_any_other(tmp_path):
+    reward, _ = spoilt(with_nan)
+    with pytest.raises(RewardError, match="'spoilt' returned nan"):
+        make_trainer(tmp_path / "run", reward, async_rewards=True).run()
+    mended = FunctionReward("spoilt", brightness)
+    resumed = finish(make_trainer(tmp_path / "run", mended, async_rewards=True))
+    assert_same(resumed, finish(make_trainer(tmp_path / "whole", mended)))
