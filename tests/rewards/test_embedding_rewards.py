@@ -148,14 +148,14 @@ class OpenClipBlock(nn.Module):
         super().__init__()
         self.ln_1, self.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp: Any = nn.ModuleDict(
-            {"c_fc": nn.Linear(width, 2 * width), "c_proj": nn.Linear(2 * width, width)}
-        )
+        self.mlp: Any = nn.Module()
+        self.mlp.c_fc = nn.Linear(width, 2 * width)
+        self.mlp.c_proj = nn.Linear(2 * width, width)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         y = self.ln_1(x)
         x = x + self.attn(y, y, y, attn_mask=mask, need_weights=False)[0]
-        return x + self.mlp["c_proj"](F.gelu(self.mlp["c_fc"](self.ln_2(x))))
+        return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
 class OpenClipTower(nn.Module):
@@ -188,6 +188,8 @@ class OpenClipVision(nn.Module):
 
 class OpenClip(nn.Module):
     """The open_clip model of the same size as the tiny CLIP."""
+
+    attn_mask: Tensor
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
