@@ -63,7 +63,7 @@ def run(trainer: Trainer, iterations: int) -> tuple[dict[str, float], list[torch
 
 def main() -> None:
     """Measure and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="few images; a check that it runs")
     parser.add_argument("--iterations", type=int, default=3)
     options = parser.parse_args()

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,7 +37,7 @@ def brightness(images, prompts):
 BRIGHTNESS = FunctionReward("brightness", brightness)
 
 
-def make_trainer(folder, rewards=BRIGHTNESS, watched=(), **changes):
+def make_trainer(folder, rewards: Any = BRIGHTNESS, watched=(), **changes):
     rewards = rewards if isinstance(rewards, list) else [(rewards, 1.0)]
     return Trainer(
         policy=GaussianPolicy(torch.zeros(4)),

@@ -176,6 +176,7 @@ def brightness(images, prompts):
 
 def test_remote_scores_are_those_of_the_same_pixels(server) -> None:
     remote = make_reward(server[1])
+    assert isinstance(remote, RemoteReward)
     assert remote.name == "probe" and not remote.groupwise and remote.batch == 4
     images = some_images(10)
     found = remote(images, ["a star"] * 10)  # three requests of at most four
@@ -187,7 +188,7 @@ def test_remote_scores_are_those_of_the_same_pixels(server) -> None:
     local = Scorer([(FunctionReward("probe", brightness), 1.0)], quantise=True)
     assert torch.equal(local(images, ["a star"] * 10).total, found)
     named = make_reward(server[1], {"name": "other", "batch": 3})
-    assert named.name == "other" and named.batch == 3
+    assert isinstance(named, RemoteReward) and named.name == "other" and named.batch == 3
 
 
 def test_a_score_that_is_not_finite_arrives_as_such(server) -> None:
