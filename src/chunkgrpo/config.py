@@ -62,8 +62,14 @@ class ModelConfig(Section):
 class PromptConfig(Section):
     """Prompts to train on and to evaluate with."""
 
-    train: str = Field(default="shapes", description="'shapes' or a .txt, .jsonl or .csv file")
+    train: str = Field(
+        default="shapes",
+        description="'shapes', a .txt, .jsonl, .json or .csv file, or a dataset's folder or name",
+    )
     held_out: str = Field(default="shapes", description="the same, for evaluation")
+    column: str | None = Field(
+        default=None, description="field of the prompt in records; common names are found"
+    )
     tasks: tuple[str, ...] | None = Field(default=None, description="tasks of the embedded world")
 
 
@@ -747,21 +753,21 @@ def build_prompts(config: Config, which: str) -> PromptSet:
 
     Watched and judged prompts are disjoint where the held-out set is large enough.
     """
-    from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
+    from chunkgrpo.prompts import read_prompts, shapes_prompts
 
     p, e = config.prompts, config.evaluation
     if which == "train":
         if p.train == "shapes":
             return shapes_prompts("train", None, config.seed, p.tasks)
-        return read_prompts(p.train)
+        return read_prompts(p.train, p.column)
     wanted = e.final_prompts + e.prompts
     if p.held_out == "shapes":
         found = shapes_prompts("held_out", wanted, e.seed, p.tasks)
     else:
-        found = read_prompts(p.held_out)
+        found = read_prompts(p.held_out, p.column)
     if which == "final":
         return found.head(e.final_prompts)
-    rest = PromptSet(found.texts[e.final_prompts :], found.groups[e.final_prompts :])
+    rest = found[e.final_prompts :]
     return rest.head(e.prompts) if len(rest) else found.head(e.prompts)
 
 

@@ -15,7 +15,7 @@ from chunkgrpo.core.sde import OdeDiffusion, Transition
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.health import image_health
-from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rewards.protocol import Reward, ask
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import ProgressHook
@@ -122,11 +122,14 @@ def evaluate(
     texts = [text for text in prompts.texts for _ in range(num_seeds)]
     seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
     images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
+    metadata = [each for each in prompts.metadata for _ in range(num_seeds)]
     scores = {reward.name: [] for reward in rewards}
     for start in range(0, len(texts), 512):
         part = slice(start, start + 512)
         for reward in rewards:
-            scores[reward.name].append(reward(images[part].float() / 255, texts[part]).numpy())
+            pictures = images[part].float() / 255
+            found = ask(reward, pictures, texts[part], metadata[part])
+            scores[reward.name].append(found.numpy())
     shape = (len(prompts), num_seeds)
     health = image_health(images.float() / 255, len(prompts) if num_seeds > 1 else None)
     joined = {name: np.concatenate(s).reshape(shape) for name, s in scores.items()}

@@ -169,7 +169,8 @@ class Trainer:
         s = self.settings
         clock = PhaseClock(self.policy.device)
         generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
-        prompts = self.prompts.batch(self.iteration, s.num_prompts, derive_seed(s.seed, 1))
+        rows = self.rows_of(self.iteration)
+        prompts = [self.prompts.texts[row] for row in rows]
         if self.replan and self.refresh and self.iteration and not self.iteration % self.refresh:
             self.algorithm = with_plan(self.algorithm, self.replan())
         algorithm, window = self.plan_iteration(generator)
@@ -199,13 +200,14 @@ class Trainer:
         images = self.policy.decode(trajectory.final)
         clock.lap("decode")
         repeated = [p for p in prompts for _ in range(s.group_size)]
-        rewards = score(self.rewards, images, repeated)
+        metadata = [self.prompts.metadata[row] for row in rows for _ in range(s.group_size)]
+        rewards = score(self.rewards, images, repeated, metadata)
         advantages = group_advantages(
             rewards.total, len(prompts), s.advantage, clip=s.advantage_clip
         )
         credit = advantages.values
         if s.credit == "gain":
-            gains_BC = self.gains(trajectory, plan_of(algorithm), rewards, repeated)
+            gains_BC = self.gains(trajectory, plan_of(algorithm), rewards, repeated, metadata)
             credit = chunk_advantages(gains_BC, len(prompts), s.advantage, s.advantage_clip)
         clock.lap("reward")
         experience = Experience(trajectory, credit.to(trajectory.states.device))
@@ -254,6 +256,17 @@ class Trainer:
         images_per_second = trajectory.num_samples / sum(seconds.values())
         return record | {"phase_seconds": seconds, "images_per_second": images_per_second}
 
+    def rows_of(self, iteration: int) -> list[int]:
+        """Return which prompts an iteration trains on."""
+        s = self.settings
+        return self.prompts.batch_rows(iteration, s.num_prompts, derive_seed(s.seed, 1))
+
+    def texts(self) -> list[str]:
+        """Return every prompt that training will meet, each once: the order of its first use."""
+        rows = [row for i in range(self.settings.iterations) for row in self.rows_of(i)]
+        watched = self.held_out.texts if self.settings.evaluate_every else ()
+        return list(dict.fromkeys([*(self.prompts.texts[row] for row in rows), *watched]))
+
     def sampling_policy(self, algorithm: Algorithm) -> AbstractContextManager[None]:
         """Inside this context the policy is the one that samples."""
         if algorithm.samples_old and algorithm.old is not None:
@@ -276,6 +289,7 @@ class Trainer:
         plan: ChunkPlan,
         rewards: RewardBatch,
         prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]],
     ) -> Tensor:
         """Score the clean prediction where each chunk begins; return the chunks' gains [B, C]."""
         assert trajectory.velocities is not None
@@ -285,7 +299,8 @@ class Trainer:
             clean = predict_clean(
                 trajectory.states[:, start], trajectory.velocities[:, start], sigma
             )
-            columns.append(score(self.rewards, self.policy.decode(clean), prompts).total)
+            images = self.policy.decode(clean)
+            columns.append(score(self.rewards, images, prompts, metadata).total)
         return chunk_gains(torch.stack([*columns, rewards.total], dim=1))
 
     def update(self) -> Tensor:

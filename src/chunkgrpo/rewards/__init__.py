@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rewards.protocol import Reward, ask
 from chunkgrpo.types import RewardBatch
 
 BUILT_IN = {"shapes": ("chunkgrpo.rewards.shapes", "ShapesReward")}
@@ -51,7 +51,10 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def score(
-    rewards: Sequence[tuple[Reward, float]], images: Tensor, prompts: Sequence[str]
+    rewards: Sequence[tuple[Reward, float]],
+    images: Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> RewardBatch:
     """Score images with every reward and add them by weight.
 
@@ -59,6 +62,7 @@ def score(
         rewards: (reward, weight) pairs.
         images: [B, 3, H, W] in [0, 1].
         prompts: B texts.
+        metadata: B mappings, for rewards that ask for them (``protocol.ask``).
 
     Raises:
         ValueError: If a reward returns a wrong shape or a number that is not finite; the message
@@ -67,7 +71,7 @@ def score(
     raw: dict[str, Tensor] = {}
     total = torch.zeros(len(prompts))
     for reward, weight in rewards:
-        scores = reward(images, prompts).detach().float().cpu()
+        scores = ask(reward, images, prompts, metadata).detach().float().cpu()
         if scores.shape != (len(prompts),):
             raise ValueError(
                 f"reward {reward.name!r} returned shape {tuple(scores.shape)} for "

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -33,3 +33,23 @@ class Reward(Protocol):
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B]."""
         ...
+
+
+def ask(
+    reward: Reward,
+    images: torch.Tensor,
+    prompts: Sequence[str],
+    metadata: Sequence[Mapping[str, Any]] | None = None,
+) -> torch.Tensor:
+    """Call a reward, with the prompts' metadata where it asks for them.
+
+    Args:
+        reward: One whose attribute ``needs_metadata`` is true is called with a third argument.
+        images: [B, 3, H, W] in [0, 1].
+        prompts: B texts.
+        metadata: What the prompts' source says of each, B mappings; empty ones where None.
+    """
+    if not getattr(reward, "needs_metadata", False):
+        return reward(images, prompts)
+    given = [{}] * len(prompts) if metadata is None else metadata
+    return reward(images, prompts, given)  # type: ignore[call-arg]
