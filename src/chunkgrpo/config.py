@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -57,6 +58,11 @@ class ModelConfig(Section):
         default=None, gt=0, description="LoRA alpha; the rank where not given"
     )
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    embedding_cache: str | None = Field(
+        default="auto",
+        description="folder of encoded prompts; 'auto' is the user's cache, and none for the "
+        "embedded model; null keeps the text encoders loaded",
+    )
 
 
 class PromptConfig(Section):
@@ -619,6 +625,21 @@ def resolve_model(path: str) -> str:
     return str(pipeline_path())
 
 
+def embedding_folder(model: ModelConfig) -> Path | None:
+    """Return where encoded prompts are kept; None where text encoders stay loaded.
+
+    ``auto`` is ``$CHUNKGRPO_CACHE/embeddings``, by default in ``~/.cache/chunkgrpo``.
+    """
+    if model.embedding_cache is None:
+        return None
+    if model.embedding_cache != "auto":
+        return Path(model.embedding_cache).expanduser()
+    if model.path == "shapes":  # its text encoders are smaller than a cache would be
+        return None
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkgrpo"
+    return Path(os.environ.get("CHUNKGRPO_CACHE") or user) / "embeddings"
+
+
 def device_of(model: ModelConfig) -> str:
     """Return the device a model runs on."""
     import torch
@@ -650,7 +671,13 @@ def build_policy(config: Config) -> PipelinePolicy:
 
     m = config.model
     adaptation = Adaptation(m.method, m.rank, m.alpha or m.rank, m.targets, seed=config.seed)
-    return load_policy(resolve_model(m.path), adaptation, device_of(m), **policy_options(m))
+    return load_policy(
+        resolve_model(m.path),
+        adaptation,
+        device_of(m),
+        embedding_cache=embedding_folder(m),
+        **policy_options(m),
+    )
 
 
 def build_sigmas(config: Config) -> Tensor:

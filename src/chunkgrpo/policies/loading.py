@@ -7,6 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from chunkgrpo.policies.embeddings import text_encoder_names
 from chunkgrpo.policies.pipeline import (
     Adaptation,
     PipelinePolicy,
@@ -24,6 +25,7 @@ def load_policy(
     adaptation: Adaptation | None = None,
     device: str = "cpu",
     lora: Path | None = None,
+    embedding_cache: Path | None = None,
     **options: Any,
 ) -> PipelinePolicy:
     """Load a diffusers pipeline as a policy.
@@ -33,6 +35,8 @@ def load_policy(
         adaptation: Which weights are trained.
         device: Where it runs.
         lora: Folder of a trained LoRA to fuse into the weights.
+        embedding_cache: Folder of encoded prompts. Text encoders are then not loaded before a
+            prompt that is missing there.
         options: Passed to :class:`PipelinePolicy`.
 
     Raises:
@@ -45,10 +49,17 @@ def load_policy(
     from diffusers import DiffusionPipeline
 
     module, attribute = FAMILIES[name]
+    absent: dict[str, Any] = {}
+    if embedding_cache is not None:
+        index: Any = DiffusionPipeline.load_config(str(model))
+        absent = dict.fromkeys(text_encoder_names(index))
     with quiet_diffusers():
-        pipe = DiffusionPipeline.from_pretrained(str(model)).to(device)
+        pipe = DiffusionPipeline.from_pretrained(str(model), **absent).to(device)
         if lora is not None:
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()
             pipe.unload_lora_weights()
-    return getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    policy = getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    if embedding_cache is not None:
+        policy.use_embeddings(embedding_cache)
+    return policy
