@@ -335,6 +335,40 @@ def listed_again(config: Any, plan: Any) -> dict[str, Any]:
 
 
 @app.command()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
+    ],
+    set_: SetOption = None,
+    chunks: Annotated[
+        Path | None, typer.Option(help="Chunk settings, as `chunkgrpo chunks` writes them.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the accelerator's peak rate that is reached.")
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a GPU-hour, in any currency.")
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="Numbers of GPUs to compare; 1, 8 and 64 by default.")
+    ] = None,
+) -> None:
+    """Say what a run will do and cost, before anything is loaded.
+
+    The batch in plain words; operations by phase, memory, time and cost on common accelerators.
+    Of the model only its config.json files are read.
+    """
+    with clear_errors():
+        from rich.console import Console
+
+        from chunkgrpo.config import load_config
+        from chunkgrpo.plan import make_plan, print_plan
+
+        found = make_plan(load_config(config, set_ or [], chunks))
+        print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
+
+
+@app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
 ) -> None:

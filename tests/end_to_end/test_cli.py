@@ -253,6 +253,7 @@ def test_every_flag_is_known() -> None:
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],
+        "plan": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
     }
 
 
