@@ -26,7 +26,8 @@ def load(path, cache=None, **options):
     return load_policy(path, adaptation, embedding_cache=cache, **options)
 
 
-def equal(a: Conditioning, b: Conditioning) -> bool:
+def equal(a: Conditioning | None, b: Conditioning) -> bool:
+    assert a is not None
     assert set(a.tensors) == set(b.tensors)
     return all(torch.equal(t, b.tensors[n]) and t.dtype == b.tensors[n].dtype
                for n, t in a.tensors.items())  # fmt: skip
@@ -95,7 +96,9 @@ def test_settings_and_models_do_not_share_rows(tiny_pipeline_path, tmp_path):
     from safetensors.torch import load_file, save_file
 
     def folder(path=tiny_pipeline_path, **options):
-        return load(path, tmp_path / "cache", **options).embeddings.folder
+        embeddings = load(path, tmp_path / "cache", **options).embeddings
+        assert embeddings is not None
+        return embeddings.folder
 
     first = folder()
     assert folder() == first

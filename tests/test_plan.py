@@ -14,7 +14,14 @@ from typer.testing import CliRunner
 
 from chunkgrpo.cli import app
 from chunkgrpo.config import ConfigError, build_trainer, parse_config
-from chunkgrpo.plan import ACCELERATORS, geometry, make_plan, print_plan, sharing
+from chunkgrpo.plan import (
+    ACCELERATORS,
+    geometry,
+    make_plan,
+    print_plan,
+    shared_first_rows,
+    sharing,
+)
 from chunkgrpo.policies.architecture import (
     Architecture,
     build_network,
@@ -38,17 +45,17 @@ def brightness(images, prompts):
     return images.flatten(1).mean(1)
 
 
-def settings(model, **sections):
+def settings(path, **sections):
     values = {
         "iterations": 6,
         "model": {
-            "path": str(model), "device": "cpu", "max_sequence_length": 4, "rank": 4,
+            "path": str(path), "device": "cpu", "max_sequence_length": 4, "rank": 4,
             "precision": "fp32", "embedding_cache": None,
         },
         "rewards": [{"name": "test_plan:brightness"}],
         "sampling": {"steps": 5, "prompts": 2, "group_size": 3},
         "chunks": {"plan": "explicit", "sizes": [1, 3], "fraction": 1.0},
-        "objective": {"updates": 2, "micro_batch": 8},
+        "objective": {"updates": 2, "micro_batch": 8, "clip_low": 1.0, "clip_high": 10.0},
         "evaluation": {
             "reward": {"name": "test_plan:brightness"}, "every": 3, "prompts": 4,
             "final_prompts": 5, "final_seeds": 2,
@@ -166,11 +173,28 @@ def test_every_transformer_is_counted_as_it_counts_itself(pipeline):
 
 
 def test_checkpointing_computes_a_forward_again_and_keeps_less():
+    """Against the measured peaks of the same network with weights."""
+    from peft import LoraConfig
+
     config = {**FAMILIES["StableDiffusion3Pipeline"], "num_layers": 6}
     architecture = Architecture("StableDiffusion3Pipeline", config, VAE)
+    network = build_network(config).requires_grad_(False)
+    network.add_adapter(LoraConfig(r=16, target_modules=list(TARGETS)))
+    inputs = network_inputs(architecture, 4, (256, 256), TEXT)
+
+    def train():
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = network(**inputs, return_dict=False)[0].float().sum()
+        loss.backward()
+
+    train()
+    held = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+    measured = [peak_memory(train) + held]
+    network.enable_gradient_checkpointing()
+    measured.append(peak_memory(train) + held)
     kept, again = (
         network_work(
-            architecture, (128, 128), TEXT, sampling_rows=1, training_rows=4, targets=TARGETS,
+            architecture, (256, 256), TEXT, sampling_rows=1, training_rows=4, targets=TARGETS,
             checkpointing=checkpointing,
         ).training
         for checkpointing in (False, True)
@@ -178,7 +202,9 @@ def test_checkpointing_computes_a_forward_again_and_keeps_less():
     assert again.forward == kept.forward
     extra = again.backward - kept.backward
     assert 0.9 * kept.forward < extra <= kept.forward
-    assert again.peak < 0.6 * kept.peak
+    assert kept.peak == pytest.approx(measured[0], rel=0.1)
+    assert again.peak == pytest.approx(measured[1], rel=0.15)
+    assert again.peak < 0.5 * kept.peak
 
 
 def test_fused_and_plain_attention_differ_in_memory_alone():
@@ -274,10 +300,11 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
     assert planned.training.peak == pytest.approx(peak_memory(train) + held, rel=0.1)
     with torch.no_grad():
         measured = peak_memory(lambda: policy.velocity(x, sigma, conditioning))
-    assert planned.sampling.peak == pytest.approx(measured, rel=0.15)
+    # Kernels take workspaces of their own, which weigh more where nothing else is kept.
+    assert planned.sampling.peak == pytest.approx(measured, rel=0.25)
     _, decoding = decoder_work(architecture, size, precision)
     measured = peak_memory(lambda: policy.decode(x[:1]))
-    assert decoding.peak == pytest.approx(measured, rel=0.15)
+    assert decoding.peak == pytest.approx(measured, rel=0.25)
 
 
 def test_the_run_holds_what_was_planned_to_stay(tiny_pipeline_path):
@@ -308,6 +335,18 @@ def test_cached_embeddings_leave_no_text_encoder(tiny_pipeline_path):
     plan = make_plan(settings(tiny_pipeline_path, model={"embedding_cache": "auto"}))
     assert plan.resident["text encoders"] == 0
     assert plan.memory["encode"] > plan.resident["transformer"] + plan.resident["VAE"]
+
+
+def test_rows_of_a_common_first_step_are_counted_once(tiny_pipeline_path):
+    def saved(**sections):
+        return shared_first_rows(settings(tiny_pipeline_path, **sections), 24)
+
+    # One update: six first steps are two rows. Two updates of 3 of the 6 images: one that holds
+    # both prompts saves one row, and one of a single prompt (1 of 10 draws) two.
+    assert saved(objective={"updates": 1}) == 4
+    assert saved(objective={"updates": 2}) == pytest.approx(2 * (0.9 * 1 + 0.1 * 2))
+    assert saved(sampling={"same_noise": False}) == 0
+    assert saved(chunks={"selection": "listed", "indices": [1]}) == 0
 
 
 # --- what is said -------------------------------------------------------------------------------

@@ -18,7 +18,6 @@ from chunkgrpo.config import (
     ConfigError,
     check_algorithm,
     check_plan,
-    device_of,
     embedding_folder,
     num_planned,
     num_trained,
@@ -173,24 +172,50 @@ def make_plan(config: Config) -> Plan:
         targets=lora_targets(config, a.pipeline),
         precision=m.precision,
         checkpointing=getattr(m, "gradient_checkpointing", False),
-        plain=device_of(m) == "cpu",
+        plain=m.device == "cpu",  # 'auto' may be planned on a laptop and run elsewhere
     )
     vae_parameters, decoding = arch.decoder_work(a, size, m.precision)
     sampled = network.sampling.forward / network.sampling.rows
     measured = network.training.forward / network.training.rows
     backward = network.training.backward / network.training.rows
+    saved = 1 - shared_first_rows(config, cost.trained) / max(cost.trained, 1)
+    trained, checked = round(saved * cost.trained), round(saved * cost.measured)
     phases = (
         Phase("rollout: forward", cost.rollout, cost.rollout * sampled),
         Phase("decode: VAE", cost.rewards, cost.rewards * decoding.forward),
-        Phase("train: forward without gradient", cost.measured, cost.measured * measured),
-        Phase("train: forward", cost.trained, cost.trained * measured),
-        Phase("train: backward", cost.trained, cost.trained * backward),
+        Phase("train: forward without gradient", checked, checked * measured),
+        Phase("train: forward", trained, trained * measured),
+        Phase("train: backward", trained, trained * backward),
     )
     looks = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + looks * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
     resident, memory = _memory(config, network, decoding, vae_parameters, size, a)
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
+
+
+def shared_first_rows(config: Config, trained: int) -> float:
+    """Return how many trained rows an iteration saves where groups start from one noise.
+
+    The first stochastic step of all images of a prompt is then one row in each update, whatever
+    the number k of images in it that train this step. Of P prompts with G images each,
+    P (1 - C(PG - G, k) / C(PG, k)) are among k images, in the mean.
+    """
+    s, c, o = config.sampling, config.chunks, config.objective
+    grouped = c.selection == "learned" and c.usefulness == "gradient"
+    if o.algorithm != "chunk_grpo" or not s.same_noise or grouped:
+        return 0.0
+    images = s.prompts * s.group_size
+    sizes = chunk_sizes(config, num_planned(config))
+    if s.window.kind == "chunk":
+        share = 1.0
+    elif c.selection == "listed":
+        share = float(0 in (c.indices or ()))
+    else:
+        share = max(1, int(len(sizes) * c.fraction)) / len(sizes)
+    k = round(images * share / o.updates)
+    absent = math.comb(images - s.group_size, k) / math.comb(images, k)
+    return min(o.updates * (k - s.prompts * (1 - absent)), trained)
 
 
 def lora_targets(config: Config, pipeline: str) -> tuple[str, ...]:
@@ -330,12 +355,12 @@ def print_plan(
     if any(n < 1 for n in gpus):
         raise ConfigError(f"numbers of GPUs must be at least 1, got {min(gpus)}")
     m, network = plan.config.model, plan.network
-    share = f" ({100 * network.trainable / network.parameters:.2g} %)"
+    share = 100 * network.trainable / network.parameters
     console.print(f"[bold]{plan.config.name}[/bold]: {m.path}", highlight=False)
     said = [
         *geometry(plan),
         f"The transformer has {_big(network.parameters)} weights; {m.method} trains "
-        f"{_big(network.trainable)}{share}. Prompts fill at most {plan.text} text rows.",
+        f"{_big(network.trainable)} ({share:.{0 if share >= 10 else 2}f} %).",
     ]
     for line in said:
         console.print(line, highlight=False)
@@ -390,9 +415,10 @@ def print_plan(
 
 
 def _listed(sizes: tuple[int, ...]) -> str:
-    if len(set(sizes)) == 1:
-        return f"{_count(sizes[0], 'step')} each" if len(sizes) > 1 else _count(sizes[0], "step")
-    return ", ".join(map(str, sizes[:-1])) + f" and {_count(sizes[-1], 'step')}"
+    *head, last = sizes
+    if not head or set(head) == {last}:
+        return _count(last, "step") + (" each" if head else "")
+    return ", ".join(map(str, head)) + f" and {_count(last, 'step')}"
 
 
 def _count(number: int, what: str, plural: str = "s") -> str:

@@ -268,7 +268,7 @@ def _dataset_records(source: str) -> Iterator[NumberedRecord]:
     if path.is_file():
         raise ValueError(f"prompt file {source} must end in {', '.join(READERS)}")
     try:
-        import datasets
+        import datasets  # type: ignore[import-not-found] # an extra
     except ImportError:
         raise ValueError(
             f"{source} is no {', '.join(READERS)} file, and reading it as a dataset needs the "

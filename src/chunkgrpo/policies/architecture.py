@@ -2,15 +2,15 @@
 """A model's networks from their ``config.json`` files alone: operations and memory, no weights.
 
 The networks are built by diffusers and transformers as usual, but on fake tensors, which have
-shapes and types and no content. So operations are counted (``torch.utils.flop_counter``) and memory
-is added up on the very operators that a real run calls.
+shapes and types and no content. So operations are counted by the formulas of
+``torch.utils.flop_counter``, and memory is added up, on the very operators that a real run calls.
 """
 
 from __future__ import annotations
 
 import json
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -292,18 +292,31 @@ def build_network(config: Mapping[str, Any]) -> Any:
 # --- counting -----------------------------------------------------------------------------------
 
 
-class LiveMemory(TorchDispatchMode):
-    """Adds up the storages that live at once; those given at the start are not counted."""
+class Meter(TorchDispatchMode):
+    """Adds up operations, and the storages that live at once.
 
-    def __init__(self, given: Iterator[Tensor]) -> None:
+    Operations are those of the formulas of ``torch.utils.flop_counter``, and of the same for the
+    fused attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
+    alive what gradient checkpointing frees.
+
+    Args:
+        given: Tensors whose memory does not count.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
         super().__init__()
         self.live: dict[int, int] = {t.untyped_storage()._cdata: 0 for t in given}
-        self.now = self.peak = 0
+        self.now = self.peak = self.flops = 0
+        self.formulas = flop_formulas()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self.formulas.get(func._overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
         tree_map_only(Tensor, self.note, out)
         return out
 
@@ -323,6 +336,24 @@ class LiveMemory(TorchDispatchMode):
         self.now -= self.live.pop(key, 0)
 
 
+def flop_formulas() -> dict[Any, Callable[..., int]]:
+    """Return operator -> formula of its operations, as ``torch.utils.flop_counter`` calls them."""
+    from torch.utils import flop_counter as known
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return known.sdpa_flop_count(q, k, v)
+
+    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return known.sdpa_backward_flop_count(grad, q, k, v)
+
+    aten = torch.ops.aten
+    return {
+        **known.flop_registry,
+        aten._scaled_dot_product_flash_attention_for_cpu: known.shape_wrapper(forward),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: known.shape_wrapper(backward),
+    }
+
+
 class _FullMasks(TorchFunctionMode):
     """Answers how many texts are valid, which a fake mask cannot: all of them."""
 
@@ -333,27 +364,9 @@ class _FullMasks(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is Tensor.tolist:
-            return [self.length] * len(args[0])
+        if func is Tensor.item:
+            return self.length
         return func(*args, **(kwargs or {}))
-
-
-def flop_counter() -> Any:
-    """Return a ``FlopCounterMode`` that knows the fused attention of CPUs too."""
-    from torch.utils import flop_counter as counting
-
-    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return counting.sdpa_flop_count(q, k, v)
-
-    def backward(grad: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
-        return counting.sdpa_backward_flop_count(grad, q, k, v)
-
-    aten = torch.ops.aten
-    fused = {
-        aten._scaled_dot_product_flash_attention_for_cpu: forward,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
-    }
-    return counting.FlopCounterMode(display=False, custom_mapping=fused)
 
 
 @contextmanager
@@ -423,27 +436,25 @@ def network_work(
             inputs = network_inputs(architecture, rows * guidance_rows, size, text)
             return _call(network, inputs, precision)
 
-        def sample() -> tuple[int, int]:
-            with torch.no_grad(), flop_counter() as flops:
+        def sample(meter: Meter) -> Work:
+            with torch.no_grad():
                 call(sampling_rows)
-            return flops.get_total_flops(), 0
+            return Work(sampling_rows, meter.flops, 0, meter.peak)
 
-        def train() -> tuple[int, int]:
+        def train(meter: Meter) -> Work:
             # Gradients of the micro-batches before.
             for p in trained:
                 p.grad = torch.zeros_like(p)
-            with flop_counter() as flops:
-                loss = call(training_rows)
-                forward = flops.get_total_flops()
-                loss.backward()
-            return forward, flops.get_total_flops() - forward
+            loss = call(training_rows)
+            forward = meter.flops
+            loss.backward()
+            return Work(training_rows, forward, meter.flops - forward, meter.peak)
 
         works = []
-        for rows, run in ((sampling_rows, sample), (training_rows, train)):
+        for run in (sample, train):
             given = [*network.parameters(), *network.buffers()]
-            with LiveMemory(iter(given)) as memory, _arithmetic(precision, plain):
-                forward, backward = run()
-            works.append(Work(rows, forward, backward, memory.peak))
+            with Meter(given) as meter, _arithmetic(precision, plain):
+                works.append(run(meter))
     return NetworkWork(parameters, sum(p.numel() for p in trained), works[0], works[1])
 
 
@@ -478,11 +489,10 @@ def decoder_work(
         if "temperal_downsample" in architecture.vae:  # a video VAE, with an axis for time
             shape = (*shape[:2], 1, *shape[2:])
         cast = nullcontext() if precision == "fp32" else torch.autocast("cpu", torch.bfloat16)
-        given = iter([*vae.parameters(), *vae.buffers()])
-        with LiveMemory(given) as memory, torch.no_grad(), cast, flop_counter() as flops:
+        with Meter([*vae.parameters(), *vae.buffers()]) as meter, torch.no_grad(), cast:
             vae.decode(torch.zeros(shape), return_dict=False)[0].float()
         parameters = sum(p.numel() for p in vae.parameters())
-    return parameters, Work(1, flops.get_total_flops(), 0, memory.peak)
+    return parameters, Work(1, meter.flops, 0, meter.peak)
 
 
 def text_encoder_parameters(architecture: Architecture) -> int:

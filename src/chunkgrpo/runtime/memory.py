@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -35,7 +36,8 @@ def peak_memory(work: Callable[[], object], device: torch.device | str = "cpu") 
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         work()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    results: Any = found.profiler.kineto_results  # type: ignore[union-attr] # set when it ends
+    events = [e for e in results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         now += event.nbytes()
