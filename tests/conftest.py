@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures shared by all tests: tiny policies, and torch on one thread."""
 
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+# What tests encode must not fill the cache of whoever runs them.
+os.environ["CHUNKGRPO_CACHE"] = tempfile.mkdtemp(prefix="chunkgrpo-tests-")
 # Tiny tensors lose more to threads than they gain, and sums no longer depend on the machine.
 torch.set_num_threads(1)
 

@@ -43,3 +43,23 @@ def test_async_benchmark_runs_and_compares() -> None:
     )
     assert run.returncode == 0, run.stderr
     assert re.search(r"│ +4 │.*│ +yes │", run.stdout), run.stdout
+
+
+@pytest.mark.slow
+def test_gpu_benchmark_checks_itself_without_a_gpu() -> None:
+    """Tiny networks through the same code; one line a model and batch."""
+    pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    run = subprocess.run(
+        [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--models", "sd3.5-medium"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "a check, not a measurement" in run.stdout
+    lines = [line for line in run.stdout.splitlines() if line.startswith("| sd3.5-medium")]
+    assert [line.split(" | ")[3] for line in lines] == ["1", "2"]
+    for line in lines:
+        figures = [float(cell) for cell in line.strip("| ").split(" | ")[4:10]]
+        assert all(figure >= 0 for figure in figures) and min(figures[:3]) > 0

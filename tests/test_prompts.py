@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading prompts from files, and dealing them to iterations."""
 
+import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.config import build_prompts, parse_config
+from chunkgrpo.core import FlowDiffusion, Transition, make_sigmas, whole_plan
 from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
 from chunkgrpo.shapes import grammar
+from chunkgrpo.train import Trainer, TrainSettings
 
 NUMBERED = PromptSet(tuple(f"p{i}" for i in range(7)), ("all",) * 7)
 
@@ -26,6 +32,7 @@ def test_a_text_file_holds_a_prompt_a_line(tmp_path):
     found = read_prompts(path)
     assert found.texts == ("a star", "ein größerer Stern", "a cross")
     assert found.groups == ("all",) * 3
+    assert found.metadata == ({},) * 3
     assert read_prompts(str(path)) == found
 
 
@@ -39,6 +46,9 @@ def test_records_may_carry_a_label(tmp_path):
     found = read_prompts(write(tmp_path, "p.jsonl", lines))
     assert found.texts == ("a star", "two stars", "a red star", "a cross")
     assert found.groups == ("single", "counting", "colors", "all")
+    assert found.metadata == (
+        {"tag": "single"}, {"task": "counting"}, {"group": "colors", "other": [1]}, {},
+    )  # fmt: skip
 
 
 def test_a_table_has_a_column_of_prompts(tmp_path):
@@ -46,6 +56,47 @@ def test_a_table_has_a_column_of_prompts(tmp_path):
     found = read_prompts(write(tmp_path, "p.csv", table))
     assert found.texts == ("a star", "a star, red", "a cross")
     assert found.groups == ("plain", "quoted", "all")
+    assert found.metadata[1] == {"task": "quoted"}
+
+
+def test_a_json_list_holds_records_or_texts(tmp_path):
+    records = '[{"prompt": "a star",\n "include": [{"class": "star"}]},\n {"prompt": "[a], b"}\n]\n'
+    found = read_prompts(write(tmp_path, "p.json", records))
+    assert found.texts == ("a star", "[a], b")
+    assert found.metadata == ({"include": [{"class": "star"}]}, {})
+    texts = read_prompts(write(tmp_path, "q.json", ' [ "a star" , "a cross"]'))
+    assert texts.texts == ("a star", "a cross") and texts.metadata == ({}, {})
+
+
+@pytest.mark.parametrize("name", ["prompt", "Prompt", "text", "TEXT", "caption", "description"])
+def test_common_names_of_the_prompt_column_are_found(tmp_path, name):
+    found = read_prompts(write(tmp_path, "p.csv", f"id,{name}\n1,a star\n"))
+    assert found.texts == ("a star",) and found.metadata == ({"id": "1"},)
+
+
+def test_the_prompt_column_can_be_named(tmp_path):
+    lines = '{"prompt": "a sign that says HI", "words": "HI"}\n'
+    path = write(tmp_path, "p.jsonl", lines)
+    assert read_prompts(path).metadata == ({"words": "HI"},)
+    assert read_prompts(path, "words").texts == ("HI",)
+    assert read_prompts(path, "words").metadata == ({"prompt": "a sign that says HI"},)
+    with pytest.raises(ValueError, match="has no column 'word'; it has prompt, words"):
+        read_prompts(path, "word")
+    with pytest.raises(ValueError, match="holds plain texts, which have no column 'words'"):
+        read_prompts(write(tmp_path, "p.txt", "a star"), "words")
+
+
+def test_a_configuration_names_files_and_column(tmp_path):
+    path = write(tmp_path, "p.jsonl", "".join(f'{{"a": "x{i}", "b": {i}}}\n' for i in range(5)))
+    config = parse_config(
+        {
+            "prompts": {"train": str(path), "held_out": str(path), "column": "a"},
+            "evaluation": {"final_prompts": 2, "prompts": 2},
+        }
+    )
+    assert build_prompts(config, "train").texts == tuple(f"x{i}" for i in range(5))
+    assert build_prompts(config, "final").metadata == ({"b": 0}, {"b": 1})
+    assert build_prompts(config, "watch").metadata == ({"b": 2}, {"b": 3})
 
 
 @pytest.mark.parametrize(
@@ -56,11 +107,24 @@ def test_a_table_has_a_column_of_prompts(tmp_path):
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "  "}\n', "line 2 has no prompt"),
         ("p.jsonl", '{"prompt": null}\n', "line 1 has no prompt"),
         ("p.csv", "task,prompt\nx,a\ny,\n", "line 3 has no prompt"),
-        ("p.csv", "task,text\nx,a\n", "line 2 has no prompt"),
+        ("p.csv", "task,words\nx,a\n", "no prompt column: its columns are task, words"),
+        ("p.csv", "prompt,x\na,1\nb,1,2\n", "line 3 has more cells than the header"),
+        ("p.csv", 'prompt\na\n"b\n', "line 3 is no CSV"),
+        ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2 is no JSON object"),
+        ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2 has no prompt"),
+        ("p.json", '[{"prompt": "a"},\n\n{"prompt": ""}]', "line 3 has no prompt"),
+        ("p.json", '["a",\n7]', "line 2 is neither a JSON object nor a text"),
+        ("p.json", '["a",\n{"prompt": }]', "line 2 is no JSON"),
+        ("p.json", '["a"\n"b"]', "line 2 is no JSON: a comma or the list's end is missing"),
+        ("p.json", '["a",\n', "line 2 is no JSON"),
+        ("p.json", '["a"]\nb', "line 2 comes after the end of the list"),
+        ("p.json", '\n{"prompt": "a"}', "line 2: a .json file of prompts must hold a list"),
+        ("p.json", "", "holds no prompts"),
         ("p.csv", "prompt\n", "holds no prompts"),
         ("p.txt", "\n \n", "holds no prompts"),
         ("p.jsonl", "", "holds no prompts"),
-        ("p.json", "[]", "must end in .txt, .jsonl or .csv"),
+        ("p.json", "[]", "holds no prompts"),
+        ("p.xml", "<a/>", r"must end in .txt, .jsonl, .json, .csv"),
     ],
 )
 def test_what_can_not_be_read_is_named(tmp_path, name, text, message):
@@ -70,11 +134,73 @@ def test_what_can_not_be_read_is_named(tmp_path, name, text, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_line_that_is_not_utf8_is_named(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_bytes("a star\nein gr\u00f6\u00dferer Stern\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"p\.txt, line 2 is not UTF-8"):
+        read_prompts(path)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.txt does not exist"):
         read_prompts(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match="does not exist"):
-        read_prompts(tmp_path)
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        read_prompts(tmp_path / "nowhere")
+
+
+# --- datasets -----------------------------------------------------------------------------------
+
+HAS_DATASETS = importlib.util.find_spec("datasets") is not None
+needs_datasets = pytest.mark.skipif(not HAS_DATASETS, reason="the package datasets is missing")
+
+
+@pytest.mark.skipif(HAS_DATASETS, reason="the package datasets is installed")
+def test_without_the_package_a_dataset_says_what_to_install(tmp_path):
+    for source in (str(tmp_path), "owner/name", "owner/name:test"):
+        with pytest.raises(ValueError, match=r"install chunkgrpo\[datasets\]") as caught:
+            read_prompts(source)
+        assert source in str(caught.value)
+
+
+@needs_datasets
+def test_a_dataset_that_was_saved_to_disk(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    rows = [
+        {"caption": " a star", "tag": "single", "include": [{"class": "star"}]},
+        {"caption": "a cross", "tag": "single", "include": [{"class": "cross"}]},
+    ]
+    Dataset.from_list(rows).save_to_disk(tmp_path / "one")
+    found = read_prompts(tmp_path / "one")
+    assert found.texts == ("a star", "a cross") and found.groups == ("single", "single")
+    assert found.metadata[1] == {"tag": "single", "include": [{"class": "cross"}]}
+    both = DatasetDict({"a": Dataset.from_list(rows[:1]), "b": Dataset.from_list(rows[1:])})
+    both.save_to_disk(tmp_path / "two")
+    assert read_prompts(f"{tmp_path}/two:b").texts == ("a cross",)
+    with pytest.raises(ValueError, match="has the splits a, b; choose one"):
+        read_prompts(tmp_path / "two")
+    with pytest.raises(ValueError, match="has no splits; leave :b out"):
+        read_prompts(f"{tmp_path}/one:b")
+    Dataset.from_list([*rows, {"caption": ""}]).save_to_disk(tmp_path / "bad")
+    with pytest.raises(ValueError, match="row 3 has no prompt 'caption'"):
+        read_prompts(tmp_path / "bad")
+
+
+@needs_datasets
+def test_a_folder_of_data_files(tmp_path):
+    from datasets import Dataset
+
+    (tmp_path / "set").mkdir()
+    Dataset.from_list([{"text": "a star", "n": 3}]).to_parquet(tmp_path / "set" / "part.parquet")
+    found = read_prompts(tmp_path / "set")
+    assert found.texts == ("a star",) and found.metadata == ({"n": 3},)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="can not be read as a dataset") as caught:
+        read_prompts(tmp_path / "empty")
+    assert "\n" not in str(caught.value)
+
+
+# --- public prompt sets -------------------------------------------------------------------------
 
 
 PUBLIC = {
@@ -100,12 +226,31 @@ def test_public_prompt_sets_are_read_whole(name):
     assert first is None or found.texts[0] == first
     assert all(text == text.strip() and text for text in found.texts)
     if name == "geneval.jsonl":
+        assert all("include" in m and "prompt" not in m for m in found.metadata)
+        # The only task with exclusions is counting: one more of the same class.
+        excluding = [m for m in found.metadata if "exclude" in m]
+        assert len(excluding) == 320 and {m["tag"] for m in excluding} == {"counting"}
+        assert found.metadata[0] == {
+            "tag": "counting",
+            "include": [{"class": "wine glass", "count": 2}],
+            "exclude": [{"class": "wine glass", "count": 3}],
+        }
         assert Counter(found.groups) == {
             "color_attr": 400, "position": 400, "two_object": 396,
             "colors": 376, "counting": 320, "single_object": 320,
         }  # fmt: skip
     else:
-        assert set(found.groups) == {"all"}
+        assert set(found.groups) == {"all"} and not any(found.metadata)
+    if name == "ocr.txt":
+        assert all(text.count('"') == 2 for text in found.texts)  # one text to render each
+
+
+@pytest.mark.needs_data
+def test_no_public_prompt_set_is_left_out():
+    folder = os.environ.get("CHUNKGRPO_DATA")
+    if not folder:
+        pytest.skip("CHUNKGRPO_DATA names no folder of public prompt sets")
+    assert sorted(path.name for path in Path(folder).iterdir()) == sorted(PUBLIC)
 
 
 # --- dealing ------------------------------------------------------------------------------------
@@ -136,6 +281,49 @@ def test_the_head_keeps_its_labels():
     both = PromptSet(("a", "b", "c"), ("x", "y", "x"))
     assert both.head(2) == PromptSet(("a", "b"), ("x", "y"))
     assert len(both.head(9)) == 3
+    noted = PromptSet(("a", "b"), ("x", "y"), ({"n": 1}, {"n": 2}))
+    assert noted[1:] == PromptSet(("b",), ("y",), ({"n": 2},))
+    assert noted[1:] != PromptSet(("b",), ("y",))
+
+
+def test_every_prompt_has_its_label_and_metadata():
+    with pytest.raises(ValueError, match="2 prompts with 2 labels and 1 mappings"):
+        PromptSet(("a", "b"), ("x", "y"), ({},))
+    assert PromptSet(("a",), ("x",)).metadata == ({},)
+
+
+def test_rows_and_texts_of_a_batch_agree():
+    rows = NUMBERED.batch_rows(3, 5, seed=4)
+    assert NUMBERED.batch(3, 5, seed=4) == [NUMBERED.texts[row] for row in rows]
+
+
+def test_metadata_reach_the_rewards_that_ask(tiny_policy, tmp_path):
+    """Training and evaluation hand every image's own mapping to its reward."""
+    prompts = PromptSet(
+        tuple(f"p{i}" for i in range(5)), ("all",) * 5, tuple({"n": i} for i in range(5))
+    )
+    seen = []
+
+    class Noted:
+        name, needs_metadata = "noted", True
+
+        def __call__(self, images, prompts, metadata):
+            seen.append(list(zip(prompts, metadata, strict=True)))
+            return torch.arange(len(prompts), dtype=torch.float32)
+
+    flow = Transition(FlowDiffusion(0.7))
+    trainer = Trainer(
+        tiny_policy(), flow, ChunkGRPO(whole_plan(2), flow, num_updates=1), make_sigmas(3),
+        prompts, [(Noted(), 1.0)], prompts, Noted(), tmp_path,
+        TrainSettings(num_prompts=2, group_size=3, credit="gain"),
+    )  # fmt: skip
+    trainer.train_once()
+    # One call scores the images, one each chunk's clean prediction.
+    assert len(seen) == 2 and all(len(call) == 6 for call in seen)
+    trainer.evaluate(prompts, 2, seed=0)
+    assert len(seen[-1]) == 10
+    for call in seen:
+        assert all(text == f"p{noted['n']}" for text, noted in call)
 
 
 # --- the embedded world -------------------------------------------------------------------------

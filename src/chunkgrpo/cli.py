@@ -36,7 +36,7 @@ def clear_errors() -> Iterator[None]:
     """Turn the errors of wrong input into one line and exit code 2."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError, ImportError) as error:
         message = " ".join(str(error).split())
         typer.echo(f"chunkgrpo: {message}", err=True)
         raise typer.Exit(2) from None
@@ -340,6 +340,40 @@ def listed_again(config: Any, plan: Any) -> dict[str, Any]:
         return {"selection": "uniform", "refresh": 0}
     old = build_plan(config, lambda: plan)
     return {"indices": list(carried_indices(old, c.indices, plan))}
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
+    ],
+    set_: SetOption = None,
+    chunks: Annotated[
+        Path | None, typer.Option(help="Chunk settings, as `chunkgrpo chunks` writes them.")
+    ] = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the accelerator's peak rate that is reached.")
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a GPU-hour, in any currency.")
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="Numbers of GPUs to compare; 1, 8 and 64 by default.")
+    ] = None,
+) -> None:
+    """Say what a run will do and cost, before anything is loaded.
+
+    The batch in plain words; operations by phase, memory, time and cost on common accelerators.
+    Of the model only its config.json files are read.
+    """
+    with clear_errors():
+        from rich.console import Console
+
+        from chunkgrpo.config import load_config
+        from chunkgrpo.plan import make_plan, print_plan
+
+        found = make_plan(load_config(config, set_ or [], chunks))
+        print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
 
 
 @app.command()

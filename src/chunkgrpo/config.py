@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -57,13 +58,24 @@ class ModelConfig(Section):
         default=None, gt=0, description="LoRA alpha; the rank where not given"
     )
     targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    embedding_cache: str | None = Field(
+        default="auto",
+        description="folder of encoded prompts; 'auto' is the user's cache, and none for the "
+        "embedded model; null keeps the text encoders loaded",
+    )
 
 
 class PromptConfig(Section):
     """Prompts to train on and to evaluate with."""
 
-    train: str = Field(default="shapes", description="'shapes' or a .txt, .jsonl or .csv file")
+    train: str = Field(
+        default="shapes",
+        description="'shapes', a .txt, .jsonl, .json or .csv file, or a dataset's folder or name",
+    )
     held_out: str = Field(default="shapes", description="the same, for evaluation")
+    column: str | None = Field(
+        default=None, description="field of the prompt in records; common names are found"
+    )
     tasks: tuple[str, ...] | None = Field(default=None, description="tasks of the embedded world")
 
 
@@ -649,6 +661,21 @@ def resolve_model(path: str) -> str:
     return str(pipeline_path())
 
 
+def embedding_folder(model: ModelConfig) -> Path | None:
+    """Return where encoded prompts are kept; None where text encoders stay loaded.
+
+    ``auto`` is ``$CHUNKGRPO_CACHE/embeddings``, by default in ``~/.cache/chunkgrpo``.
+    """
+    if model.embedding_cache is None:
+        return None
+    if model.embedding_cache != "auto":
+        return Path(model.embedding_cache).expanduser()
+    if model.path == "shapes":  # its text encoders are smaller than a cache would be
+        return None
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "chunkgrpo"
+    return Path(os.environ.get("CHUNKGRPO_CACHE") or user) / "embeddings"
+
+
 def device_of(model: ModelConfig) -> str:
     """Return the device a model runs on."""
     import torch
@@ -680,7 +707,13 @@ def build_policy(config: Config) -> PipelinePolicy:
 
     m = config.model
     adaptation = Adaptation(m.method, m.rank, m.alpha or m.rank, m.targets, seed=config.seed)
-    return load_policy(resolve_model(m.path), adaptation, device_of(m), **policy_options(m))
+    return load_policy(
+        resolve_model(m.path),
+        adaptation,
+        device_of(m),
+        embedding_cache=embedding_folder(m),
+        **policy_options(m),
+    )
 
 
 def build_sigmas(config: Config) -> Tensor:
@@ -783,21 +816,21 @@ def build_prompts(config: Config, which: str) -> PromptSet:
 
     Watched and judged prompts are disjoint where the held-out set is large enough.
     """
-    from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
+    from chunkgrpo.prompts import read_prompts, shapes_prompts
 
     p, e = config.prompts, config.evaluation
     if which == "train":
         if p.train == "shapes":
             return shapes_prompts("train", None, config.seed, p.tasks)
-        return read_prompts(p.train)
+        return read_prompts(p.train, p.column)
     wanted = e.final_prompts + e.prompts
     if p.held_out == "shapes":
         found = shapes_prompts("held_out", wanted, e.seed, p.tasks)
     else:
-        found = read_prompts(p.held_out)
+        found = read_prompts(p.held_out, p.column)
     if which == "final":
         return found.head(e.final_prompts)
-    rest = PromptSet(found.texts[e.final_prompts :], found.groups[e.final_prompts :])
+    rest = found[e.final_prompts :]
     return rest.head(e.prompts) if len(rest) else found.head(e.prompts)
 
 

@@ -128,13 +128,15 @@ def evaluate(
     texts = [text for text in prompts.texts for _ in range(num_seeds)]
     seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
     images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
+    metadata = [each for each in prompts.metadata for _ in range(num_seeds)]
     scores = {reward.name: [] for reward in rewards}
     size = max(1, 512 // num_seeds) * num_seeds  # whole groups
     for start in range(0, len(texts), size):
         part = slice(start, start + size)
         for reward in rewards:
+            pictures = images[part].float() / 255
             found, problems = usable_scores(
-                reward, images[part].float() / 255, texts[part], num_seeds
+                reward, pictures, texts[part], num_seeds, metadata[part]
             )
             if problems and reward.name not in lenient:
                 first = problems[0]

@@ -83,7 +83,7 @@ def iteration_cost(config: Config) -> Cost:
         return _forward_cost(config, samples, trained + 1)
     size, start = float(num_planned(config)), 0.0
     if window.kind == "chunk":
-        sizes = _sizes(config, trained)
+        sizes = chunk_sizes(config, trained)
         starts = [sum(sizes[:j]) for j in range(len(sizes))]
         chosen = window.indices or tuple(range(len(sizes)))
         size = sum(sizes[j] for j in chosen) / len(chosen)
@@ -101,10 +101,10 @@ def iteration_cost(config: Config) -> Cost:
     rollout = s.prompts * shared + samples * (start + size + after - shared)
     share = 1.0
     if c.selection == "listed" and c.indices:
-        sizes = _sizes(config, int(size))
+        sizes = chunk_sizes(config, int(size))
         share = sum(sizes[j] for j in c.indices) / sum(sizes)
     elif window.kind != "chunk":
-        number = len(_sizes(config, int(size)))
+        number = len(chunk_sizes(config, int(size)))
         share = max(1, int(number * c.fraction)) / number
     pairs = samples * size * share
     measured = pairs * (o.updates - 1) / o.updates
@@ -125,7 +125,7 @@ def _forward_cost(config: Config, samples: int, steps: int) -> Cost:
     return Cost(samples * steps - shared, measured, pairs, samples)
 
 
-def _sizes(config: Config, steps: int) -> tuple[int, ...]:
+def chunk_sizes(config: Config, steps: int) -> tuple[int, ...]:
     """Chunk sizes; where they are found only from the model, equal ones of the same number."""
     c = config.chunks
     if c.plan == "explicit" and c.sizes:
@@ -142,4 +142,4 @@ def _sizes(config: Config, steps: int) -> tuple[int, ...]:
 
 
 def _number_of_chunks(config: Config, steps: int) -> int:
-    return 1 if config.sampling.window.kind == "chunk" else len(_sizes(config, steps))
+    return 1 if config.sampling.window.kind == "chunk" else len(chunk_sizes(config, steps))

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where prompts come from: the embedded world's grammar, or a file."""
+"""Where prompts come from: the embedded world's grammar, a file, or a dataset."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,33 +23,53 @@ class PromptSet:
     Attributes:
         texts: The prompts.
         groups: One label each, such as a task.
+        metadata: What else the source says of each prompt, by field: GenEval's ``include`` and
+            ``exclude``, a text to be rendered. Empty mappings where not given.
     """
 
     texts: tuple[str, ...]
     groups: tuple[str, ...]
+    metadata: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+
+    def __post_init__(self) -> None:
+        if not self.metadata:
+            object.__setattr__(self, "metadata", ({},) * len(self.texts))
+        numbers = (len(self.texts), len(self.groups), len(self.metadata))
+        if len(set(numbers)) != 1:
+            raise ValueError(
+                f"{numbers[0]} prompts with {numbers[1]} labels and {numbers[2]} mappings of "
+                "metadata; give one of each a prompt"
+            )
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def batch(self, iteration: int, number: int, seed: int) -> list[str]:
-        """Return the prompts of an iteration: passes over the set, each in a new order.
+        """Return the texts of an iteration's prompts, see :meth:`batch_rows`."""
+        return [self.texts[i] for i in self.batch_rows(iteration, number, seed)]
+
+    def batch_rows(self, iteration: int, number: int, seed: int) -> list[int]:
+        """Return which prompts an iteration takes: passes over the set, each in a new order.
 
         A pure function of its arguments, so a resumed run sees the prompts it would have seen.
         """
         if not self.texts:
             raise ValueError("there are no prompts to draw from")
-        batch: list[str] = []
+        rows: list[int] = []
         position = iteration * number
-        while len(batch) < number:
-            epoch, offset = divmod(position + len(batch), len(self))
+        while len(rows) < number:
+            epoch, offset = divmod(position + len(rows), len(self))
             order = np.random.default_rng(derive_seed(seed, epoch)).permutation(len(self))
-            wanted = order[offset : offset + number - len(batch)]
-            batch += [self.texts[i] for i in wanted]
-        return batch
+            rows += [int(i) for i in order[offset : offset + number - len(rows)]]
+        return rows
+
+    def __getitem__(self, index: slice) -> PromptSet:
+        """Return some of the prompts, with their labels and metadata."""
+        return PromptSet(self.texts[index], self.groups[index], self.metadata[index])
 
     def head(self, number: int) -> PromptSet:
         """Return the first prompts."""
-        return PromptSet(self.texts[:number], self.groups[:number])
+        return self[:number]
 
 
 def shapes_prompts(
@@ -75,46 +97,216 @@ def shapes_prompts(
     return PromptSet(tuple(p.text for p in every), tuple(p.task for p in every))
 
 
-def read_prompts(path: str | Path) -> PromptSet:
-    """Read prompts: a line each (.txt), or the field ``prompt`` of each record (.jsonl, .csv).
+def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
+    """Read prompts from a file or a Hugging Face dataset.
 
-    A field ``tag``, ``task`` or ``group`` labels the prompt.
+    A ``.txt`` file holds a prompt a line; a ``.jsonl``, ``.json`` or ``.csv`` file a record a
+    prompt (in ``.json`` a list of them, or of plain texts). Anything else is a dataset: a folder
+    that ``datasets`` wrote or can read, or a name on the hub, ``owner/name`` or
+    ``owner/name:split``; that takes the extra ``chunkgrpo[datasets]``.
+
+    The prompt is the field ``column``, or the first of ``prompt``, ``prompts``, ``text``,
+    ``caption`` and ``description`` (in any case) that the first record has. A field ``tag``,
+    ``task`` or ``group`` labels it, and all fields but the prompt are its metadata.
+
+    Args:
+        source: The file, folder or name.
+        column: Field of the prompt; only where records have fields.
 
     Raises:
-        ValueError: If the file is missing, empty, of another kind, or a record has no prompt; the
-            message names the line.
+        ValueError: If the source is missing, empty, of another kind, or a record is broken or has
+            no prompt; the message names the line (of a dataset, the row).
     """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"prompt file {path} does not exist")
-    records: list[tuple[int, dict[str, str]]] = []
-    if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-        records = [(n, {"prompt": line}) for n, line in enumerate(lines, 1) if line.strip()]
-    elif path.suffix == ".jsonl":
-        # Not splitlines: JSON strings may hold other line separators of Unicode.
-        for n, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-            if line.strip():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{path}, line {n} is no JSON: {error}") from error
-                if not isinstance(record, dict):
-                    raise ValueError(f"{path}, line {n} is no JSON object")
-                records.append((n, record))
-    elif path.suffix == ".csv":
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            records = [(reader.line_num, row) for row in reader]
+    path = Path(source)
+    if path.suffix in READERS:
+        if not path.is_file():
+            raise ValueError(f"prompt file {path} does not exist")
+        found, place = READERS[path.suffix](path), "line"
     else:
-        raise ValueError(f"prompt file {path} must end in .txt, .jsonl or .csv")
-    texts, groups = [], []
-    for n, record in records:
-        text = str(record.get("prompt") or "").strip()
-        if not text:
-            raise ValueError(f"{path}, line {n} has no prompt")
-        texts.append(text)
+        found, place = _dataset_records(str(source)), "row"
+    texts, groups, metadata = [], [], []
+    key = None
+    for n, record in found:
+        if isinstance(record, str):
+            record = {"prompt": record}
+        elif key is None:
+            key = _prompt_column(source, record, column)
+        text = record.get(key or "prompt")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"{source}, {place} {n} has no prompt" + (f" {key!r}" if key else ""))
+        texts.append(text.strip())
         groups.append(str(record.get("tag") or record.get("task") or record.get("group") or "all"))
+        metadata.append({k: v for k, v in record.items() if k != (key or "prompt")})
     if not texts:
-        raise ValueError(f"prompt file {path} holds no prompts")
-    return PromptSet(tuple(texts), tuple(groups))
+        raise ValueError(f"prompt file {source} holds no prompts")
+    if column and key is None:
+        raise ValueError(
+            f"{source} holds plain texts, which have no column {column!r}; leave the column out"
+        )
+    return PromptSet(tuple(texts), tuple(groups), tuple(metadata))
+
+
+def _prompt_column(source: str | Path, record: Mapping[str, Any], column: str | None) -> str:
+    """Return the field that holds the prompt, judged by the first record."""
+    names = [str(name) for name in record]
+    if column:
+        if column in names:
+            return column
+        raise ValueError(f"{source} has no column {column!r}; it has {', '.join(names)}")
+    for wanted in PROMPT_COLUMNS:
+        for name in names:
+            if name.lower() == wanted:
+                return name
+    raise ValueError(
+        f"{source} has no prompt column: its columns are {', '.join(names) or 'none'}, and none is "
+        f"named {', '.join(PROMPT_COLUMNS)}; name it with prompts.column"
+    )
+
+
+def _read_text(path: Path) -> str:
+    """Return a file's text without a byte-order mark."""
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        n = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {n} is not UTF-8; save the file as UTF-8") from None
+
+
+def _text_records(path: Path) -> Iterator[NumberedRecord]:
+    for n, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            yield n, line
+
+
+def _jsonl_records(path: Path) -> Iterator[NumberedRecord]:
+    # Not splitlines: JSON strings may hold other line separators of Unicode.
+    for n, line in enumerate(_read_text(path).split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {n} is no JSON: {error}") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}, line {n} is no JSON object")
+            yield n, record
+
+
+def _json_records(path: Path) -> Iterator[NumberedRecord]:
+    """Read a JSON list entry by entry, so that each entry's line is known."""
+    text, decoder = _read_text(path), json.JSONDecoder()
+
+    def skip(position: int) -> int:
+        while position < len(text) and text[position] in " \t\r\n":
+            position += 1
+        return position
+
+    def line(position: int) -> int:
+        return text.count("\n", 0, position) + 1
+
+    position = skip(0)
+    if position == len(text):
+        return
+    if text[position] != "[":
+        raise ValueError(
+            f"{path}, line {line(position)}: a .json file of prompts must hold a list of objects "
+            "or texts; for an object a line, name it .jsonl"
+        )
+    position = skip(position + 1)
+    if text[position : position + 1] == "]":
+        return
+    while True:
+        try:
+            record, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {error.lineno} is no JSON: {error}") from error
+        n = line(position)
+        if not isinstance(record, dict | str):
+            raise ValueError(f"{path}, line {n} is neither a JSON object nor a text")
+        yield n, record
+        position = skip(end)
+        if text[position : position + 1] == "]":
+            if skip(position + 1) < len(text):
+                rest = line(skip(position + 1))
+                raise ValueError(f"{path}, line {rest} comes after the end of the list")
+            return
+        if text[position : position + 1] != ",":
+            at = line(position)
+            raise ValueError(f"{path}, line {at} is no JSON: a comma or the list's end is missing")
+        position = skip(position + 1)
+
+
+def _csv_records(path: Path) -> Iterator[NumberedRecord]:
+    reader = csv.DictReader(io.StringIO(_read_text(path), newline=""), strict=True)
+    while True:
+        before = reader.line_num
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {before + 1} is no CSV: {error}") from error
+        if None in row:
+            raise ValueError(
+                f"{path}, line {reader.line_num} has more cells than the header; quote cells that "
+                "hold commas"
+            )
+        yield reader.line_num, row
+
+
+def _dataset_records(source: str) -> Iterator[NumberedRecord]:
+    """Read a dataset's rows, without columns of pictures or sound."""
+    path, split = Path(source), None
+    if not path.exists() and ":" in source:
+        name, _, split = source.rpartition(":")
+        path = Path(name)
+    if not path.exists() and not (len(path.parts) == 2 and not path.is_absolute()):
+        raise ValueError(
+            f"prompt file {source} does not exist; give a {', '.join(READERS)} file, a folder that "
+            "datasets can read, or a dataset's name on the hub, owner/name"
+        )
+    if path.is_file():
+        raise ValueError(f"prompt file {source} must end in {', '.join(READERS)}")
+    try:
+        import datasets  # type: ignore[import-not-found] # an extra
+    except ImportError:
+        raise ValueError(
+            f"{source} is no {', '.join(READERS)} file, and reading it as a dataset needs the "
+            "package datasets; install chunkgrpo[datasets], or export the prompts to a file"
+        ) from None
+    saved = path.is_dir() and any(
+        (path / name).is_file() for name in ("dataset_dict.json", "state.json")
+    )
+    try:
+        found: Any = (
+            datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
+        )
+    except Exception as error:  # its many kinds share no base, and the user must see one line
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{source} can not be read as a dataset: {reason}") from error
+    if isinstance(found, dict):
+        names = list(found)
+        split = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)
+        if split not in names:
+            raise ValueError(
+                f"dataset {path} has the splits {', '.join(names)}; choose one, as in "
+                f"{path}:{names[0]}"
+            )
+        found = found[split]
+    elif split:
+        raise ValueError(f"dataset {path} has no splits; leave :{split} out")
+    media = [n for n, f in found.features.items() if type(f).__name__ in MEDIA_FEATURES]
+    yield from enumerate(found.remove_columns(media), 1)
+
+
+NumberedRecord = tuple[int, Mapping[str, Any] | str]
+"""A line's or row's number, and what stands there."""
+
+READERS: Mapping[str, Callable[[Path], Iterator[NumberedRecord]]] = {
+    ".txt": _text_records,
+    ".jsonl": _jsonl_records,
+    ".json": _json_records,
+    ".csv": _csv_records,
+}
+PROMPT_COLUMNS = ("prompt", "prompts", "text", "caption", "description")
+MEDIA_FEATURES = ("Image", "Audio", "Video", "Pdf", "Nifti")

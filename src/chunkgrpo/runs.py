@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,8 @@ def train_run(
     trainer.on_iteration = on_iteration
     e = config.evaluation
     final = build_prompts(config, "final")
+    if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
+        encode_ahead(trainer.policy, trainer.texts() + list(final.texts), on_phase)
     base_file = folder / "evaluation" / "base.npz"
     if not base_file.exists():
         hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
@@ -155,6 +157,21 @@ def train_run(
     save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
     minutes = (time.perf_counter() - started) / 60
     return write_report(config, folder, trainer.seconds, minutes)
+
+
+def encode_ahead(
+    policy: PipelinePolicy, texts: Sequence[str], on_phase: Callable[[str], ProgressHook]
+) -> None:
+    """Encode every prompt a run will meet, onto the disk, and release the text encoders."""
+    cache = policy.embeddings
+    assert cache is not None
+    missing = [text for text in dict.fromkeys(texts) if text not in cache]
+    if missing:
+        hook = on_phase(f"encoding {len(missing)} prompts into {cache.folder}")
+        for number, text in enumerate(missing, 1):
+            policy.encode([text])
+            hook(number, len(missing))
+    policy.release_text_encoders()
 
 
 def write_report(

@@ -160,7 +160,10 @@ class Trainer:
         """The rewards, and what happens when one of them misbehaves."""
         s = self.settings
         folder = self.folder / "unscored"
-        return Scorer(self.rewards, self.watched, s.combine, s.on_error, folder, s.quantise)
+        metadata = dict(zip(self.prompts.texts, self.prompts.metadata, strict=True))
+        return Scorer(
+            self.rewards, self.watched, s.combine, s.on_error, folder, s.quantise, metadata
+        )
 
     @cached_property
     def watch(self) -> RewardWatch:
@@ -207,7 +210,8 @@ class Trainer:
         s = self.settings
         clock = PhaseClock(self.policy.device)
         generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
-        prompts = self.prompts.batch(self.iteration, s.num_prompts, derive_seed(s.seed, 1))
+        rows = self.rows_of(self.iteration)
+        prompts = [self.prompts.texts[row] for row in rows]
         if self.replan and self.refresh and self.iteration and not self.iteration % self.refresh:
             self.algorithm = with_plan(self.algorithm, self.replan())
         algorithm, window = self.plan_iteration(generator)
@@ -304,6 +308,17 @@ class Trainer:
         seconds = clock.seconds()
         images_per_second = trajectory.num_samples / sum(seconds.values())
         return record | {"phase_seconds": seconds, "images_per_second": images_per_second}
+
+    def rows_of(self, iteration: int) -> list[int]:
+        """Return which prompts an iteration trains on."""
+        s = self.settings
+        return self.prompts.batch_rows(iteration, s.num_prompts, derive_seed(s.seed, 1))
+
+    def texts(self) -> list[str]:
+        """Return every prompt that training will meet, each once: the order of its first use."""
+        rows = [row for i in range(self.settings.iterations) for row in self.rows_of(i)]
+        watched = self.held_out.texts if self.settings.evaluate_every else ()
+        return list(dict.fromkeys([*(self.prompts.texts[row] for row in rows), *watched]))
 
     def sampling_policy(self, algorithm: Algorithm) -> AbstractContextManager[None]:
         """Inside this context the policy is the one that samples."""

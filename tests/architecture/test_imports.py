@@ -39,10 +39,11 @@ LAYERS: dict[str, set[str]] = {
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
     "methods": {"config", "recipes"},
+    "plan": {"config", "methods", "policies"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
     "cli": MACHINERY
     | {"rollout", "evaluate", "train", "prompts", "profile", "config", "recipes", "runs"}
-    | {"methods"},
+    | {"methods", "plan"},
     "__main__": {"cli"},
     "": {"core", "types"},
 }

@@ -261,6 +261,7 @@ def test_every_flag_is_known() -> None:
         "methods": [],
         "serve-reward": ["--host", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
                          "--port", "--timeout", "--token"],
+        "plan": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
     }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from chunkgrpo.policies.embeddings import text_encoder_names
 from chunkgrpo.policies.pipeline import (
     Adaptation,
     PipelinePolicy,
@@ -34,6 +35,7 @@ def load_policy(
     adaptation: Adaptation | None = None,
     device: str = "cpu",
     lora: Path | None = None,
+    embedding_cache: Path | None = None,
     **options: Any,
 ) -> PipelinePolicy:
     """Load a diffusers pipeline as a policy.
@@ -43,14 +45,19 @@ def load_policy(
         adaptation: Which weights are trained.
         device: Where it runs.
         lora: Folder of a trained LoRA to fuse into the weights.
+        embedding_cache: Folder of encoded prompts. Text encoders are then not loaded before a
+            prompt that is missing there.
         options: Passed to :class:`PipelinePolicy`.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     module, attribute = family(model)
-    pipe = load_pipeline(model, lora).to(device)
-    return getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None).to(device)
+    policy = getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    if embedding_cache is not None:
+        policy.use_embeddings(embedding_cache)
+    return policy
 
 
 def family(model: str | Path) -> tuple[str, str]:
@@ -68,12 +75,24 @@ def family(model: str | Path) -> tuple[str, str]:
     return FAMILIES[name]
 
 
-def load_pipeline(model: str | Path, lora: str | Path | None = None) -> Any:
-    """Load a pipeline in float32, with a trained LoRA fused into its weights where one is given."""
+def load_pipeline(
+    model: str | Path, lora: str | Path | None = None, without_text: bool = False
+) -> Any:
+    """Load a pipeline in float32.
+
+    Args:
+        model: Folder or hub id.
+        lora: Folder of a trained LoRA to fuse into the weights.
+        without_text: Leave the text encoders out.
+    """
     from diffusers import DiffusionPipeline
 
+    absent: dict[str, Any] = {}
+    if without_text:
+        index: Any = DiffusionPipeline.load_config(str(model))
+        absent = dict.fromkeys(text_encoder_names(index))
     with quiet_diffusers():
-        pipe = DiffusionPipeline.from_pretrained(str(model))
+        pipe = DiffusionPipeline.from_pretrained(str(model), **absent)
         if lora is not None:
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from chunkgrpo.core.schedules import (
     floor1000_timestep,
     validate_sigmas,
 )
+from chunkgrpo.policies.embeddings import EmbeddingCache, model_identity
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.types import Conditioning
 
@@ -140,6 +142,8 @@ class PipelinePolicy:
         if gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing(self.checkpointed)
         self._encoded: dict[str, Conditioning] = {}
+        self.embeddings: EmbeddingCache | None = None
+        self._released = False
         self._base: list[Tensor] = []
         targets = self.adaptation.targets or self.lora_targets
         if self.adaptation.method == "lora":
@@ -324,12 +328,82 @@ class PipelinePolicy:
         run meets its prompts in other company than the uninterrupted one. Texts of different
         lengths are padded with zeros here; their family keeps a mask.
         """
-        for prompt in dict.fromkeys(prompts):
-            if prompt not in self._encoded:
-                with torch.no_grad(), quiet_diffusers():
-                    self._encoded[prompt] = self.encode_texts([prompt])
-        rows = [self._encoded[prompt].tensors for prompt in prompts]
+        found = {prompt: self._row(prompt).tensors for prompt in dict.fromkeys(prompts)}
+        rows = [found[prompt] for prompt in prompts]
         return Conditioning({name: padded([row[name] for row in rows]) for name in rows[0]})
+
+    def _row(self, prompt: str) -> Conditioning:
+        """Return a prompt's row from memory, from the disk or from the text encoders."""
+        if prompt in self._encoded:
+            return self._encoded[prompt]
+        row = self.embeddings.load(prompt, self.device) if self.embeddings else None
+        if row is None:
+            if self._released:
+                raise ValueError(
+                    f"prompt {prompt!r} is not encoded, and the text encoders were released; "
+                    "encode every prompt before release_text_encoders(), or set "
+                    "model.embedding_cache to null to keep them loaded"
+                )
+            self._load_text_encoders()
+            with torch.no_grad(), quiet_diffusers():
+                row = self.encode_texts([prompt])
+            if self.embeddings:
+                self.embeddings.save(prompt, row)
+        if not self.embeddings:  # what is on the disk need not fill the device's memory
+            self._encoded[prompt] = row
+        return row
+
+    def encoding_settings(self) -> dict[str, Any]:
+        """Return all settings that ``encode_texts`` depends on; a family adds its own."""
+        return {"guidance": self.guidance, "max_sequence_length": self.max_sequence_length}
+
+    def use_embeddings(self, root: str | Path) -> None:
+        """Keep encoded prompts in a folder; text encoders load when one is missing there."""
+        import diffusers
+        import transformers
+
+        source = getattr(self.pipe, "name_or_path", None)
+        if not source:
+            raise ValueError(
+                "embeddings can be cached only for a pipeline that was loaded from a folder or "
+                "the hub, which says what made them; save the pipeline and load it"
+            )
+        identity = {
+            "model": model_identity(source),
+            "policy": type(self).__name__,
+            "settings": self.encoding_settings(),
+            "device": self.device.type,
+            "diffusers": diffusers.__version__,
+            "transformers": transformers.__version__,
+        }
+        self.embeddings = EmbeddingCache(Path(root), identity)
+
+    def release_text_encoders(self) -> None:
+        """Drop the text encoders and free their memory; prompts already encoded stay usable."""
+        for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
+            setattr(self.pipe, name, None)
+        self._released = True
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _load_text_encoders(self) -> None:
+        """Load the text encoders that the pipeline was loaded without, or that were released."""
+        from diffusers import DiffusionPipeline
+
+        present = self.pipe.components
+        encoders = [n for n in present if n.startswith("text_encoder")]
+        source = getattr(self.pipe, "name_or_path", None)
+        if not source or any(present[n] is not None for n in encoders):
+            return
+        others = {n: c for n, c in present.items() if n not in encoders}
+        with quiet_diffusers():
+            loaded = DiffusionPipeline.from_pretrained(source, **others)
+        found = {n: loaded.components[n] for n in encoders if loaded.components[n] is not None}
+        for module in found.values():
+            module.requires_grad_(False).eval().to(self.device)
+        # Registered, not only set: the saved pipeline must list them.
+        self.pipe.register_modules(**found)
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict dx/dsigma in float32; see :class:`~chunkgrpo.policies.protocol.Policy`."""
@@ -384,8 +458,11 @@ class PipelinePolicy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adaptation.method == "full":
+            self._load_text_encoders()
             with quiet_diffusers():
                 self.pipe.save_pretrained(folder)
+            if self._released:
+                self.release_text_encoders()
             return
         from peft.utils import get_peft_model_state_dict
 

@@ -46,16 +46,17 @@ class FunctionReward:
     """A plain function ``(images, prompts) -> scores`` as a reward.
 
     A function with an attribute ``groupwise = True`` gets the group size as third argument, see
-    :class:`GroupwiseReward`.
+    :class:`GroupwiseReward`; one with ``needs_metadata = True`` the prompts' metadata, last.
     """
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name, function
         self.groupwise = bool(getattr(function, "groupwise", False))
+        self.needs_metadata = bool(getattr(function, "needs_metadata", False))
 
-    def __call__(self, images: Tensor, prompts: Sequence[str], *group_size: int) -> Tensor:
+    def __call__(self, images: Tensor, prompts: Sequence[str], *more: Any) -> Tensor:
         """Score images."""
-        return as_scores(self.function(images, prompts, *group_size), self.name)
+        return as_scores(self.function(images, prompts, *more), self.name)
 
 
 def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:

@@ -37,6 +37,9 @@ class Reward(Protocol):
 
     The scale is the reward's own; where rewards are combined, their weights balance it.
 
+    A reward with an attribute ``needs_metadata = True`` gets, as a last argument, what the prompts'
+    source says of each prompt: B mappings, such as GenEval's ``include`` and ``exclude``.
+
     Attributes:
         name: Short, of lower-case letters, digits and underscores; metrics are filed under it.
     """

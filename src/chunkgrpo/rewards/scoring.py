@@ -34,7 +34,11 @@ def is_groupwise(reward: Reward) -> bool:
 
 
 def scores_of(
-    reward: Reward, images: Tensor, prompts: Sequence[str], group_size: int | None = None
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    group_size: int | None = None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> Tensor:
     """Call a reward, without gradient, and check the form of its answer.
 
@@ -43,6 +47,8 @@ def scores_of(
         images: [B, 3, H, W] in [0, 1].
         prompts: B texts.
         group_size: G, a divisor of B; needed by groupwise rewards only.
+        metadata: What the prompts' source says of each, B mappings; passed last to rewards whose
+            ``needs_metadata`` is true, empty ones where None.
 
     Returns:
         float32 [B] on the CPU; may hold numbers that are not finite (None counts as NaN).
@@ -52,16 +58,18 @@ def scores_of(
             none.
         ValueError: If a groupwise reward is not told its groups.
     """
+    more: list[Any] = []
+    if is_groupwise(reward):
+        if group_size is None or len(prompts) % group_size:
+            raise ValueError(
+                f"reward {reward.name!r} compares the images of a group, but {len(prompts)} "
+                f"images do not form groups of {group_size}; pass group_size and whole groups"
+            )
+        more.append(group_size)
+    if getattr(reward, "needs_metadata", False):
+        more.append([{}] * len(prompts) if metadata is None else metadata)
     with torch.no_grad():
-        if is_groupwise(reward):
-            if group_size is None or len(prompts) % group_size:
-                raise ValueError(
-                    f"reward {reward.name!r} compares the images of a group, but {len(prompts)} "
-                    f"images do not form groups of {group_size}; pass group_size and whole groups"
-                )
-            answer = reward(images, prompts, group_size)  # type: ignore[call-arg]
-        else:
-            answer = reward(images, prompts)
+        answer = reward(images, prompts, *more)
     scores = as_scores(answer, reward.name)
     if scores.shape != (len(prompts),):
         raise RewardError(
@@ -97,7 +105,11 @@ class Problem:
 
 
 def usable_scores(
-    reward: Reward, images: Tensor, prompts: Sequence[str], group_size: int | None = None
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[str],
+    group_size: int | None = None,
+    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, list[Problem]]:
     """Call a reward and tell usable scores from others.
 
@@ -106,7 +118,7 @@ def usable_scores(
         that fails as a whole, or returns a number of scores that can not be told apart, has none.
     """
     try:
-        scores = scores_of(reward, images, prompts, group_size)
+        scores = scores_of(reward, images, prompts, group_size, metadata)
     except RewardError as error:
         reasons = [Problem(i, error.reason) for i in range(len(prompts))]
         return torch.full((len(prompts),), float("nan")), reasons
@@ -129,6 +141,8 @@ class Scorer:
         folder: Where the image concerned is saved; nowhere where None.
         quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
             behind a server see the same pixels.
+        metadata: What the prompts' source says of a prompt, by its text; for rewards whose
+            ``needs_metadata`` is true.
     """
 
     rewards: Sequence[tuple[Reward, float]]
@@ -137,6 +151,7 @@ class Scorer:
     on_error: str = "stop"
     folder: Path | None = None
     quantise: bool = False
+    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -182,7 +197,8 @@ class Scorer:
         Raises:
             RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image.
         """
-        scores, problems = usable_scores(reward, images, prompts, group_size)
+        metadata = [self.metadata.get(prompt, {}) for prompt in prompts]
+        scores, problems = usable_scores(reward, images, prompts, group_size, metadata)
         if not problems:
             return scores
         first = problems[0]

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encoded prompts on disk, so that text encoders are loaded once and then not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from chunkgrpo.runtime.files import atomic_write
+from chunkgrpo.types import Conditioning
+
+# Files up to this size are read whole to tell two models apart, larger ones at a few places.
+WHOLE = 1 << 20
+SAMPLES, SAMPLE = 16, 1 << 16
+
+
+@dataclass(frozen=True)
+class EmbeddingCache:
+    """A folder of encoded prompts, one safetensors file each.
+
+    A file's name is a hash of the prompt, that of its folder a hash of the identity: all that
+    decides what the text encoders answer. Files appear whole or not at all, so several processes
+    may share the folder.
+
+    Args:
+        root: Holds the caches of all models.
+        identity: Model, encoding settings and versions; everything must go into JSON.
+    """
+
+    root: Path
+    identity: Mapping[str, Any]
+    folder: Path = field(init=False)
+
+    def __post_init__(self) -> None:
+        name = _hash(json.dumps(dict(self.identity), sort_keys=True))[:24]
+        object.__setattr__(self, "folder", Path(self.root) / name)
+
+    def path_of(self, prompt: str) -> Path:
+        """Return the file that holds, or would hold, a prompt."""
+        return self.folder / f"{_hash(prompt)[:32]}.safetensors"
+
+    def __contains__(self, prompt: str) -> bool:
+        return self.path_of(prompt).is_file()
+
+    def load(self, prompt: str, device: torch.device | str = "cpu") -> Conditioning | None:
+        """Return a prompt's row, bit for bit as it was saved; None where there is none.
+
+        A file that cannot be read counts as none: the prompt is encoded again and replaces it.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = self.path_of(prompt)
+        if not path.is_file():
+            return None
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                if (file.metadata() or {}).get("prompt") != prompt:
+                    return None
+                return Conditioning({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except SafetensorError:
+            return None
+
+    def save(self, prompt: str, row: Conditioning) -> None:
+        """Keep a prompt's row."""
+        from safetensors.torch import save
+
+        note = self.folder / "identity.json"
+        if not note.is_file():
+            atomic_write(note, json.dumps(dict(self.identity), indent=1, sort_keys=True) + "\n")
+        # Cloned: safetensors refuses tensors that share memory, as expanded negatives may.
+        tensors = {n: t.detach().cpu().contiguous().clone() for n, t in row.tensors.items()}
+        atomic_write(self.path_of(prompt), save(tensors, {"prompt": prompt}))
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def text_encoder_names(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of a pipeline's text encoders from its ``model_index.json``."""
+    return tuple(
+        name
+        for name, value in index.items()
+        if name.startswith("text_encoder") and isinstance(value, list | tuple) and value[0]
+    )
+
+
+def model_identity(model: str | Path) -> str:
+    """Return what tells one model's text encoders and tokenizers from another's.
+
+    A hub id is known by its commit. A folder is known by the names, the sizes and samples of the
+    bytes of these files, and not by where it lies: a copy shares its embeddings.
+    """
+    path = Path(model)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        folder = snapshot_download(str(model), allow_patterns=["model_index.json"])
+        return f"{model}@{Path(folder).name}"
+    digest = hashlib.sha256()
+    parts = [p for p in path.iterdir() if p.name.startswith(("text_encoder", "tokenizer"))]
+    for file in sorted(f for part in parts for f in part.rglob("*") if f.is_file()):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE:
+                digest.update(stream.read())
+                continue
+            for i in range(SAMPLES):
+                stream.seek((size - SAMPLE) * i // (SAMPLES - 1))
+                digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
