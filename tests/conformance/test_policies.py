@@ -24,8 +24,10 @@ from chunkgrpo.core import (
     UniformSelection,
     make_sigmas,
 )
+from chunkgrpo.core.schedules import exact_timestep, floor1000_timestep
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.policies.sana import SanaPolicy
 from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience
 from stock_sampling import sample
@@ -253,6 +255,23 @@ def test_the_papers_schedule_in_the_stock_pipeline(family, folders):
     arguments["sigmas"] = torch.linspace(1, 1 / STEPS, STEPS).tolist()
     noise = family.stock_noise(trajectory.states[:, 0], policy)
     assert_close(trajectory.final, sample(pipe, PROMPTS, noise, arguments)[0])
+
+
+def test_time_is_rounded_as_the_scheduler_rounds_it(folders):
+    """Multistep DPM, which released Sana models come with, truncates to whole thousandths."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    family = next(f for f in FAMILIES if f.name == "sana")
+    exact = load(family, folders)
+    assert exact.timestep is exact_timestep
+    exact.pipe.scheduler = DPMSolverMultistepScheduler(
+        use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction"
+    )
+    truncating = SanaPolicy(exact.pipe, Adaptation("none"))
+    assert truncating.timestep is floor1000_timestep
+    sigmas, scheduler = truncating.native_sigmas(5), truncating.native_scheduler(5)
+    assert scheduler.timesteps.tolist() == (1000 * sigmas[:-1]).floor().tolist()
+    assert sigmas[0] > 0.999 and sigmas[-1] == 0
 
 
 def test_guidance_changes_the_sample(family, folders):
