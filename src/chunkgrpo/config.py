@@ -50,14 +50,24 @@ class ModelConfig(Section):
     guidance: float = Field(default=1.0, ge=0, description="classifier-free guidance; <= 1 is off")
     height: int | None = Field(default=None, gt=0)
     width: int | None = Field(default=None, gt=0)
-    max_sequence_length: int = Field(default=256, ge=1, le=512)
-    timestep: Literal["exact", "floor1000"] = "exact"
+    negative_prompt: str = Field(default="", description="of classifier-free guidance")
+    max_sequence_length: int | None = Field(
+        default=None, ge=1, description="rows of the longest text encoder; null: the pipeline's own"
+    )
+    timestep: Literal["exact", "floor1000"] | None = Field(
+        default=None, description="rounding of the network's time; null: as the scheduler does"
+    )
+    gradient_checkpointing: bool = Field(
+        default=False, description="compute blocks again in the backward pass; saves memory"
+    )
     method: Literal["lora", "full"] = "lora"
     rank: int = Field(default=32, ge=1)
     alpha: float | None = Field(
         default=None, gt=0, description="LoRA alpha; the rank where not given"
     )
-    targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    targets: tuple[str, ...] | None = Field(
+        default=None, description="modules that get a LoRA; null: those of the family's attention"
+    )
     embedding_cache: str | None = Field(
         default="auto",
         description="folder of encoded prompts; 'auto' is the user's cache, and none for the "
@@ -696,7 +706,9 @@ def policy_options(model: ModelConfig) -> dict[str, Any]:
         "guidance": model.guidance,
         "size": (model.height, model.width) if model.height and model.width else None,
         "max_sequence_length": model.max_sequence_length,
-        "timestep": TIMESTEP_ROUNDINGS[model.timestep],
+        "timestep": TIMESTEP_ROUNDINGS[model.timestep] if model.timestep else None,
+        "negative_prompt": model.negative_prompt,
+        "gradient_checkpointing": model.gradient_checkpointing,
     }
 
 

@@ -171,7 +171,7 @@ def make_plan(config: Config) -> Plan:
         rank=m.rank,
         targets=lora_targets(config, a.pipeline),
         precision=m.precision,
-        checkpointing=getattr(m, "gradient_checkpointing", False),
+        checkpointing=m.gradient_checkpointing,
         plain=m.device == "cpu",  # 'auto' may be planned on a laptop and run elsewhere
     )
     vae_parameters, decoding = arch.decoder_work(a, size, m.precision)

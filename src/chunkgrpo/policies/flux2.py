@@ -40,6 +40,10 @@ class Flux2Policy(PipelinePolicy):
         self.layers = text_encoder_out_layers or self.stock_default("text_encoder_out_layers")
         super().__init__(pipe, adaptation, **options)
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """The layers that are read, too."""
+        return {**super().encoding_settings(), "layers": list(self.layers)}
+
     @property
     def latent_channels(self) -> int:
         """Four latent pixels are one token."""

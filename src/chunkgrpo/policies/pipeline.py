@@ -355,7 +355,12 @@ class PipelinePolicy:
 
     def encoding_settings(self) -> dict[str, Any]:
         """Return all settings that ``encode_texts`` depends on; a family adds its own."""
-        return {"guidance": self.guidance, "max_sequence_length": self.max_sequence_length}
+        return {
+            "guidance": self.guidance,
+            "guided": self.guided,
+            "negative_prompt": self.negative_prompt,
+            "max_sequence_length": self.max_sequence_length,
+        }
 
     def use_embeddings(self, root: str | Path) -> None:
         """Keep encoded prompts in a folder; text encoders load when one is missing there."""
