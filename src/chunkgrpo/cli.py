@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -45,8 +45,22 @@ def clear_errors() -> Iterator[None]:
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
-    ] = "demo",
+        str | None,
+        typer.Argument(
+            help="A recipe's name (`chunkgrpo recipes`) or a .yaml file. "
+            "[default: demo, or paper with --model]"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to train on and to judge by: a file or dataset.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="A reward: its name, package.module:function or http://host:port."),
+    ] = None,
     set_: SetOption = None,
     chunks: Annotated[
         Path | None, typer.Option(help="Chunk settings, as `chunkgrpo chunks` writes them.")
@@ -70,17 +84,14 @@ def train(
         from chunkgrpo.config import ConfigError, load_config
 
         if resume is not None:
-            if set_ or out or chunks or async_rewards:
-                raise ConfigError(
-                    "--resume takes no --set, --chunks, --out or --async-rewards: a run keeps its "
-                    "settings"
-                )
+            if set_ or out or chunks or async_rewards or model or prompts or reward:
+                raise ConfigError("--resume takes only the run folder: a run keeps its settings")
             from chunkgrpo.runs import read_run
 
             config, folder = read_run(resume), resume
         else:
-            settings = [*(set_ or []), *(["async_rewards=true"] if async_rewards else [])]
-            config = load_config(recipe, settings, chunks)
+            settings = chosen(model, prompts, reward, async_rewards) + (set_ or [])
+            config = load_config(recipe or ("paper" if model else "demo"), settings, chunks)
             from chunkgrpo.runs import new_folder
 
             folder = out or new_folder(Path("runs"), config.name)
@@ -103,6 +114,29 @@ def train(
         display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
         return
     show_summary(display, summary, folder)
+
+
+def chosen(
+    model: str | None, prompts: str | None, rewards: Sequence[str] | None, async_rewards: bool
+) -> list[str]:
+    """Write the options of ``train`` that stand for settings as settings."""
+    import json
+
+    settings: list[str] = []
+    if model:
+        settings.append(f"model.path={model}")
+    if prompts:
+        settings += [f"prompts.train={prompts}", f"prompts.held_out={prompts}"]
+    if rewards:
+        listed = [{"name": name} for name in rewards]
+        # What is trained is judged, too, unless a setting names another judge.
+        settings += [
+            f"rewards={json.dumps(listed)}",
+            f"evaluation.reward={json.dumps(listed[0])}",
+        ]
+    if async_rewards:
+        settings.append("async_rewards=true")
+    return settings
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
@@ -487,9 +521,19 @@ def serve_reward(
 @shapes_app.command("pretrain")
 def shapes_pretrain(
     out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
-    scenes: Annotated[int, typer.Option(min=100, help="Scenes to render.")] = 0,
-    vae_steps: Annotated[int, typer.Option(min=1, help="Steps of the autoencoder.")] = 0,
-    transformer_steps: Annotated[int, typer.Option(min=1, help="Steps of the transformer.")] = 0,
+    scenes: Annotated[
+        int | None, typer.Option(min=100, help="Scenes to render. [default: 40000]")
+    ] = None,
+    vae_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the autoencoder. [default: 1200]")
+    ] = None,
+    transformer_steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps of the transformer. [default: 7000]")
+    ] = None,
+    guidance_steps: Annotated[
+        int | None,
+        typer.Option(min=0, help="Steps that put guidance into the weights. [default: 0]"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
 ) -> None:
     """Train the embedded pipeline from rendered scenes, as the shipped one was."""
@@ -503,8 +547,9 @@ def shapes_pretrain(
             "num_scenes": scenes,
             "vae_steps": vae_steps,
             "transformer_steps": transformer_steps,
+            "guidance_steps": guidance_steps,
         }
-        settings = replace(settings, **{k: v for k, v in given.items() if v})
+        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
         folder = pretrain(out, settings)
     typer.echo(f"The pipeline is in {folder}")
 

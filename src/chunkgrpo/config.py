@@ -47,7 +47,7 @@ class ModelConfig(Section):
     path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
     precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
-    guidance: float = Field(default=1.0, ge=0, description="classifier-free guidance; <= 1 is off")
+    guidance: float = Field(default=1.0, ge=0, description="as the pipeline takes it; 1 is off for most (docs/models.md)")
     height: int | None = Field(default=None, gt=0)
     width: int | None = Field(default=None, gt=0)
     negative_prompt: str = Field(default="", description="of classifier-free guidance")
@@ -64,6 +64,9 @@ class ModelConfig(Section):
     rank: int = Field(default=32, ge=1)
     alpha: float | None = Field(
         default=None, gt=0, description="LoRA alpha; the rank where not given"
+    )
+    options: dict[str, Any] = Field(
+        default={}, description="of the family's policy (docs/models.md), e.g. {true_cfg: 4.0}"
     )
     targets: tuple[str, ...] | None = Field(
         default=None, description="modules that get a LoRA; null: those of the family's attention"
@@ -158,6 +161,9 @@ class SamplingConfig(Section):
     shift: float = Field(default=3.0, gt=0)
     merge: tuple[int, ...] | None = Field(
         default=None, description="grid steps taken as one, e.g. [1, 1, 2, 4, 9]; sum is steps"
+    )
+    merge_entropy: float | None = Field(
+        default=None, description="merge until a step has this entropy, nats per latent element"
     )
     diffusion: Literal["flow", "dance", "cps", "ode"] = Field(
         default="flow", description="'ode' for objectives of the forward process only"
@@ -554,6 +560,12 @@ def check_algorithm(config: Config) -> None:
     Raises:
         ConfigError: With the rule and the nearest valid choice.
     """
+    sampling = config.sampling
+    if sampling.merge and sampling.merge_entropy is not None:
+        raise ConfigError(
+            "sampling.merge lists the merged steps and sampling.merge_entropy finds them; set one "
+            "of the two to null"
+        )
     s, o = config.sampling, config.objective
     if o.algorithm == "chunk_grpo":
         if s.diffusion == "ode":
@@ -709,6 +721,7 @@ def policy_options(model: ModelConfig) -> dict[str, Any]:
         "timestep": TIMESTEP_ROUNDINGS[model.timestep] if model.timestep else None,
         "negative_prompt": model.negative_prompt,
         "gradient_checkpointing": model.gradient_checkpointing,
+        **model.options,
     }
 
 
@@ -732,14 +745,25 @@ def build_sigmas(config: Config) -> Tensor:
     """Return the sampling schedule."""
     from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 
-    sigmas = make_sigmas(config.sampling.steps, config.sampling.shift)
-    return merge_sigmas(sigmas, config.sampling.merge) if config.sampling.merge else sigmas
+    sigmas, sizes = make_sigmas(config.sampling.steps, config.sampling.shift), merge_sizes(config)
+    return merge_sigmas(sigmas, sizes) if sizes else sigmas
+
+
+def merge_sizes(config: Config) -> tuple[int, ...] | None:
+    """Return how many grid steps each sampler step spans, listed or found by entropy."""
+    s = config.sampling
+    if s.merge_entropy is None:
+        return s.merge
+    from chunkgrpo.core.schedules import entropy_merges, make_sigmas
+
+    transition = build_transition(config)
+    return entropy_merges(make_sigmas(s.steps, s.shift), transition.std, s.merge_entropy)
 
 
 def num_trained(config: Config) -> int:
     """Return N, the steps that can be trained: all sampler steps but the last."""
-    s = config.sampling
-    return (len(s.merge) if s.merge else s.steps) - 1
+    sizes = merge_sizes(config)
+    return (len(sizes) if sizes else config.sampling.steps) - 1
 
 
 def num_planned(config: Config) -> int:

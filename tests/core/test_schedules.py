@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sigma grids against closed forms, and the errors that guard them."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributions import Normal
 
 from chunkgrpo.core.schedules import (
     TIMESTEP_ROUNDINGS,
+    entropy_merges,
     exact_timestep,
     floor1000_timestep,
     make_sigmas,
@@ -18,6 +21,7 @@ from chunkgrpo.core.schedules import (
     shift_sigmas,
     validate_sigmas,
 )
+from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion, Transition
 
 PRINTED_SIGMAS = [
     1.0000, 0.9796, 0.9574, 0.9333, 0.9070, 0.8780, 0.8462, 0.8108, 0.7714,
@@ -171,3 +175,33 @@ def test_merged_steps_begin_where_the_first_of_them_began(sizes, kept):
 def test_merges_that_do_not_cover_the_schedule_are_refused(sizes, message):
     with pytest.raises(ValueError, match=message):
         merge_sigmas(make_sigmas(5), sizes)
+
+
+def test_steps_are_merged_until_their_normal_has_the_entropy():
+    sigmas = make_sigmas(16)
+    kernel = Transition(FlowDiffusion(0.7))
+    sizes = entropy_merges(sigmas, kernel.std, 0.8)
+    assert sizes == (1, 1, 2, 2, 3, 4, 1, 1, 1)
+    edges = [0, *itertools.accumulate(sizes)]
+    entropies = [
+        Normal(0.0, kernel.std(sigmas[a], sigmas[b])).entropy().item()
+        for a, b in itertools.pairwise(edges)
+        if b < 16
+    ]
+    assert min(entropies[:6]) >= 0.8 > max(entropies[6:])
+    # No merged step would have been enough with one grid step less.
+    for a, b in itertools.pairwise(edges[:7]):
+        if b - a > 1:
+            assert Normal(0.0, kernel.std(sigmas[a], sigmas[b - 1])).entropy() < 0.8
+
+
+@given(steps=st.integers(2, 30), least=st.floats(-3, 3), eta=st.floats(0.05, 1.5))
+def test_merges_by_entropy_cover_the_schedule(steps, least, eta):
+    sigmas = make_sigmas(steps)
+    sizes = entropy_merges(sigmas, Transition(DanceDiffusion(eta)).std, least)
+    assert torch.equal(merge_sigmas(sigmas, sizes)[[0, -2, -1]], sigmas[[0, -2, -1]])
+    assert sizes[-1] == 1
+
+
+def test_steps_without_noise_are_not_merged():
+    assert entropy_merges(make_sigmas(4), Transition(OdeDiffusion()).std, -9.0) == (1, 1, 1, 1)

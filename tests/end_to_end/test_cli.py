@@ -253,7 +253,8 @@ def test_every_flag_is_known() -> None:
         if name != "shapes"
     }
     assert flags == {
-        "train": ["--async-rewards", "--chunks", "--out", "--resume", "--set"],
+        "train": ["--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
+                  "--reward", "--set"],
         "sample": ["--images", "--out", "--seed"],
         "evaluate": ["--split"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
@@ -297,3 +298,45 @@ def test_quickstart_runs_as_printed_in_the_readme(
     torch.manual_seed(0)
     exec(compile(short, "quickstart.py", "exec"), {"__name__": "quickstart"})
     assert (tmp_path / "runs/quickstart/pytorch_lora_weights.safetensors").is_file()
+
+
+def test_pretraining_takes_the_shipped_settings_unless_told(tmp_path, monkeypatch):
+    from chunkgrpo.shapes import pretrain as package
+
+    seen: list[package.PretrainSettings] = []
+
+    def remember(out: Path, settings: package.PretrainSettings) -> Path:
+        seen.append(settings)
+        return out / "pipeline"
+
+    monkeypatch.setattr(package, "pretrain", remember)
+    text = call("shapes", "pretrain", "--out", str(tmp_path))
+    assert str(tmp_path / "pipeline") in "".join(text.split("\n"))
+    call("shapes", "pretrain", "--out", str(tmp_path), "--scenes", "200", "--guidance-steps", "0")
+    shipped = package.PretrainSettings()
+    assert seen[0] == shipped
+    assert (seen[1].num_scenes, seen[1].guidance_steps) == (200, 0)
+    assert seen[1].transformer_steps == shipped.transformer_steps
+    shown = call("shapes", "pretrain", "--help")
+    for number in (shipped.num_scenes, shipped.vae_steps, shipped.transformer_steps):
+        assert str(number) in shown
+
+
+def test_a_model_prompts_and_a_reward_are_enough(small_model: Path, tmp_path: Path) -> None:
+    """Everything else comes from the recipe of the published settings."""
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a red star\ntwo circles\na blue cross\n")
+    text = call(
+        "train", "--model", str(small_model), "--prompts", str(listed), "--reward", "brightness",
+        "--out", str(tmp_path / "run"), *SMALL[:6], "--set", "sampling.steps=5",
+        "--set", "chunks.plan=equal", "--set", "chunks.size=2",
+        "--set", "model.max_sequence_length=1",
+    )  # fmt: skip
+    assert "brightness score on 3 held-out prompts" in " ".join(text.split())
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert config["name"] == "paper" and config["model"]["method"] == "lora"
+    assert [reward["name"] for reward in config["rewards"]] == ["brightness"]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward_mean"] for line in lines]
+    assert len(rewards) == 3 and all(0 < reward < 1 for reward in rewards)
+    call("train", "--resume", str(tmp_path / "run"), "--reward", "shapes", code=2)

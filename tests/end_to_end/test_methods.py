@@ -48,6 +48,7 @@ def test_costs_of_forward_objectives():
     ("name", "setting", "message"),
     [
         ("demo", "sampling.diffusion=ode", "'ode' has no density.*'flow' or 'dance'"),
+        ("e-grpo", "sampling.merge=[4, 4, 4, 4]", "set one of the two to null"),
         ("awm", "chunks.plan=steps", "has no use for chunks"),
         ("awm", "sampling.window.kind=random", "has no use for sampling.window"),
         ("diffusion-nft", "objective.credit=gain", "has no use for objective.credit"),

@@ -24,6 +24,7 @@ from chunkgrpo.shapes.scenes import (
     COLORS,
     IMAGE_SIZE,
     MIN_GAP,
+    RADIUS_RANGE,
     RELATION_OFFSET,
     RELATIONS,
     SHAPES,
@@ -41,10 +42,11 @@ def _asks(number: int, seed: int) -> list[Ask]:
     return [prompt.ask for prompt in sample_prompts(number, "train", seed)]
 
 
-def test_objects_lie_inside_the_image_and_apart() -> None:
+@pytest.mark.parametrize("grid", [0, 8])
+def test_objects_lie_inside_the_image_and_apart(grid: int) -> None:
     rng = np.random.default_rng(0)
     for ask in _asks(240, 0):
-        scene = sample_scene(ask, rng)
+        scene = sample_scene(ask, rng, grid=grid)
         boxes = []
         for thing in scene.things:
             points = outline(thing.shape) * thing.radius + (thing.x, thing.y)
@@ -54,6 +56,17 @@ def test_objects_lie_inside_the_image_and_apart() -> None:
         for (low, high), (other_low, other_high) in itertools.combinations(boxes, 2):
             gap = np.maximum(other_low - high, low - other_high).max()
             assert gap >= MIN_GAP - 1e-6
+
+
+def test_a_grid_leaves_few_places_and_sizes() -> None:
+    rng = np.random.default_rng(3)
+    for ask in _asks(240, 1):
+        low, high = RADIUS_RANGE[len(ask.things)]
+        for thing in sample_scene(ask, rng, grid=8).things:
+            assert (thing.x % 8, thing.y % 8) == (0, 0)
+            assert thing.radius in (low, (low + high) / 2, high)
+    free = [sample_scene(Ask(((None, "star"),)), rng).things[0] for _ in range(20)]
+    assert any(thing.x % 8 for thing in free)
 
 
 def test_scenes_hold_what_is_asked() -> None:

@@ -102,6 +102,7 @@ from .precision import at_least_float32
 from .schedules import (
     TIMESTEP_ROUNDINGS,
     TimestepRounding,
+    entropy_merges,
     exact_timestep,
     floor1000_timestep,
     make_sigmas,
@@ -202,6 +203,7 @@ __all__ = [
     "k3_kl",
     "k3_slope",
     "make_sigmas",
+    "entropy_merges",
     "matching_error",
     "mean_curve",
     "network_timestep",

@@ -207,3 +207,44 @@ def merge_sigmas(sigmas: Tensor, sizes: Sequence[int]) -> Tensor:
         )
     edges = torch.tensor([0, *itertools.accumulate(sizes)], device=sigmas.device)
     return sigmas[edges]
+
+
+def entropy_merges(
+    sigmas: Tensor, std: Callable[[Tensor, Tensor], Tensor], least: float
+) -> tuple[int, ...]:
+    r"""Merge neighbouring steps until each explores enough.
+
+    From the noise side on, a step takes in the grid steps after it until its Gaussian's entropy
+    per latent element reaches ``least``:
+
+    .. math:: h = \tfrac12 \log(2 \pi e\,\nu^2)
+
+    with :math:`\nu` the standard deviation of the one step that spans them. Grid steps at the end
+    that do not reach it together stay as they are (sample them without noise), and the last step,
+    which is deterministic, is never merged.
+
+    Args:
+        sigmas: Schedule, [K+1].
+        std: Standard deviation of a step, (sigma, sigma_next) -> scalar tensor, as
+            ``Kernel.std``.
+        least: Nats per element. A flow SDE's first steps have about 1, its last about -0.4.
+
+    Returns:
+        Grid steps per merged step, for :func:`merge_sigmas`; they sum to K.
+
+    Reference: E-GRPO, arXiv:2601.00423, merges consecutive steps of low entropy into one of high
+    entropy; the greedy order and a threshold in nats per element are ours.
+    """
+    last = len(sigmas) - 2  # index of the grid level where the deterministic step begins
+    sizes: list[int] = []
+    start = 0
+    while start < last:
+        for end in range(start + 1, last + 1):
+            spread = float(std(sigmas[start], sigmas[end]))
+            if spread > 0 and 0.5 * math.log(2 * math.pi * math.e * spread**2) >= least:
+                break
+        else:
+            break
+        sizes.append(end - start)
+        start = end
+    return (*sizes, *(1,) * (last + 1 - start))

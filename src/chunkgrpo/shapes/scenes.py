@@ -149,6 +149,7 @@ def sample_scene(
     ask: Ask,
     rng: np.random.Generator,
     forbidden: frozenset[tuple[str, str]] = frozenset(),
+    grid: float = 0.0,
 ) -> Scene:
     """Draw a random scene that holds exactly what is asked.
 
@@ -156,6 +157,8 @@ def sample_scene(
         ask: The objects and their relation.
         rng: Source of every random choice.
         forbidden: (colour, shape) pairs never chosen where the colour is free.
+        grid: Centres lie on multiples of this many pixels and radii are the smallest, the middle
+            or the largest of their range; 0 leaves both free.
 
     Returns:
         A scene whose objects lie apart by ``MIN_GAP`` and inside the image by ``BORDER``.
@@ -172,9 +175,15 @@ def sample_scene(
             if name is None:
                 allowed = [c for c in COLORS if (c, shape) not in forbidden]
                 name = shared if shared in allowed else str(rng.choice(allowed))
-            radius = float(rng.uniform(low, high))
+            share = rng.integers(3) / 2 if grid else rng.uniform()
+            radius = float(low + share * (high - low))
+            edge = radius * 1.1 + BORDER
             for _ in range(40):
-                x, y = rng.uniform(radius * 1.1 + BORDER, IMAGE_SIZE - radius * 1.1 - BORDER, 2)
+                if grid:
+                    first, last = math.ceil(edge / grid), math.floor((IMAGE_SIZE - edge) / grid)
+                    x, y = grid * rng.integers(first, last + 1, 2)
+                else:
+                    x, y = rng.uniform(edge, IMAGE_SIZE - edge, 2)
                 if all(
                     max(abs(x - t.x), abs(y - t.y)) >= (radius + t.radius) * 1.05 + MIN_GAP
                     for t in things

@@ -22,6 +22,7 @@ from chunkgrpo.shapes.scenes import (
 )
 
 CAPTIONS_PER_SCENE = 3
+GRID = 8  # pixels; the VAE's stride, so that a shape has the same code wherever it lies
 OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 # Harder tasks get more scenes: what a model never saw enough of, no reward can bring out.
@@ -127,7 +128,7 @@ def make_world(num_scenes: int, seed: int, wrong_captions: float) -> World:
     for i, t in enumerate(tasks):
         task = grammar.TASKS[t]
         ask = pools[task][scene_rng.integers(len(pools[task]))]
-        scene = sample_scene(ask, scene_rng, grammar.HELD_OUT_PAIRS)
+        scene = sample_scene(ask, scene_rng, grammar.HELD_OUT_PAIRS, GRID)
         images[i] = render(scene)
         sayable = [(kind, a) for kind, a in true_asks(scene) if kind in phrasings.get(a, {})]
         for c in range(CAPTIONS_PER_SCENE):

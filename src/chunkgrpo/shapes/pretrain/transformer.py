@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +30,8 @@ from chunkgrpo.shapes.pretrain.common import (
 from chunkgrpo.shapes.verifier import verify_batch
 
 CAPTION_DROPOUT = 0.1
+BATCH_SIZE = 64
+COMPILE_FROM = 500  # steps
 # Rows of T5 embeddings per batch. Runs use one row, which keeps attention short; some batches are
 # long so that the pipeline's default of 256 rows draws well too.
 T5_ROWS = ((1, 0.95), (16, 0.03), (256, 0.02))
@@ -173,6 +178,26 @@ class Scenes:
         return Batch((1 - s) * x0 + s * noise, sigma, noise - x0, self.clip_ids[text], ids)
 
 
+def computing_copy(networks: Networks, steps: int) -> Networks:
+    """Return a copy in bfloat16, its transformer blocks compiled where that pays.
+
+    Compiled blocks make a training step one and a half times as fast on two CPU cores; compiling
+    takes a C++ compiler and half a minute.
+    """
+    copied = copy.deepcopy(networks).to(torch.bfloat16)
+    if steps >= COMPILE_FROM and shutil.which(os.environ.get("CXX", "g++")):
+        for block in copied.transformer.transformer_blocks:
+            block.compile(dynamic=False)
+    return copied
+
+
+def compiled_where_short(batch: Batch) -> AbstractContextManager[Any]:
+    """Run the rare batches with many text rows as they are: each shape would be compiled anew."""
+    if batch.t5_ids.shape[1] == T5_ROWS[0][0]:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
+
+
 def train_transformer(pipe: Any, scenes: Scenes, folder: Path, steps: int, seed: int) -> None:
     """Train in place; ends with the averaged weights. Resumes from ``folder/transformer.pt``.
 
@@ -181,13 +206,11 @@ def train_transformer(pipe: Any, scenes: Scenes, folder: Path, steps: int, seed:
     a copy of float32 master weights. The target is the mean of a scene's code: under a strong KL
     the posterior is wide, and a sample of it would draw a blurred scene.
 
-    The rate falls to zero twice: after a third of the steps, then, from half the peak, all the way
-    to the end. At the full rate most of the loss that is left is noise of the optimizer itself.
+    The rate falls for most of the time: at the full rate most of the loss that is left after a few
+    thousand steps is noise of the optimizer itself.
     """
     zero_modulation(pipe.transformer)
-    first = steps // 3
-    rounds = (Round(first), Round(steps - first, peak=0.5, fall=1.0))
-    fit(pipe, scenes, folder, "transformer", rounds, seed)
+    fit(pipe, scenes, folder, "transformer", (Round(steps, fall=0.85),), seed)
 
 
 def distil_guidance(
@@ -202,7 +225,7 @@ def distil_guidance(
     Reference: Meng et al., "On Distillation of Guided Diffusion Models", arXiv:2210.03142, for one
     fixed scale.
     """
-    teacher = copy.deepcopy(Networks(pipe)).to(torch.bfloat16).requires_grad_(False)
+    teacher = computing_copy(Networks(pipe), steps).requires_grad_(False)
     empty = scenes.clip_ids[-1]
 
     def guided(batch: Batch) -> Tensor:
@@ -215,7 +238,7 @@ def distil_guidance(
         return v_empty + scale * (v - v_empty)
 
     rounds = (Round(steps, peak=0.2, fall=1.0),)
-    fit(pipe, scenes, folder, "guidance", rounds, seed + 1, batch_size=64, target=guided)
+    fit(pipe, scenes, folder, "guidance", rounds, seed + 1, target=guided)
 
 
 def fit(
@@ -225,13 +248,12 @@ def fit(
     stage: str,
     rounds: Sequence[Round],
     seed: int,
-    batch_size: int = 96,
     target: Callable[[Batch], Tensor] | None = None,
 ) -> None:
     """Fit the networks to a batch's velocities, or to what ``target`` makes of it."""
     steps = sum(part.steps for part in rounds)
     masters = Networks(pipe)
-    compute = copy.deepcopy(masters).to(torch.bfloat16)
+    compute = computing_copy(masters, steps)
     pairs = list(zip(compute.parameters(), masters.parameters(), strict=True))
     optimizers = OptimizerPair(masters.named_parameters(), 0.015, 2e-3, rounds, 100, NOT_HIDDEN)
     average = Average(masters, min(0.999, 1 - 8 / steps))
@@ -249,8 +271,8 @@ def fit(
         with torch.no_grad():
             for low, master in pairs:
                 low.copy_(master)
-        batch = scenes.draw(batch_size, generator)
-        with plain_attention():
+        batch = scenes.draw(BATCH_SIZE, generator)
+        with plain_attention(), compiled_where_short(batch):
             wanted = batch.target if target is None else target(batch)
             v = compute(batch.x.bfloat16(), batch.sigma, batch.clip_ids, batch.t5_ids).float()
             loss = F.mse_loss(v, wanted)
