@@ -93,6 +93,7 @@ class PipelinePolicy:
     """
 
     latent_shape: tuple[int, ...]
+    image_ids: Any  # positions of image tokens, where the pipeline's latents come with them
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
     guided_above: ClassVar[float] = 1.0
 
