@@ -116,7 +116,9 @@ def test_settings_and_models_do_not_share_rows(tiny_pipeline_path, tmp_path):
     policy = load(tiny_pipeline_path, tmp_path / "cache")
     policy.encode(PROMPTS[:1])
     noted = json.loads((policy.embeddings.folder / "identity.json").read_text())
-    assert noted["settings"] == {"guidance": 4.0, "max_sequence_length": 4}
+    assert noted["settings"] == {
+        "guidance": 4.0, "guided": True, "negative_prompt": "", "max_sequence_length": 4,
+    }  # fmt: skip
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path):

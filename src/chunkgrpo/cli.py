@@ -85,7 +85,10 @@ def train(
 
         if resume is not None:
             if set_ or out or chunks or async_rewards or model or prompts or reward:
-                raise ConfigError("--resume takes only the run folder: a run keeps its settings")
+                raise ConfigError(
+                    "--resume takes no --set, --chunks, --out, --model, --prompts, --reward or "
+                    "--async-rewards: a run keeps its settings"
+                )
             from chunkgrpo.runs import read_run
 
             config, folder = read_run(resume), resume

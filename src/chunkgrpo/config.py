@@ -47,7 +47,11 @@ class ModelConfig(Section):
     path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
     precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
-    guidance: float = Field(default=1.0, ge=0, description="as the pipeline takes it; 1 is off for most (docs/models.md)")
+    guidance: float = Field(
+        default=1.0,
+        ge=0,
+        description="the pipeline's own number; 1 is off for most",
+    )
     height: int | None = Field(default=None, gt=0)
     width: int | None = Field(default=None, gt=0)
     negative_prompt: str = Field(default="", description="of classifier-free guidance")
