@@ -14,51 +14,41 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.slow
-def test_iteration_benchmark_runs_and_compares() -> None:
+def output_of(script: str, *arguments: str) -> str:
+    """Run a benchmark with this checkout's package, on one thread; return what it prints."""
     pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        [sys.executable, "benchmarks/iteration.py", "--quick"],
+        [sys.executable, script, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.slow
+def test_iteration_benchmark_runs_and_compares() -> None:
+    output = output_of("benchmarks/iteration.py", "--quick")
     for precision in ("bf16", "float32"):
-        found = re.search(rf"ratio \({precision}\): .* takes (\d+\.\d+) times", run.stdout)
-        assert found and float(found[1]) > 0, run.stdout
-    assert "same work: in float32" in run.stdout
+        found = re.search(rf"ratio \({precision}\): .* takes (\d+\.\d+) times", output)
+        assert found and float(found[1]) > 0, output
+    assert "same work: in float32" in output
 
 
 @pytest.mark.slow
 def test_async_benchmark_runs_and_compares() -> None:
-    pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "benchmarks/async_rewards.py", "--quick"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert re.search(r"│ +4 │.*│ +yes │", run.stdout), run.stdout
+    output = output_of("benchmarks/async_rewards.py", "--quick")
+    assert re.search(r"│ +4 │.*│ +yes │", output), output
 
 
 @pytest.mark.slow
 def test_gpu_benchmark_checks_itself_without_a_gpu() -> None:
     """Tiny networks through the same code; one line a model and batch."""
-    pythonpath = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
-    run = subprocess.run(
-        [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--models", "sd3.5-medium"],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": pythonpath},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    assert "a check, not a measurement" in run.stdout
-    lines = [line for line in run.stdout.splitlines() if line.startswith("| sd3.5-medium")]
+    output = output_of("benchmarks/gpu.py", "--device", "cpu", "--models", "sd3.5-medium")
+    assert "a check, not a measurement" in output
+    lines = [line for line in output.splitlines() if line.startswith("| sd3.5-medium")]
     assert [line.split(" | ")[3] for line in lines] == ["1", "2"]
     for line in lines:
         figures = [float(cell) for cell in line.strip("| ").split(" | ")[4:10]]

@@ -10,6 +10,14 @@ import torch
 
 BEGIN, END, PAD = "<begin>", "<end>", "<pad>"
 
+# Width and depth of every tower.
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
 
 def save_tokenizer(folder: Path, length: int, extra: tuple[str, ...] = ()) -> Any:
     """Save a tokenizer of single bytes, with begin, end and padding tokens; return it."""
@@ -58,13 +66,7 @@ def save_clip(folder: Path, seed: int = 0, act: str = "quick_gelu", size: int = 
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = save_tokenizer(folder, length=24)
-    shared = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "hidden_act": act,
-    }
+    shared = {**TOWER, "hidden_act": act}
     text = {
         **shared,
         "vocab_size": len(tokenizer),
@@ -88,14 +90,8 @@ def save_siglip(folder: Path, seed: int = 0) -> Path:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
     tokenizer = save_tokenizer(folder, length=24)
-    shared = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text = {**shared, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    vision = {**shared, "image_size": 32, "patch_size": 8}
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
     config = SiglipConfig(text_config=text, vision_config=vision)
     randomize(SiglipModel(config), seed).save_pretrained(folder)
     SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -244,10 +240,7 @@ def save_detr(folder: Path, seed: int = 0) -> Path:
     from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
     config = YolosConfig(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
+        **TOWER,
         image_size=[32, 32],
         patch_size=8,
         num_detection_tokens=6,
@@ -266,14 +259,8 @@ def save_owlvit(folder: Path, seed: int = 0) -> Path:
     from transformers.models.owlvit.image_processing_pil_owlvit import OwlViTImageProcessorPil
 
     tokenizer = save_tokenizer(folder, length=24)
-    shared = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-    }
-    text = {**shared, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
-    vision = {**shared, "image_size": 32, "patch_size": 8}
+    text = {**TOWER, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    vision = {**TOWER, "image_size": 32, "patch_size": 8}
     config = OwlViTConfig(text_config=text, vision_config=vision, projection_dim=16)
     randomize(OwlViTForObjectDetection(config), seed).save_pretrained(folder)
     OwlViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
