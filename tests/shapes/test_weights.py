@@ -5,6 +5,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -31,24 +32,21 @@ def test_the_log_of_their_training_ships_too() -> None:
     assert last["stage"] == "transformer" and 0 < last["strict"] < 1
 
 
-def test_stock_diffusers_draws_with_them() -> None:
+def test_stock_diffusers_draws_with_them(tmp_path: Path) -> None:
     code = (
-        "import sys, numpy as np, diffusers\n"
+        "import sys, numpy as np, torch, diffusers\n"
         "pipe = diffusers.DiffusionPipeline.from_pretrained(sys.argv[1])\n"
-        "images = pipe(['a red circle', 'a blue square'], max_sequence_length=1,"
-        " num_inference_steps=8, guidance_scale=3.0, output_type='np').images\n"
-        "assert images.shape == (2, 64, 64, 3)\n"
+        "images = pipe(['a red circle'] * 8 + ['a blue square'] * 8, max_sequence_length=1,"
+        " num_inference_steps=8, guidance_scale=3.0, output_type='np',"
+        " generator=torch.Generator().manual_seed(0)).images\n"
+        "assert images.shape == (16, 64, 64, 3)\n"
         "np.save(sys.argv[2], images)\n"
         "assert not any(name.startswith('chunkgrpo') for name in sys.modules)\n"
     )
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-c", code, str(pipeline_path()), f"{folder}/images.npy"]
-        subprocess.run(command, check=True, capture_output=True)
-        images = np.load(f"{folder}/images.npy")
-    red, blue = images[0].reshape(-1, 3), images[1].reshape(-1, 3)
-    # Something red and something blue: the most saturated pixels decide.
-    reddest = red[np.argsort(np.ptp(red, axis=1))[-40:]].mean(0)
-    bluest = blue[np.argsort(np.ptp(blue, axis=1))[-40:]].mean(0)
-    assert reddest.argmax() == 0 and bluest.argmax() == 2
+    file = tmp_path / "images.npy"
+    command = [sys.executable, "-c", code, str(pipeline_path()), str(file)]
+    subprocess.run(command, check=True, capture_output=True)
+    images = np.load(file).reshape(16, -1, 3)
+    # The most saturated pixels decide. A base that is there to be improved may miss a few.
+    channel = [image[np.argsort(np.ptp(image, axis=1))[-40:]].mean(0).argmax() for image in images]
+    assert channel[:8].count(0) >= 6 and channel[8:].count(2) >= 6
