@@ -99,6 +99,15 @@ def test_a_configuration_names_files_and_column(tmp_path):
     assert build_prompts(config, "watch").metadata == ({"b": 2}, {"b": 3})
 
 
+def test_a_run_trains_on_some_tasks_and_is_judged_by_all() -> None:
+    config = parse_config({"prompts": {"tasks": ["counting"]}, "evaluation": {"final_prompts": 12}})
+    assert set(build_prompts(config, "train").groups) == {"counting"}
+    assert set(build_prompts(config, "final").groups) == set(grammar.TASKS)
+    config = parse_config({"evaluation": {"final_prompts": 12, "tasks": ["colors"]}})
+    assert set(build_prompts(config, "final").groups) == {"colors"}
+    assert set(build_prompts(config, "train").groups) == set(grammar.TASKS)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [

@@ -93,7 +93,9 @@ class PromptConfig(Section):
     column: str | None = Field(
         default=None, description="field of the prompt in records; common names are found"
     )
-    tasks: tuple[str, ...] | None = Field(default=None, description="tasks of the embedded world")
+    tasks: tuple[str, ...] | None = Field(
+        default=None, description="tasks of the embedded world to train on; all by default"
+    )
 
 
 class RewardConfig(Section):
@@ -320,6 +322,9 @@ class EvaluationConfig(Section):
     final_prompts: int = Field(default=504, ge=1)
     final_seeds: int = Field(default=2, ge=1)
     seed: int = 1234
+    tasks: tuple[str, ...] | None = Field(
+        default=None, description="tasks of the embedded world to judge by; all by default"
+    )
 
 
 class Config(Section):
@@ -865,7 +870,7 @@ def build_prompts(config: Config, which: str) -> PromptSet:
         return read_prompts(p.train, p.column)
     wanted = e.final_prompts + e.prompts
     if p.held_out == "shapes":
-        found = shapes_prompts("held_out", wanted, e.seed, p.tasks)
+        found = shapes_prompts("held_out", wanted, e.seed, e.tasks)
     else:
         found = read_prompts(p.held_out, p.column)
     if which == "final":
