@@ -306,7 +306,13 @@ class OptimizerConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=1e-4, ge=0)
-    warmup: int = Field(default=0, ge=0)
+    warmup: int = Field(default=0, ge=0, description="optimizer steps of linear rise")
+    fall: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of the run, at its end, over which the rate falls towards zero",
+    )
     max_grad_norm: float = Field(default=1.0, gt=0)
     ema: float = Field(default=0.9, ge=0, lt=1)
 
@@ -936,6 +942,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         eps=opt.eps,
         weight_decay=opt.weight_decay,
         warmup=opt.warmup,
+        fall=opt.fall,
         max_grad_norm=opt.max_grad_norm,
         ema_decay=opt.ema,
         evaluate_every=config.evaluation.every,

@@ -67,6 +67,7 @@ class TrainSettings:
             same ones.
         learning_rate, betas, eps, weight_decay: Of AdamW.
         warmup: Optimizer steps of linear warm-up.
+        fall: Share of the run, at its end, over which the rate falls linearly towards zero.
         max_grad_norm: Gradient clipping.
         ema_decay: Of the averaged weights that are evaluated and saved; 0 turns it off.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
@@ -91,6 +92,7 @@ class TrainSettings:
     eps: float = 1e-8
     weight_decay: float = 1e-4
     warmup: int = 0
+    fall: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9
     evaluate_every: int = 10
@@ -359,13 +361,19 @@ class Trainer:
             begun.append(pending)
         return begun
 
+    def rate_factor(self) -> float:
+        """Return what the learning rate is multiplied by now, in (0, 1]."""
+        s = self.settings
+        rise = min(1.0, (self.num_updates + 1) / s.warmup) if s.warmup else 1.0
+        left = max(1, s.iterations - self.iteration) / s.iterations
+        return rise * (min(1.0, left / s.fall) if s.fall else 1.0)
+
     def update(self) -> Tensor:
         """Clip, step, average; return the gradient's norm before clipping."""
         s = self.settings
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, s.max_grad_norm)
-        if s.warmup:
-            for group in self.optimizer.param_groups:
-                group["lr"] = s.learning_rate * min(1.0, (self.num_updates + 1) / s.warmup)
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.learning_rate * self.rate_factor()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.num_updates += 1

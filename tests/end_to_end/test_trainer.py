@@ -330,6 +330,15 @@ def test_warm_up_scales_the_first_updates(tmp_path):
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * 2 / 8)
 
 
+def test_the_rate_falls_over_the_end_of_a_run(tmp_path):
+    settings = quiet(iterations=4, warmup=0, fall=0.5)
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, settings)
+    rates = []
+    trainer.on_iteration = lambda _: rates.append(trainer.optimizer.param_groups[0]["lr"])
+    trainer.run()
+    assert rates == pytest.approx([1e-3, 1e-3, 1e-3, 0.5e-3])
+
+
 def test_the_average_is_used_only_where_asked(tmp_path):
     policy = GaussianPolicy(torch.zeros(4))
     trainer = make_trainer(policy, tmp_path, quiet(iterations=3, ema_decay=0.99))
