@@ -5,7 +5,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkgrpo.config import Config, load_config, num_planned, num_trained
+from chunkgrpo.config import (
+    MEASURED_PLANS,
+    Config,
+    given_sizes,
+    load_config,
+    num_chunks,
+    num_planned,
+    num_trained,
+    window_places,
+)
+from chunkgrpo.core.chunks import num_selected
 from chunkgrpo.recipes import method_names, recipe_notes
 
 
@@ -81,19 +91,14 @@ def iteration_cost(config: Config) -> Cost:
     samples, trained = s.prompts * s.group_size, num_trained(config)
     if o.algorithm != "chunk_grpo":
         return _forward_cost(config, samples, trained + 1)
-    size, start = float(num_planned(config)), 0.0
+    sizes = chunk_sizes(config)
+    size = float(num_planned(config))
+    start = sum(place * share for place, share in window_places(config).items())
     if window.kind == "chunk":
-        sizes = chunk_sizes(config, trained)
         starts = [sum(sizes[:j]) for j in range(len(sizes))]
         chosen = window.indices or tuple(range(len(sizes)))
         size = sum(sizes[j] for j in chosen) / len(chosen)
         start = sum(starts[j] for j in chosen) / len(chosen)
-    elif window.kind == "fixed":
-        start = window.start
-    elif window.kind == "random":
-        start = (window.low + (window.high or trained) - window.size) / 2
-    elif window.kind == "sliding":
-        start = (trained - window.size) / 2
     after = trained + 1 - start - size
     if window.tail == "dpm":
         after = max(1.0, window.tail_fraction * after)
@@ -101,15 +106,14 @@ def iteration_cost(config: Config) -> Cost:
     rollout = s.prompts * shared + samples * (start + size + after - shared)
     share = 1.0
     if c.selection == "listed" and c.indices:
-        sizes = chunk_sizes(config, int(size))
         share = sum(sizes[j] for j in c.indices) / sum(sizes)
     elif window.kind != "chunk":
-        number = len(chunk_sizes(config, int(size)))
-        share = max(1, int(number * c.fraction)) / number
+        share = num_selected(len(sizes), c.fraction) / len(sizes)
     pairs = samples * size * share
     measured = pairs * (o.updates - 1) / o.updates
     measured += pairs * ((o.anchor == "replay") + (o.kl > 0))
-    scored = samples * (1 + (_number_of_chunks(config, int(size)) if o.credit == "gain" else 0))
+    number = 1 if window.kind == "chunk" else len(sizes)
+    scored = samples * (1 + (number if o.credit == "gain" else 0))
     return Cost(round(rollout), round(measured), round(pairs), scored)
 
 
@@ -118,28 +122,18 @@ def _forward_cost(config: Config, samples: int, steps: int) -> Cost:
     s, o = config.sampling, config.objective
     shared = samples - s.prompts if s.same_noise else 0
     nft = o.algorithm == "diffusion_nft"
-    times = max(1, int(steps * o.forward.fraction)) if nft else o.forward.times
+    times = num_selected(steps, o.forward.fraction) if nft else o.forward.times
     pairs = samples * times
     measured = pairs if nft else pairs * (o.updates - 1) // o.updates
     measured += pairs * ((o.kl > 0) + (not nft and o.forward.ema_weight > 0))
     return Cost(samples * steps - shared, measured, pairs, samples)
 
 
-def chunk_sizes(config: Config, steps: int) -> tuple[int, ...]:
-    """Chunk sizes; where they are found only from the model, equal ones of the same number."""
-    c = config.chunks
-    if c.plan == "explicit" and c.sizes:
-        return c.sizes
-    if c.plan == "steps":
-        return (1,) * steps
-    if c.plan == "whole":
-        return (steps,)
-    if c.plan == "paper":
-        return (2, 3, 4, 7)
-    size = c.size if c.plan == "equal" else max(c.min_size, -(-steps // (c.num_chunks or 4)))
-    full, rest = divmod(steps, size)
-    return (size,) * full + ((rest,) if rest else ())
-
-
-def _number_of_chunks(config: Config, steps: int) -> int:
-    return 1 if config.sampling.window.kind == "chunk" else len(chunk_sizes(config, steps))
+def chunk_sizes(config: Config) -> tuple[int, ...]:
+    """Chunk sizes; where they are found only from the model, nearly equal ones in their stead."""
+    if config.chunks.plan not in MEASURED_PLANS:
+        return given_sizes(config)
+    steps = num_planned(config)
+    number = num_chunks(config) or max(1, min(4, steps // config.chunks.min_size))
+    size, longer = divmod(steps, number)
+    return (size,) * (number - longer) + (size + 1,) * longer

@@ -23,6 +23,7 @@ from chunkgrpo.config import (
     num_trained,
     resolve_model,
 )
+from chunkgrpo.core.chunks import num_selected
 from chunkgrpo.methods import Cost, chunk_sizes, iteration_cost
 
 if TYPE_CHECKING:
@@ -206,13 +207,13 @@ def shared_first_rows(config: Config, trained: int) -> float:
     if o.algorithm != "chunk_grpo" or not s.same_noise or grouped:
         return 0.0
     images = s.prompts * s.group_size
-    sizes = chunk_sizes(config, num_planned(config))
+    sizes = chunk_sizes(config)
     if s.window.kind == "chunk":
         share = 1.0
     elif c.selection == "listed":
         share = float(0 in (c.indices or ()))
     else:
-        share = max(1, int(len(sizes) * c.fraction)) / len(sizes)
+        share = num_selected(len(sizes), c.fraction) / len(sizes)
     k = round(images * share / o.updates)
     absent = math.comb(images - s.group_size, k) / math.comb(images, k)
     return min(o.updates * (k - s.prompts * (1 - absent)), trained)
@@ -286,7 +287,7 @@ def geometry(plan: Plan) -> list[str]:
     ]
     if o.algorithm == "chunk_grpo":
         planned = num_planned(config)
-        sizes = chunk_sizes(config, planned)
+        sizes = chunk_sizes(config)
         about = "about " if c.plan in ("adaptive", "optimal") else ""
         lines.append(
             f"{planned} of {num_trained(config)} trainable steps are stochastic and form {about}"

@@ -38,8 +38,8 @@ LAYERS: dict[str, set[str]] = {
     "profile": MACHINERY | {"rollout", "prompts"},
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
-    "methods": {"config", "recipes"},
-    "plan": {"config", "methods", "policies"},
+    "methods": {"core", "config", "recipes"},
+    "plan": {"core", "config", "methods", "policies"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
     "cli": MACHINERY
     | {"rollout", "evaluate", "train", "prompts", "profile", "config", "recipes", "runs"}

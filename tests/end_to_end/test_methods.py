@@ -35,6 +35,19 @@ def test_costs_are_counted_by_hand():
     cost = read_method("tempflow-grpo").cost
     assert (cost.rollout, cost.trained) == (16 * 5 + 192 * 5, 192)
     assert read_method("stepwise-gain").cost.rewards == 192 * 10
+    # Cut into four chunks by a measurement, two of which are trained.
+    assert read_method("chunk-grpo-adaptive").cost.trained == 192 * 9 // 2
+
+
+def test_costs_follow_where_a_window_is():
+    """Steps before it are one row a prompt; a window that decays stays longer where it begins."""
+    settings = ["sampling.window.every=4", "sampling.window.stride=5"]
+    even = iteration_cost(load_config("mixgrpo", settings))  # starts 0 and 5, 4 iterations each
+    assert even.rollout == 16 * 3.5 + 192 * (10 - 3.5)
+    settings.append("sampling.window.decay=linear")  # 4 and ceil(4 * 4 / 9) = 2 iterations
+    decayed = iteration_cost(load_config("mixgrpo", settings))
+    start = 5 * 2 / 6
+    assert decayed.rollout == round(16 * (start + 1) + 192 * (9 - start))
 
 
 def test_costs_of_forward_objectives():
@@ -54,7 +67,10 @@ def test_costs_of_forward_objectives():
         ("diffusion-nft", "objective.credit=gain", "has no use for objective.credit"),
         ("diffusion-nft", "objective.ratio=guard", "ratio or weights"),
         ("demo", "objective.forward.beta=2", "belongs to objective.algorithm"),
-        ("mixgrpo", "chunks.plan=optimal", "dynamics of all steps"),
+        ("mixgrpo", "chunks.plan=optimal", "steps that stay.*'sliding' moves"),
+        ("demo", "sampling.window.start=5", "steps from step 5 does not lie in the 9 trained"),
+        ("flow-grpo-fast", "sampling.window.high=10", r"high must be in \[2, 9\]"),
+        ("e-grpo", "sampling.window.indices=[8]", "has chunks 0 to 7; branch at these only"),
         ("chunk-grpo-branching", "sampling.same_noise=false", "must start from one noise"),
         ("chunk-grpo-branching", "chunks.selection=learned", "draws one chunk"),
     ],
