@@ -570,6 +570,11 @@ def check_plan(config: Config) -> None:
             "one of the two"
         )
     window, count = config.sampling.window, num_chunks(config)
+    if config.objective.consistency > 0 and (window.kind == "chunk" or count == 1):
+        raise ConfigError(
+            "objective.consistency keeps neighbouring chunks together, and an iteration has one "
+            "chunk here; set it to 0, or cut chunks.plan into several"
+        )
     branches = window.indices if window.kind == "chunk" and count is not None else ()
     if branches and not 0 <= min(branches) <= max(branches) < (count or 0):
         raise ConfigError(
@@ -592,7 +597,35 @@ def check_algorithm(config: Config) -> None:
             "of the two to null"
         )
     s, o = config.sampling, config.objective
+    if sampling.merge and (sum(sampling.merge) != sampling.steps or min(sampling.merge) < 1):
+        raise ConfigError(
+            f"sampling.merge = {list(sampling.merge)} sums to {sum(sampling.merge)}, but "
+            f"sampling.steps is {sampling.steps}; its entries must be at least 1 and sum to that"
+        )
+    if s.diffusion == "cps" and s.eta > 1:
+        raise ConfigError(
+            f"sampling.eta = {s.eta}, but sampling.diffusion 'cps' mixes noise with eta in [0, 1]; "
+            "try 0.9"
+        )
+    images = s.prompts * s.group_size
+    if o.updates > images:
+        raise ConfigError(
+            f"objective.updates = {o.updates} share the {images} images of a rollout (sampling."
+            "prompts x group_size), and each needs at least one; lower it"
+        )
+    if o.algorithm == "awm" and o.forward.times > num_trained(config):
+        raise ConfigError(
+            f"objective.forward.times = {o.forward.times}, but sampling.steps = {s.steps} has only "
+            f"{num_trained(config)} times besides pure noise; lower it or take more steps"
+        )
     if o.algorithm == "chunk_grpo":
+        for key in ("consistency", "old_kl"):
+            if getattr(o, key) > 0 and o.updates < 2:
+                raise ConfigError(
+                    f"objective.{key} compares with the policy that sampled, from which the first "
+                    "update of a rollout does not differ, and objective.updates is 1; set it to 2 "
+                    f"or more, or objective.{key} to 0"
+                )
         if s.diffusion == "ode":
             raise ConfigError(
                 "sampling.diffusion 'ode' has no density, and objective.algorithm 'chunk_grpo' "
@@ -643,10 +676,13 @@ def check_selection(config: Config) -> None:
             f"sampling.window.kind {window!r} moves; give sizes that sum to the window's size "
             "(`chunkgrpo chunks` proposes them)"
         )
-    if c.selection == "learned" and window == "chunk":
+    if c.selection in ("learned", "listed") and window == "chunk":
+        listed = " (sampling.window.indices lists chunks to draw from)"
         raise ConfigError(
             "sampling.window.kind 'chunk' draws one chunk an iteration itself, which leaves "
-            "nothing for chunks.selection 'learned' to choose; use 'uniform' with fraction 1"
+            f"nothing for chunks.selection {c.selection!r} to choose; use 'uniform' with fraction 1"
+            + listed
+            * (c.selection == "listed")
         )
     if c.selection == "learned" and c.usefulness == "reward" and config.objective.updates < 2:
         raise ConfigError(
@@ -930,6 +966,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
     judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
+    build_trust(o)  # a wrong name shows before a model is loaded
     policy = build_policy(config)
     sigmas = build_sigmas(config)
     transition = build_transition(config)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from chunkgrpo.config import (
@@ -15,7 +16,7 @@ from chunkgrpo.config import (
     num_trained,
     window_places,
 )
-from chunkgrpo.core.chunks import num_selected
+from chunkgrpo.core.chunks import COUNT_TOLERANCE, num_selected
 from chunkgrpo.recipes import method_names, recipe_notes
 
 
@@ -29,12 +30,15 @@ class Cost:
             reference.
         trained: Forward and backward.
         rewards: Images scored.
+        pairs: (Image, step) pairs that are trained; more than ``trained`` where images of a prompt
+            share a row.
     """
 
     rollout: int
     measured: int
     trained: int
     rewards: int
+    pairs: int
 
     @property
     def forwards(self) -> int:
@@ -92,29 +96,57 @@ def iteration_cost(config: Config) -> Cost:
     if o.algorithm != "chunk_grpo":
         return _forward_cost(config, samples, trained + 1)
     sizes = chunk_sizes(config)
-    size = float(num_planned(config))
-    start = sum(place * share for place, share in window_places(config).items())
+    # Where an iteration's stochastic steps begin, how many they are, and how often that is so.
+    places = [(start, num_planned(config), p) for start, p in window_places(config).items()]
     if window.kind == "chunk":
-        starts = [sum(sizes[:j]) for j in range(len(sizes))]
         chosen = window.indices or tuple(range(len(sizes)))
-        size = sum(sizes[j] for j in chosen) / len(chosen)
-        start = sum(starts[j] for j in chosen) / len(chosen)
-    after = trained + 1 - start - size
-    if window.tail == "dpm":
-        after = max(1.0, window.tail_fraction * after)
-    shared = start + 1 if s.same_noise else 0.0
-    rollout = s.prompts * shared + samples * (start + size + after - shared)
+        places = [(sum(sizes[:j]), sizes[j], 1 / len(chosen)) for j in chosen]
+    size = sum(length * p for _, length, p in places)
+    rollout = 0.0
+    for start, length, p in places:
+        after = trained + 1 - start - length
+        if window.tail == "dpm":
+            after = max(1, math.ceil(window.tail_fraction * after - COUNT_TOLERANCE))
+        shared = start + 1 if s.same_noise else 0
+        rollout += p * (s.prompts * shared + samples * (start + length + after - shared))
     share = 1.0
     if c.selection == "listed" and c.indices:
         share = sum(sizes[j] for j in c.indices) / sum(sizes)
     elif window.kind != "chunk":
         share = num_selected(len(sizes), c.fraction) / len(sizes)
     pairs = samples * size * share
-    measured = pairs * (o.updates - 1) / o.updates
-    measured += pairs * ((o.anchor == "replay") + (o.kl > 0))
+    rows = pairs - shared_first_rows(config, pairs)
+    measured = rows * (o.updates - 1) / o.updates
+    measured += rows * ((o.anchor == "replay") + (o.kl > 0))
     number = 1 if window.kind == "chunk" else len(sizes)
+    if o.consistency > 0:  # both chunks of each neighbouring pair, in the later updates
+        rows += 2 * (number - 1) * samples * (o.updates - 1) / o.updates
     scored = samples * (1 + (number if o.credit == "gain" else 0))
-    return Cost(round(rollout), round(measured), round(pairs), scored)
+    return Cost(round(rollout), round(measured), round(rows), scored, round(pairs))
+
+
+def shared_first_rows(config: Config, pairs: float) -> float:
+    """Return how many of the trained rows an iteration saves where groups start from one noise.
+
+    The first stochastic step of all images of a prompt is then one row in each update, whatever
+    the number k of images in it that train this step. Of P prompts with G images each,
+    P (1 - C(PG - G, k) / C(PG, k)) are among k images, in the mean. ``pairs`` bounds the result.
+    """
+    s, c, o = config.sampling, config.chunks, config.objective
+    grouped = c.selection == "learned" and c.usefulness == "gradient"
+    if o.algorithm != "chunk_grpo" or not s.same_noise or grouped:
+        return 0.0
+    images = s.prompts * s.group_size
+    sizes = chunk_sizes(config)
+    if s.window.kind == "chunk":
+        share = 1.0
+    elif c.selection == "listed":
+        share = float(0 in (c.indices or ()))
+    else:
+        share = num_selected(len(sizes), c.fraction) / len(sizes)
+    k = round(images * share / o.updates)
+    absent = math.comb(images - s.group_size, k) / math.comb(images, k)
+    return min(o.updates * (k - s.prompts * (1 - absent)), pairs)
 
 
 def _forward_cost(config: Config, samples: int, steps: int) -> Cost:
@@ -126,7 +158,7 @@ def _forward_cost(config: Config, samples: int, steps: int) -> Cost:
     pairs = samples * times
     measured = pairs if nft else pairs * (o.updates - 1) // o.updates
     measured += pairs * ((o.kl > 0) + (not nft and o.forward.ema_weight > 0))
-    return Cost(samples * steps - shared, measured, pairs, samples)
+    return Cost(samples * steps - shared, measured, pairs, samples, pairs)
 
 
 def chunk_sizes(config: Config) -> tuple[int, ...]:

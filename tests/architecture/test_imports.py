@@ -39,7 +39,7 @@ LAYERS: dict[str, set[str]] = {
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
     "methods": {"core", "config", "recipes"},
-    "plan": {"core", "config", "methods", "policies"},
+    "plan": {"config", "methods", "policies"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
     "cli": MACHINERY
     | {"rollout", "evaluate", "train", "prompts", "profile", "config", "recipes", "runs"}
