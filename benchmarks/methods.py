@@ -1,86 +1,304 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train every method on the embedded model with one budget and print a table.
+"""Train every method on the embedded model with one budget and write the table of docs/methods.md.
 
-The budget is network rows (a forward is one, a backward two more): each method gets as many
-iterations as fit, all start from the same weights and are judged on the same held-out prompts and
-noises. Finished runs are kept: running again with the same folder does only what is missing.
+The budget is network evaluations: rows (one latent at one noise level) that pass through the
+network while training, a forward counted as one and a backward as two more. They are counted as
+they happen, so a method that skips work trains for more iterations; each ends with the iteration
+that brings it nearest to the budget. Decoding and scoring are not in it, they show in the seconds.
+
+All methods start from the same weights and are judged with the same sampler on the same held-out
+prompts and noises, after training by their averaged weights.
+
+Every result is written as soon as it is there, and what is there is not run again: stop this at any
+time and start it again. ``--table`` only writes the table.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from chunkgrpo.config import Config, load_config
-from chunkgrpo.methods import iteration_cost
+from chunkgrpo.config import (
+    build_prompts,
+    build_sigmas,
+    build_trainer,
+    load_config,
+    resolve_model,
+    unknown_name,
+)
+from chunkgrpo.evaluate import evaluate
 from chunkgrpo.recipes import method_names
 from chunkgrpo.report.statistics import paired_difference
-from chunkgrpo.runs import load_evaluation, train_run
+from chunkgrpo.rewards import make_reward
+from chunkgrpo.runtime.files import atomic_write
+from chunkgrpo.train import Trainer
+
+REFERENCE = "chunk-grpo"
+"""The recipe whose sampler and prompts judge all of them; E-GRPO's own schedule is another."""
+
+BEGIN, END = "<!-- methods table: begin -->", "<!-- methods table: end -->"
+BATCH = 128
 
 
-def budget_rows(config: Config) -> int:
-    """Return what an iteration spends."""
-    cost = iteration_cost(config)
-    return cost.forwards + 2 * cost.trained
+class RowCounter:
+    """Counts the network rows of a trainer, and ends it when they reach a budget.
+
+    Attributes:
+        forward: Rows evaluated.
+        backward: Those of them that a gradient can flow back through.
+        done: Whether the budget is spent.
+    """
+
+    def __init__(self, trainer: Trainer, budget: int) -> None:
+        self.forward = self.backward = self.iterations = 0
+        self.budget, self.done, self.trainer = budget, False, trainer
+        velocity = trainer.policy.velocity
+
+        def counted(x: Any, sigma: Any, conditioning: Any) -> Any:
+            result = velocity(x, sigma, conditioning)
+            self.forward += len(x)
+            self.backward += len(x) if result.requires_grad else 0
+            return result
+
+        trainer.policy.velocity = counted
+        trainer.on_iteration = self.finished_iteration
+
+    @property
+    def spent(self) -> int:
+        """What has been used of the budget: a backward costs two forwards."""
+        return self.forward + 2 * self.backward
+
+    def finished_iteration(self, record: Any) -> None:
+        """Stop the trainer where one more iteration would lead away from the budget."""
+        self.iterations += 1
+        if self.spent + 0.5 * self.spent / self.iterations >= self.budget:
+            self.done = self.trainer.stopped = True
 
 
-def run_one(name: str, seed: int, folder: Path, rows: int, settings: Sequence[str]) -> Path:
-    """Train one method with one seed, unless its folder is complete."""
-    out = folder / f"{name}-{seed}"
-    if not (out / "summary.json").exists():
-        iterations = max(1, round(rows / budget_rows(load_config(name, settings))))
-        assignments = [*settings, f"iterations={iterations}", f"seed={seed}", "evaluation.every=0"]
-        config = load_config(name, assignments)
-        print(f"{out.name}: {iterations} iterations", flush=True)
-        train_run(config, out, lambda record: None, lambda phase: lambda done, total: None)
-    return out
+def setup_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Return what all results of a file must share."""
+    config = load_config(REFERENCE, options.set)
+    digest = hashlib.sha256()
+    for path in sorted(Path(resolve_model(config.model.path)).rglob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return {
+        "rows": options.rows,
+        "prompts": options.prompts,
+        "images": options.images,
+        "settings": options.set,
+        "judge": make_reward(config.evaluation.reward.name, config.evaluation.reward.options).name,
+        "model": digest.hexdigest()[:16],
+    }
 
 
-def table_row(name: str, folders: Sequence[Path]) -> str:
-    """Return one line of the table, over the seeds."""
-    base, tuned, clusters, summaries = [], [], [], []
-    for folder in folders:
-        before = load_evaluation(folder / "evaluation" / "base.npz")
-        after = load_evaluation(folder / "evaluation" / "tuned.npz")
-        base.append(before.scores["strict"].ravel())
-        tuned.append(after.scores["strict"].ravel())
-        clusters += before.clusters()  # the same prompt is one cluster in every seed
-        summaries.append(json.loads((folder / "summary.json").read_text()))
-    change = paired_difference(np.concatenate(base), np.concatenate(tuned), clusters=clusters)
-    minutes = np.mean([s["train_minutes"] for s in summaries])
-    cost = iteration_cost(load_config(name))
-    return (
-        f"| {name} | {100 * np.mean(base):.1f} | {100 * np.mean(tuned):.1f} | "
-        f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f}) | "
-        f"{cost.forwards} | {60 * minutes:.0f} |"
+def read_results(path: Path, setup: dict[str, Any]) -> dict[str, Any]:
+    """Read the results so far; refuse to mix those of another setup."""
+    if not path.exists():
+        return {"setup": setup, "runs": {}}
+    results = json.loads(path.read_text())
+    other = {k: (results["setup"].get(k), v) for k, v in setup.items()}
+    other = {k: pair for k, pair in other.items() if pair[0] != pair[1]}
+    if other:
+        told = ", ".join(f"{k} {before!r} instead of {now!r}" for k, (before, now) in other.items())
+        raise SystemExit(f"{path} holds results of another setup: {told}; choose another --out")
+    return results
+
+
+def judged(trainer: Trainer, options: argparse.Namespace) -> list[list[float]]:
+    """Score the policy as it is, [prompts][images]."""
+    config = load_config(REFERENCE, [*options.set, f"evaluation.final_prompts={options.prompts}"])
+    reward = config.evaluation.reward
+    judge = make_reward(reward.name, reward.options)
+    prompts = build_prompts(config, "final")
+    found = evaluate(
+        trainer.policy, prompts, build_sigmas(config), [judge], options.images,
+        config.evaluation.seed, BATCH,
+    )  # fmt: skip
+    return np.round(found.scores[judge.name].astype(float), 6).tolist()
+
+
+def run_one(
+    name: str, seed: int, options: argparse.Namespace, results: dict[str, Any]
+) -> dict[str, Any]:
+    """Train one method with one seed and judge it.
+
+    Raises:
+        KeyboardInterrupt: If it was stopped before the budget was spent; nothing of it is kept.
+    """
+    folder = options.out.parent / f"{options.out.stem}-unfinished"
+    shutil.rmtree(folder, ignore_errors=True)
+    endless = ["iterations=1000000", "checkpoint_every=1000000", "evaluation.every=0"]
+    config = load_config(name, [*options.set, *endless, f"seed={seed}"])
+    trainer = build_trainer(config, folder)
+    if "base" not in results:
+        results["base"] = judged(trainer, options)
+        save(options, results)
+    counter = RowCounter(trainer, options.rows)
+    trainer.run()
+    if not counter.done:
+        raise KeyboardInterrupt
+    forward, backward = counter.forward, counter.backward
+    started = time.perf_counter()
+    with trainer.averaged():
+        scores = judged(trainer, options)
+    rewards = [
+        json.loads(line)["reward_mean"]
+        for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
+    shutil.rmtree(folder)
+    per_rollout = config.sampling.prompts * config.sampling.group_size
+    return {
+        "iterations": counter.iterations,
+        "images": counter.iterations * per_rollout,
+        "forward": forward,
+        "backward": backward,
+        "seconds": round(trainer.seconds, 1),
+        "judging_seconds": round(time.perf_counter() - started, 1),
+        "threads": torch.get_num_threads(),
+        "rewards": rewards,
+        "scores": scores,
+    }
+
+
+def save(options: argparse.Namespace, results: dict[str, Any]) -> None:
+    """Write the results so that no reader ever meets half of them."""
+    atomic_write(options.out, json.dumps(results) + "\n")
+
+
+def table_row(name: str, base: Sequence[Sequence[float]], runs: Sequence[dict[str, Any]]) -> str:
+    """Return a method's line: the mean over its training seeds."""
+    before = np.concatenate([np.ravel(base)] * len(runs))
+    after = np.concatenate([np.ravel(run["scores"]) for run in runs])
+    # The same prompt is one cluster in every seed.
+    clusters = np.tile(np.repeat(np.arange(len(base)), len(base[0])), len(runs))
+    change = paired_difference(before, after, clusters=clusters)
+
+    def mean(key: str) -> float:
+        return float(np.mean([run[key] for run in runs]))
+
+    rows = mean("forward") + 2 * mean("backward")
+    cells = [
+        name,
+        f"{100 * before.mean():.1f}",
+        f"{100 * after.mean():.1f}",
+        f"{100 * change.estimate:+.1f} ({100 * change.low:+.1f} to {100 * change.high:+.1f})",
+        str(len(runs)),
+        f"{mean('iterations'):.0f}",
+        f"{mean('images'):,.0f}",
+        f"{mean('forward'):,.0f}",
+        f"{rows:,.0f}",
+        f"{mean('seconds'):.0f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def table(results: dict[str, Any]) -> str:
+    """Return the table with what it means."""
+    setup = results["setup"]
+    lines = [
+        "| method | before % | after % | change (95 %) | seeds | iterations | images | forwards "
+        "| budget used | seconds |",
+        "|---|" + "---|" * 9,
+    ]
+    runs = results["runs"]
+    for name in sorted(runs):
+        lines.append(table_row(name, results["base"], [runs[name][k] for k in sorted(runs[name])]))
+    settings = f", settings {' '.join(setup['settings'])}" if setup["settings"] else ""
+    lines += [
+        "",
+        f"Budget {setup['rows']:,} network evaluations a run, a backward counted as two forwards; "
+        f"{setup['judge']} score of {setup['prompts']} held-out prompts x {setup['images']} "
+        f"images, the same noise before and after{settings}. The interval is that of the prompts; "
+        "how much another training seed would change it shows only where there are several.",
+    ]
+    return "\n".join(lines)
+
+
+def write_table(docs: Path, results: dict[str, Any]) -> None:
+    """Put the table between the markers of a page.
+
+    Raises:
+        SystemExit: If the page has no such markers.
+    """
+    text = docs.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{docs} needs one line {BEGIN} and one {END}")
+    head, _, rest = text.partition(BEGIN)
+    tail = rest.partition(END)[2]
+    atomic_write(docs, f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("names", nargs="*", help="methods; all where none is named")
+    add("--rows", type=int, default=20_000, help="budget of a run, network evaluations")
+    add("--seeds", type=int, default=1, help="training seeds, 0 to this less one")
+    add("--prompts", type=int, default=252, help="held-out prompts to judge by")
+    add("--images", type=int, default=2, help="images of each")
+    add("--threads", type=int, default=0, help="CPU threads; 0 leaves torch's choice")
+    add("--set", action="append", default=[], help="a setting for all methods")
+    add("--out", type=Path, default=Path("runs/methods.json"), help="results, added to")
+    add("--docs", type=Path, default=Path("docs/methods.md"), help="page that holds the table")
+    add("--table", action="store_true", help="only write the table of what is there")
+    options = parser.parse_args(arguments)
+    for name in options.names:
+        if name not in method_names():
+            parser.error(str(unknown_name("method", name, method_names())))
+    if min(options.rows, options.seeds, options.images) < 1 or options.prompts < 2:
+        parser.error("--rows, --seeds and --images must be at least 1, and --prompts 2")
+    return options
 
 
-def main() -> None:
-    """Run what is missing and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="methods; all where none is named")
-    parser.add_argument("--out", type=Path, default=Path("runs/methods"))
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--rows", type=int, default=140_000, help="network rows per run")
-    parser.add_argument("--set", action="append", default=[], help="a setting for all methods")
-    options = parser.parse_args()
-    names = options.names or method_names()
-    lines = ["| method | base % | tuned % | change (95 %) | rows an iteration | seconds |"]
-    lines += ["|---|---|---|---|---|---|"]
-    for name in names:
-        seeds = range(options.seeds)
-        folders = [run_one(name, s, options.out, options.rows, options.set) for s in seeds]
-        lines.append(table_row(name, folders))
-        print(lines[-1], flush=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
-    print(f"The table is in {options.out / 'table.md'}")
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, or write the table."""
+    options = parse(arguments)
+    if options.table:
+        if not options.out.exists():
+            raise SystemExit(f"{options.out} does not exist; run without --table first")
+        results = json.loads(options.out.read_text())
+        if not results["runs"]:
+            raise SystemExit(f"{options.out} holds no finished run yet")
+        write_table(options.docs, results)
+        print(f"The table of {len(results['runs'])} methods is in {options.docs}")
+        return
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    results = read_results(options.out, setup_of(options))
+    # Seed by seed, so that an early stop leaves a whole table rather than half of one.
+    wanted = [(n, s) for s in range(options.seeds) for n in options.names or method_names()]
+    for number, (name, seed) in enumerate(wanted, 1):
+        runs = results["runs"].setdefault(name, {})
+        label = f"[{number}/{len(wanted)}] {name}, seed {seed}"
+        if str(seed) in runs:
+            print(f"{label}: there already", flush=True)
+            continue
+        print(f"{label} ...", flush=True)
+        try:
+            found = run_one(name, seed, options, results)
+        except KeyboardInterrupt:
+            finished = sum(len(each) for each in results["runs"].values())
+            raise SystemExit(
+                f"stopped in {name}, seed {seed}; {finished} finished runs are in {options.out}, "
+                "the same command goes on from there"
+            ) from None
+        runs[str(seed)] = found
+        save(options, results)
+        print(table_row(name, results["base"], [found]), flush=True)
+    print(table(results))
+    print(f"Results are in {options.out}; --table writes them into {options.docs}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 
 from chunkgrpo.cli import app
 from chunkgrpo.config import ConfigError, build_trainer, parse_config
+from chunkgrpo.methods import shared_first_rows
 from chunkgrpo.plan import (
     ACCELERATORS,
     geometry,
     make_plan,
     print_plan,
-    shared_first_rows,
     sharing,
 )
 from chunkgrpo.policies.architecture import (

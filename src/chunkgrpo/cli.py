@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -263,11 +264,16 @@ def evaluate(
 def chunks(
     model: Annotated[
         str | None,
-        typer.Argument(help="'shapes', a pipeline folder or a hub id; the recipe's by default."),
+        typer.Argument(
+            help="'shapes', a pipeline folder or a hub id, the recipe's by default; or a recipe."
+        ),
     ] = None,
     recipe: Annotated[
-        str, typer.Option(help="Recipe or .yaml file whose prompts and schedule are used.")
-    ] = "chunk-grpo",
+        str | None,
+        typer.Option(
+            help="Recipe or .yaml file whose prompts and schedule are used. [default: chunk-grpo]"
+        ),
+    ] = None,
     set_: SetOption = None,
     prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure.")] = 8,
     seeds: Annotated[int, typer.Option(min=2, help="Trajectories of each prompt.")] = 4,
@@ -282,8 +288,10 @@ def chunks(
 ) -> None:
     """Measure how fast a model's trajectories move and propose where to cut them.
 
-    Says whether the dynamics depend on the prompt, under the flow SDE, the Dance SDE and the ODE,
-    and writes chunks.yaml, for `chunkgrpo train --chunks`, beside a picture of the curves.
+    Says whether the dynamics depend on the prompt, under the recipe's own sampler, the flow SDE,
+    the Dance SDE and the ODE, and writes chunks.yaml, for `chunkgrpo train --chunks`, beside a
+    picture of the curves. All steps are measured; where a recipe trains a window of them, chunks
+    are proposed for the window, and where that moves, their sizes count from its start.
     """
     with clear_errors():
         from chunkgrpo.config import (
@@ -291,34 +299,42 @@ def chunks(
             build_prompts,
             build_sigmas,
             load_config,
+            num_planned,
             resolve_model,
+            window_places,
         )
         from chunkgrpo.recipes import method_names, recipe_names
 
         known = [*recipe_names(), *method_names()]
         if model is not None and (model in known or model.endswith((".yaml", ".yml"))):
-            raise ConfigError(f"{model} is no model; measure that recipe's by --recipe {model}")
-        config = load_config(recipe, set_ or [])
-        from chunkgrpo.profile import RULES, print_profile, profile_policy, save_profile
+            if recipe is not None:
+                raise ConfigError(f"{model} and --recipe {recipe} are both recipes; name one")
+            model, recipe = None, model
+        recipe = recipe or "chunk-grpo"
+        settings = ([f"model.path={model}"] if model else []) + (set_ or [])
+        config = load_config(recipe, settings, check_chunks=False)
+        check_can_cut(config, recipe)
+        from chunkgrpo.profile import RULES, Window, print_profile, profile_policy, save_profile
         from chunkgrpo.runs import load_untrained, new_folder
 
-        s, c = config.sampling, config.chunks
+        s, c, planned = config.sampling, config.chunks, num_planned(config)
         if rule not in RULES:
             raise ConfigError(f"unknown --rule {rule!r}; known: {', '.join(RULES)}")
-        if s.window.kind not in ("all", "chunk"):
+        if rule == "paper" and planned != 16:
             raise ConfigError(
-                f"sampling.window.kind {s.window.kind!r} of recipe {recipe!r} trains a few steps "
-                "only, and chunks are cut from all; use --recipe chunk-grpo, or --set "
-                "sampling.window.kind=all"
+                "--rule paper needs 16 trained steps, which sampling.steps = 17 without a window "
+                f"leaves; this recipe trains {planned}"
             )
-        if rule == "paper" and s.steps != 17:
-            raise ConfigError(f"--rule paper needs sampling.steps = 17, not {s.steps}")
+        window = None
+        if s.window.kind not in ("all", "chunk"):
+            window = Window(s.window.size, window_places(config), s.window.prefix)
         texts = build_prompts(config, "train").texts[:prompts]
-        path = model or config.model.path
+        path = config.model.path
         policy, sigmas = load_untrained(config, resolve_model(path)), build_sigmas(config)
         display = Display(0, 0)
-        samplers = samplers_of(s.diffusion, s.eta)
-        hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, 3 samplers")
+        samplers = samplers_of(config)
+        number = f"{len(samplers)} samplers"
+        hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, {number}")
         profiles = profile_policy(
             policy,
             texts,
@@ -327,6 +343,7 @@ def chunks(
             samplers,
             distance=c.distance,
             min_size=c.min_size,
+            window=window,
             seed=config.seed,
             batch_size=s.batch_size,
             progress=hook,
@@ -336,47 +353,83 @@ def chunks(
         folder = out or new_folder(Path("runs"), "chunks")
         chosen = profiles[0].proposal(rule)
         title = f"{path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, {c.distance}"
-        file = save_profile(
-            folder, profiles, levels, rule, listed_again(config, chosen.plan), title, c.distance
-        )
+        title += f"; chunks of {window}" if window else ""
+        choice = listed_again(config, chosen.plan)
+        file = save_profile(folder, profiles, levels, rule, choice, title, c.distance)
         print_profile(display.console, profiles, levels, rule)
     for profile in profiles:
         typer.echo(f"{profile.name}: {profile.shares.sentence}.")
+    if window:
+        moves = len(window.places) > 1
+        typer.echo(
+            f"The recipe trains {window}; chunks are cut from its speed there, "
+            + ("their sizes count from where it begins." if moves else "of these steps alone.")
+        )
+    if choice["selection"] != c.selection:
+        typer.echo(
+            f"The chunks that the recipe lists, {list(c.indices or ())}, are not those of the new "
+            "ones; the choice is uniform now."
+        )
     typer.echo(f"The curves are drawn in {folder}/dynamics.png")
-    typer.echo(f"Train with: chunkgrpo train {recipe} --chunks {file}")
+    command = ["chunkgrpo", "train", recipe, "--chunks", str(file)]
+    command += ["--model", model] if model else []
+    decided = [f"chunks.{key}" for key in ("plan", "sizes", "selection", "indices", "refresh")]
+    again = [each for each in set_ or [] if each.partition("=")[0] not in decided]
+    command += [part for setting in again for part in ("--set", setting)]
+    typer.echo(f"Train with: {shlex.join(command)}")
 
 
-def samplers_of(diffusion: str, eta: float) -> dict[str, Any]:
-    """Return the three samplers to compare, a recipe's own first and with its eta."""
-    from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion
+def check_can_cut(config: Any, recipe: str) -> None:
+    """Refuse recipes that would have no use for the chunks, before anything is measured."""
+    from chunkgrpo.config import ConfigError
 
-    # The others with the eta of their publications.
-    etas = {"flow": 0.7, "dance": 0.3} | {diffusion: eta}
-    stochastic: dict[str, Any] = {
-        "flow": (f"flow SDE, eta {etas['flow']:g}", FlowDiffusion(etas["flow"])),
-        "dance": (f"Dance SDE, eta {etas['dance']:g}", DanceDiffusion(etas["dance"])),
-    }
-    order = sorted(stochastic, key=lambda kind: kind != diffusion)
-    return dict(stochastic[kind] for kind in order) | {"ODE": OdeDiffusion()}
+    if config.objective.algorithm != "chunk_grpo":
+        raise ConfigError(
+            f"recipe {recipe!r} trains by objective.algorithm {config.objective.algorithm!r}, on "
+            "noised clean latents, and has no chunks; use another, such as chunk-grpo"
+        )
+    if config.sampling.window.indices:
+        raise ConfigError(
+            f"recipe {recipe!r} branches at chunks {list(config.sampling.window.indices)} of its "
+            "own plan, which new chunks would renumber; add --set sampling.window.indices=[]"
+        )
+
+
+def samplers_of(config: Any) -> dict[str, Any]:
+    """Return the samplers to compare: a recipe's own first, the others as published."""
+    from chunkgrpo.config import make_kernel
+
+    own = config.sampling.diffusion
+    etas = {own: config.sampling.eta}
+    etas |= {kind: eta for kind, eta in (("flow", 0.7), ("dance", 0.3)) if kind != own}
+    names = {"flow": "flow SDE", "dance": "Dance SDE", "cps": "CPS"}
+    found = {f"{names[kind]}, eta {eta:g}": make_kernel(kind, eta) for kind, eta in etas.items()}
+    return found | {"ODE": make_kernel("ode", 0.0)}
 
 
 def listed_again(config: Any, plan: Any) -> dict[str, Any]:
     """Return how to choose among new chunks, where a recipe lists those of its own plan.
 
-    Listed are the chunks that hold the steps which the recipe trains; of a plan that is measured
-    first these are unknown, and the choice becomes uniform.
+    Listed are the chunks that hold the steps which the recipe trains. Of a plan that is measured
+    first, or that does not fit the steps, these are unknown: then all are listed where all were,
+    and else the choice becomes uniform.
     """
-    from chunkgrpo.config import MEASURED_PLANS, build_plan
+    from chunkgrpo.config import MEASURED_PLANS, build_plan, num_planned
+    from chunkgrpo.core.chunks import ChunkPlan
     from chunkgrpo.profile import carried_indices
 
     c = config.chunks
+    # Only measured plans can be refreshed.
+    fixed = {"refresh": 0} if c.refresh else {}
     if c.selection != "listed":
-        # Only measured plans can be refreshed, and a learned or weighted choice fits any plan.
-        return {"refresh": 0} if c.refresh else {}
-    if c.plan in MEASURED_PLANS:
-        return {"selection": "uniform", "refresh": 0}
+        return {"selection": c.selection} | fixed
+    old = ChunkPlan(c.sizes) if c.plan == "explicit" and c.sizes else None
+    if old and set(c.indices or ()) == set(range(old.num_chunks)):
+        return {"selection": "listed", "indices": list(range(plan.num_chunks))}
+    if c.plan in MEASURED_PLANS or (old and old.num_steps != num_planned(config)):
+        return {"selection": "uniform"} | fixed
     old = build_plan(config, lambda: plan)
-    return {"indices": list(carried_indices(old, c.indices, plan))}
+    return {"selection": "listed", "indices": list(carried_indices(old, c.indices or (), plan))}
 
 
 @app.command()

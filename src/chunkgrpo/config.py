@@ -8,6 +8,7 @@ import difflib
 import importlib
 import os
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -23,7 +24,12 @@ if TYPE_CHECKING:
     from chunkgrpo.core.chunks import ChunkPlan, Selection
     from chunkgrpo.core.objectives import TrustRegion
     from chunkgrpo.core.sde import Kernel
-    from chunkgrpo.core.windows import WindowSchedule
+    from chunkgrpo.core.windows import (
+        FixedWindow,
+        RandomWindow,
+        SlidingWindow,
+        WindowSchedule,
+    )
     from chunkgrpo.policies.pipeline import PipelinePolicy
     from chunkgrpo.policies.protocol import Policy
     from chunkgrpo.prompts import PromptSet
@@ -460,7 +466,10 @@ def read_chunks(path: Path) -> dict[str, Any]:
 
 
 def load_config(
-    source: str | Path, assignments: Sequence[str] = (), chunks: Path | None = None
+    source: str | Path,
+    assignments: Sequence[str] = (),
+    chunks: Path | None = None,
+    check_chunks: bool = True,
 ) -> Config:
     """Load a recipe or a YAML file and apply changes.
 
@@ -468,6 +477,7 @@ def load_config(
         source: Recipe name or path of a ``.yaml`` file.
         assignments: ``a.b=c`` each; they have the last word.
         chunks: File whose ``chunks`` section changes that of the source key by key.
+        check_chunks: Whether the chunks must fit the schedule; False where they are to be found.
     """
     values = _read(source)
     if chunks is not None:
@@ -476,7 +486,7 @@ def load_config(
         set_value(values, assignment)
     config = parse_config(values)
     check_algorithm(config)
-    if config.objective.algorithm == "chunk_grpo":
+    if config.objective.algorithm == "chunk_grpo" and check_chunks:
         check_plan(config)
     return config
 
@@ -528,11 +538,15 @@ def dump_config(config: Config) -> str:
 
 
 def check_plan(config: Config) -> None:
-    """Refuse chunk settings that do not fit the schedule, before anything is loaded.
+    """Refuse chunks and windows that do not fit the schedule, before anything is loaded.
 
     Raises:
         ConfigError: With the rule and the fix.
     """
+    try:
+        moving_window(config)
+    except ValueError as error:
+        raise ConfigError(f"sampling.window: {error}") from None
     c, trained = config.chunks, num_planned(config)
     if c.plan == "explicit":
         if not c.sizes:
@@ -554,8 +568,8 @@ def check_plan(config: Config) -> None:
             raise ConfigError(f"chunks.sizes must be at least 1 each, got {min(c.sizes)}")
     if c.plan == "paper" and trained != 16:
         raise ConfigError(
-            f"chunks.plan 'paper' is [2, 3, 4, 7] and needs sampling.steps = 17, not "
-            f"{config.sampling.steps}; use plan 'explicit' with sizes that sum to {trained}"
+            f"chunks.plan 'paper' is [2, 3, 4, 7] and needs sampling.steps = 17 (and no window), "
+            f"16 trained steps, not {trained}; use plan 'explicit' with sizes that sum to {trained}"
         )
     if c.plan == "equal" and c.size > trained:
         raise ConfigError(f"chunks.size = {c.size} exceeds the {trained} trained steps")
@@ -565,6 +579,18 @@ def check_plan(config: Config) -> None:
             f"chunks.num_chunks = {c.num_chunks} with chunks.min_size = {c.min_size}: the "
             f"{trained} trained steps can be cut into at most {most} chunks of that size; lower "
             "one of the two"
+        )
+    window, count = config.sampling.window, num_chunks(config)
+    if config.objective.consistency > 0 and (window.kind == "chunk" or count == 1):
+        raise ConfigError(
+            "objective.consistency keeps neighbouring chunks together, and an iteration has one "
+            "chunk here; set it to 0, or cut chunks.plan into several"
+        )
+    branches = window.indices if window.kind == "chunk" and count is not None else ()
+    if branches and not 0 <= min(branches) <= max(branches) < (count or 0):
+        raise ConfigError(
+            f"sampling.window.indices = {list(branches)}, but chunks.plan {c.plan!r} has "
+            f"chunks 0 to {(count or 0) - 1}; branch at these only"
         )
     check_selection(config)
 
@@ -582,7 +608,35 @@ def check_algorithm(config: Config) -> None:
             "of the two to null"
         )
     s, o = config.sampling, config.objective
+    if sampling.merge and (sum(sampling.merge) != sampling.steps or min(sampling.merge) < 1):
+        raise ConfigError(
+            f"sampling.merge = {list(sampling.merge)} sums to {sum(sampling.merge)}, but "
+            f"sampling.steps is {sampling.steps}; its entries must be at least 1 and sum to that"
+        )
+    if s.diffusion == "cps" and s.eta > 1:
+        raise ConfigError(
+            f"sampling.eta = {s.eta}, but sampling.diffusion 'cps' mixes noise with eta in [0, 1]; "
+            "try 0.9"
+        )
+    images = s.prompts * s.group_size
+    if o.updates > images:
+        raise ConfigError(
+            f"objective.updates = {o.updates} share the {images} images of a rollout (sampling."
+            "prompts x group_size), and each needs at least one; lower it"
+        )
+    if o.algorithm == "awm" and o.forward.times > num_trained(config):
+        raise ConfigError(
+            f"objective.forward.times = {o.forward.times}, but sampling.steps = {s.steps} has only "
+            f"{num_trained(config)} times besides pure noise; lower it or take more steps"
+        )
     if o.algorithm == "chunk_grpo":
+        for key in ("consistency", "old_kl"):
+            if getattr(o, key) > 0 and o.updates < 2:
+                raise ConfigError(
+                    f"objective.{key} compares with the policy that sampled, from which the first "
+                    "update of a rollout does not differ, and objective.updates is 1; set it to 2 "
+                    f"or more, or objective.{key} to 0"
+                )
         if s.diffusion == "ode":
             raise ConfigError(
                 "sampling.diffusion 'ode' has no density, and objective.algorithm 'chunk_grpo' "
@@ -627,16 +681,19 @@ def check_selection(config: Config) -> None:
     c = config.chunks
     measured = c.plan in MEASURED_PLANS
     window = config.sampling.window.kind
-    if measured and window not in ("all", "chunk"):
+    if measured and window in ("random", "sliding"):
         raise ConfigError(
-            f"chunks.plan {c.plan!r} is cut from the dynamics of all steps, but "
-            f"sampling.window.kind {window!r} trains a few that may move; give sizes that sum to "
-            "the window's size"
+            f"chunks.plan {c.plan!r} is cut from the dynamics of steps that stay, but "
+            f"sampling.window.kind {window!r} moves; give sizes that sum to the window's size "
+            "(`chunkgrpo chunks` proposes them)"
         )
-    if c.selection == "learned" and window == "chunk":
+    if c.selection in ("learned", "listed") and window == "chunk":
+        listed = " (sampling.window.indices lists chunks to draw from)"
         raise ConfigError(
             "sampling.window.kind 'chunk' draws one chunk an iteration itself, which leaves "
-            "nothing for chunks.selection 'learned' to choose; use 'uniform' with fraction 1"
+            f"nothing for chunks.selection {c.selection!r} to choose; use 'uniform' with fraction 1"
+            + listed
+            * (c.selection == "listed")
         )
     if c.selection == "learned" and c.usefulness == "reward" and config.objective.updates < 2:
         raise ConfigError(
@@ -667,7 +724,7 @@ def check_selection(config: Config) -> None:
         return
     if not c.indices:
         raise ConfigError("chunks.selection 'listed' needs chunks.indices, e.g. [0, 1]")
-    count = c.num_chunks if c.plan == "optimal" else num_chunks(config)
+    count = num_chunks(config)
     if count is not None and not 0 <= min(c.indices) <= max(c.indices) < count:
         raise ConfigError(
             f"chunks.indices = {list(c.indices)}, but chunks.plan {c.plan!r} has chunks 0 to "
@@ -682,11 +739,18 @@ def check_selection(config: Config) -> None:
 
 def num_chunks(config: Config) -> int | None:
     """Return how many chunks a plan has; None where it is measured first."""
-    c, trained = config.chunks, num_planned(config)
-    if c.plan in MEASURED_PLANS:
-        return None
-    counts = {"steps": trained, "whole": 1, "paper": 4, "equal": -(-trained // c.size)}
-    return len(c.sizes or ()) if c.plan == "explicit" else counts[c.plan]
+    if config.chunks.plan in MEASURED_PLANS:
+        return config.chunks.num_chunks if config.chunks.plan == "optimal" else None
+    return len(given_sizes(config))
+
+
+def given_sizes(config: Config) -> tuple[int, ...]:
+    """Return the chunk sizes of a plan that is not measured."""
+
+    def refuse() -> Tensor:
+        raise ValueError(f"chunks.plan {config.chunks.plan!r} is measured first")
+
+    return build_plan(config, refuse).sizes
 
 
 def resolve_model(path: str) -> str:
@@ -769,10 +833,17 @@ def merge_sizes(config: Config) -> tuple[int, ...] | None:
     s = config.sampling
     if s.merge_entropy is None:
         return s.merge
+    return _entropy_merges(s.steps, s.shift, s.diffusion, s.eta, s.merge_entropy)
+
+
+@lru_cache(maxsize=64)
+def _entropy_merges(
+    steps: int, shift: float, diffusion: str, eta: float, least: float
+) -> tuple[int, ...]:
+    """Find the merged steps once for all that ask for their number."""
     from chunkgrpo.core.schedules import entropy_merges, make_sigmas
 
-    transition = build_transition(config)
-    return entropy_merges(make_sigmas(s.steps, s.shift), transition.std, s.merge_entropy)
+    return entropy_merges(make_sigmas(steps, shift), make_kernel(diffusion, eta).std, least)
 
 
 def num_trained(config: Config) -> int:
@@ -787,37 +858,32 @@ def num_planned(config: Config) -> int:
     return num_trained(config) if window.kind in ("all", "chunk") else window.size
 
 
+def window_places(config: Config) -> dict[int, float]:
+    """Return every step at which the planned steps can begin, with its share of the iterations."""
+    window = moving_window(config)
+    return window.places() if window else {0: 1.0}
+
+
+def fixed_window(config: Config) -> range | None:
+    """Return the planned steps where they never move; None where they are all."""
+    w = config.sampling.window
+    return range(w.start, w.start + w.size) if w.kind == "fixed" else None
+
+
 def build_transition(config: Config) -> Kernel:
     """Return the stochastic transition that rollout and algorithm share."""
+    return make_kernel(config.sampling.diffusion, config.sampling.eta)
+
+
+def make_kernel(diffusion: str, eta: float) -> Kernel:
+    """Return a transition by its name in ``sampling.diffusion``; the ODE has no eta."""
     from chunkgrpo.core import sde
 
-    s = config.sampling
-    if s.diffusion == "cps":
-        return sde.CpsTransition(s.eta)
-    if s.diffusion == "ode":
+    if diffusion == "cps":
+        return sde.CpsTransition(eta)
+    if diffusion == "ode":
         return sde.Transition(sde.OdeDiffusion())
-    diffusion = {"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[s.diffusion](s.eta)
-    return sde.Transition(diffusion)
-
-
-def measure_dynamics(
-    config: Config,
-    policy: PipelinePolicy,
-    sigmas: Tensor,
-    transition: Kernel,
-    prompts: Sequence[str],
-) -> Tensor:
-    """Roll out one trajectory a prompt, seeds 0, 1, ..., and return its dynamics [B, N].
-
-    The measure is ``chunks.distance``.
-    """
-    from chunkgrpo.core.dynamics import DISTANCES
-    from chunkgrpo.rollout import rollout
-
-    seeds = list(range(len(prompts)))
-    batch_size = config.sampling.batch_size
-    trajectory = rollout(policy, prompts, transition, sigmas, 1, seeds=seeds, batch_size=batch_size)
-    return DISTANCES[config.chunks.distance](trajectory.states)
+    return sde.Transition({"flow": sde.FlowDiffusion, "dance": sde.DanceDiffusion}[diffusion](eta))
 
 
 def build_plan(config: Config, curve: Callable[[], Tensor]) -> ChunkPlan:
@@ -896,6 +962,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
+    from chunkgrpo.rollout import measured_speed
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -910,13 +977,18 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
     judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
+    build_trust(o)  # a wrong name shows before a model is loaded
     policy = build_policy(config)
     sigmas = build_sigmas(config)
     transition = build_transition(config)
 
     def curve() -> Tensor:
         probe = train.texts[:64]
-        return mean_curve(measure_dynamics(config, policy, sigmas, transition, probe)).cpu()
+        speed_BN = measured_speed(
+            policy, probe, transition, sigmas, range(len(probe)), distance=c.distance,
+            batch_size=s.batch_size, window=fixed_window(config), prefix=s.window.prefix,
+        )  # fmt: skip
+        return mean_curve(speed_BN).cpu()
 
     plan = None
     if o.algorithm == "chunk_grpo":
@@ -1054,18 +1126,28 @@ def build_trust(objective: ObjectiveConfig) -> TrustRegion:
 
 def build_windows(config: Config, plan: ChunkPlan) -> WindowSchedule | None:
     """Return the schedule of windows; None where all steps are stochastic."""
+    from chunkgrpo.core.windows import ChunkWindow
+
+    w = config.sampling.window
+    return ChunkWindow(plan, w.indices) if w.kind == "chunk" else moving_window(config)
+
+
+def moving_window(config: Config) -> FixedWindow | RandomWindow | SlidingWindow | None:
+    """Return the schedule of a window of one size; None where there is none.
+
+    Raises:
+        ValueError: If it does not lie in the trained steps.
+    """
     from chunkgrpo.core import windows
 
     w, trained = config.sampling.window, num_trained(config)
-    if w.kind == "all":
-        return None
     if w.kind == "fixed":
         return windows.FixedWindow(w.start, w.size, trained)
     if w.kind == "random":
         return windows.RandomWindow(w.size, trained, w.low, w.high)
     if w.kind == "sliding":
         return windows.SlidingWindow(w.size, trained, w.every, w.stride, w.decay)
-    return windows.ChunkWindow(plan, w.indices)
+    return None
 
 
 def build_tail(config: Config) -> Tail | None:

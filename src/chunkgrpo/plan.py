@@ -159,7 +159,7 @@ def make_plan(config: Config) -> Plan:
     a = arch.read_architecture(resolve_model(m.path))
     size, text = a.size(m.height, m.width), arch.text_rows(a, m.max_sequence_length)
     cost, images, steps = iteration_cost(config), s.prompts * s.group_size, num_trained(config) + 1
-    pairs = math.ceil(cost.trained / o.updates)
+    pairs = math.ceil(cost.pairs / o.updates)
     network = arch.network_work(
         a,
         size,
@@ -178,44 +178,18 @@ def make_plan(config: Config) -> Plan:
     sampled = network.sampling.forward / network.sampling.rows
     measured = network.training.forward / network.training.rows
     backward = network.training.backward / network.training.rows
-    saved = 1 - shared_first_rows(config, cost.trained) / max(cost.trained, 1)
-    trained, checked = round(saved * cost.trained), round(saved * cost.measured)
     phases = (
         Phase("rollout: forward", cost.rollout, cost.rollout * sampled),
         Phase("decode: VAE", cost.rewards, cost.rewards * decoding.forward),
-        Phase("train: forward without gradient", checked, checked * measured),
-        Phase("train: forward", trained, trained * measured),
-        Phase("train: backward", trained, trained * backward),
+        Phase("train: forward without gradient", cost.measured, cost.measured * measured),
+        Phase("train: forward", cost.trained, cost.trained * measured),
+        Phase("train: backward", cost.trained, cost.trained * backward),
     )
     looks = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + looks * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
     resident, memory = _memory(config, network, decoding, vae_parameters, size, a)
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
-
-
-def shared_first_rows(config: Config, trained: int) -> float:
-    """Return how many trained rows an iteration saves where groups start from one noise.
-
-    The first stochastic step of all images of a prompt is then one row in each update, whatever
-    the number k of images in it that train this step. Of P prompts with G images each,
-    P (1 - C(PG - G, k) / C(PG, k)) are among k images, in the mean.
-    """
-    s, c, o = config.sampling, config.chunks, config.objective
-    grouped = c.selection == "learned" and c.usefulness == "gradient"
-    if o.algorithm != "chunk_grpo" or not s.same_noise or grouped:
-        return 0.0
-    images = s.prompts * s.group_size
-    sizes = chunk_sizes(config, num_planned(config))
-    if s.window.kind == "chunk":
-        share = 1.0
-    elif c.selection == "listed":
-        share = float(0 in (c.indices or ()))
-    else:
-        share = max(1, int(len(sizes) * c.fraction)) / len(sizes)
-    k = round(images * share / o.updates)
-    absent = math.comb(images - s.group_size, k) / math.comb(images, k)
-    return min(o.updates * (k - s.prompts * (1 - absent)), trained)
 
 
 def lora_targets(config: Config, pipeline: str) -> tuple[str, ...]:
@@ -286,18 +260,18 @@ def geometry(plan: Plan) -> list[str]:
     ]
     if o.algorithm == "chunk_grpo":
         planned = num_planned(config)
-        sizes = chunk_sizes(config, planned)
+        sizes = chunk_sizes(config)
         about = "about " if c.plan in ("adaptive", "optimal") else ""
         lines.append(
             f"{planned} of {num_trained(config)} trainable steps are stochastic and form {about}"
             f"{_count(len(sizes), 'chunk')} of {_listed(sizes)}; "
-            f"{_number(cost.trained / plan.images)} steps of each image are trained, in the mean."
+            f"{_number(cost.pairs / plan.images)} steps of each image are trained, in the mean."
         )
     else:
         lines.append(
-            f"{_number(cost.trained / plan.images)} noised copies of each image are trained."
+            f"{_number(cost.pairs / plan.images)} noised copies of each image are trained."
         )
-    pairs = cost.trained / o.updates
+    pairs = cost.pairs / o.updates
     lines += [
         f"An iteration takes {_count(o.updates, 'optimizer step')} of "
         f"{_number(plan.images / o.updates)} images = {_number(pairs)} (image, step) pairs each, "
@@ -315,7 +289,7 @@ def sharing(plan: Plan, gpus: int) -> tuple[str, ...]:
     """Return what a GPU holds where some share the batch: images, pairs and micro-batches."""
     o = plan.config.objective
     images = math.ceil(plan.images / gpus)
-    pairs = plan.cost.trained / o.updates / gpus
+    pairs = plan.cost.pairs / o.updates / gpus
     note = ""
     if gpus > plan.images:
         note = f"{gpus - plan.images} of them idle: raise sampling.prompts"

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,10 @@ from chunkgrpo.core.chunks import (
     optimal_plan,
     paper_plan,
 )
-from chunkgrpo.core.dynamics import DISTANCES
-from chunkgrpo.core.sde import Diffusion, Transition
+from chunkgrpo.core.sde import Kernel
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.report.curves import CurvePanel, save_profile_curves
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import measured_speed
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import ProgressHook
@@ -59,13 +59,15 @@ LABELS = {
 def measure_speed(
     policy: Policy,
     prompts: Sequence[str],
-    transition: Transition,
+    transition: Kernel,
     sigmas: Tensor,
     num_seeds: int,
     *,
     distance: str = "l1",
     seed: int = 0,
     batch_size: int = 64,
+    window: range | None = None,
+    prefix: str = "ode",
     progress: ProgressHook | None = None,
 ) -> NDArray:
     """Roll out every prompt with every seed and measure how fast the states move.
@@ -81,6 +83,7 @@ def measure_speed(
         distance: A key of :data:`~chunkgrpo.core.dynamics.DISTANCES`.
         seed: Seed of the seeds.
         batch_size: Most samples in one forward.
+        window, prefix: See :func:`~chunkgrpo.rollout.measured_speed`.
         progress: Called after each prompt with (done, total) prompts.
 
     Returns:
@@ -89,10 +92,18 @@ def measure_speed(
     seeds = [derive_seed(seed, s) for s in range(num_seeds)]
     rows = []
     for index, prompt in enumerate(prompts):
-        trajectory = rollout(
-            policy, [prompt], transition, sigmas, num_seeds, seeds=seeds, batch_size=batch_size
+        speed_SN = measured_speed(
+            policy,
+            [prompt],
+            transition,
+            sigmas,
+            seeds,
+            distance=distance,
+            batch_size=batch_size,
+            window=window,
+            prefix=prefix,
         )
-        rows.append(DISTANCES[distance](trajectory.states).double().cpu())
+        rows.append(speed_SN.double().cpu())
         if progress:
             progress(index + 1, len(prompts))
     return torch.stack(rows).numpy()
@@ -260,12 +271,47 @@ class Proposal:
     reason: str
 
 
-def propose(curve: Sequence[float] | NDArray, min_size: int = 4) -> tuple[Proposal, ...]:
-    """Cut a curve by every rule that fits it.
+@dataclass(frozen=True)
+class Window:
+    """The steps that a recipe samples with noise and trains, where these are not all.
+
+    Attributes:
+        size: Number of steps, W.
+        places: Every first step that they can have, with its share of the iterations.
+        prefix: How the steps before are taken, see :func:`~chunkgrpo.rollout.rollout`.
+    """
+
+    size: int
+    places: Mapping[int, float]
+    prefix: str = "ode"
+
+    def __str__(self) -> str:
+        """The steps in words."""
+        first = min(self.places)
+        if len(self.places) == 1:
+            return f"steps {first} to {first + self.size - 1}"
+        return (
+            f"{self.size} steps that begin at one of {len(self.places)} places, step {first} to "
+            f"step {max(self.places)}"
+        )
+
+
+def propose(
+    curve: Sequence[float] | NDArray, min_size: int = 4, shares: Sequence[float] = (1.0,)
+) -> tuple[Proposal, ...]:
+    r"""Cut a curve by every rule that fits it.
+
+    Steps that are now here, now there, have a curve for each place a, and chunks of them have
+    sizes relative to their start. These are cut from the geometric mean
+
+    .. math:: \log \bar L_k = \sum_a w_a \log L_{ak}
+
+    and the reasons also say how much they explain at the place that they fit worst.
 
     Args:
-        curve: Mean speed per trained step, [N], > 0.
+        curve: Mean speed per trained step, [N], or at each place, [A, N]; > 0.
         min_size: Of the adaptive rule, cut to N: groups this small are not cut again.
+        shares: Weight w of each place, [A], with sum 1.
 
     Returns:
         The proposals, in the order of ``RULES``.
@@ -273,13 +319,19 @@ def propose(curve: Sequence[float] | NDArray, min_size: int = 4) -> tuple[Propos
     Raises:
         ValueError: If the curve is not positive and finite.
     """
-    curve_N = torch.tensor(np.asarray(curve), dtype=torch.float64)
+    places_AN = torch.tensor(np.atleast_2d(np.asarray(curve, dtype=np.float64)))
+    weights_A1 = torch.tensor(shares, dtype=torch.float64)[:, None]
+    curve_N = places_AN[0] if len(places_AN) == 1 else (weights_A1 * places_AN.log()).sum(0).exp()
     num_steps = len(curve_N)
     few = min(PAPER_CHUNKS, num_steps)
     least = min(min_size, num_steps)
 
     def share(plan: ChunkPlan) -> str:
-        return f"{100 * explained_variation(curve_N, plan):.0f} % of the variation"
+        text = f"{100 * explained_variation(curve_N, plan):.0f} % of the variation"
+        if len(places_AN) == 1:
+            return text
+        worst = min(explained_variation(place_N, plan) for place_N in places_AN)
+        return f"{text} in the mean over the places, {100 * worst:.0f} % at the worst one"
 
     optimal = optimal_plan(curve_N)
     proposals = [
@@ -350,6 +402,8 @@ class SamplerProfile:
         mean, low, high: [N], mean speed and its 95 % interval over prompts and seeds.
         shares: Where its variance comes from.
         proposals: Where to cut it.
+        inside: First step of a window to the mean speed inside it, [W], where proposals are for
+            a window; else empty.
     """
 
     name: str
@@ -359,6 +413,12 @@ class SamplerProfile:
     high: NDArray
     shares: Shares
     proposals: tuple[Proposal, ...]
+    inside: Mapping[int, NDArray] = field(default_factory=dict)
+
+    @property
+    def offset(self) -> int:
+        """Step at which the proposals begin; of a window that moves, its first place."""
+        return min(self.inside, default=0)
 
     def proposal(self, rule: str) -> Proposal:
         """Return the proposal of a rule.
@@ -377,10 +437,11 @@ def profile_policy(
     prompts: Sequence[str],
     sigmas: Tensor,
     num_seeds: int,
-    diffusions: Mapping[str, Diffusion],
+    samplers: Mapping[str, Kernel],
     *,
     distance: str = "l1",
     min_size: int = 4,
+    window: Window | None = None,
     seed: int = 0,
     batch_size: int = 64,
     progress: ProgressHook | None = None,
@@ -392,9 +453,13 @@ def profile_policy(
         prompts: P >= 2.
         sigmas: [K+1], the schedule.
         num_seeds: S >= 2.
-        diffusions: Name of each sampler to its diffusion coefficient.
+        samplers: Name of each sampler to its transition.
         distance: A key of :data:`~chunkgrpo.core.dynamics.DISTANCES`.
         min_size: See :func:`propose`.
+        window: What chunks are proposed for; all steps where None. The first sampler is then
+            measured once more, at each place, with noise in the window alone: long noisy steps do
+            not quite keep the flow's marginals, so a window moves faster where the ODE led to it.
+            Of the others, the window's part of the whole curve is cut.
         seed: Seed of everything.
         batch_size: Most samples in one forward.
         progress: Called with (done, total) prompts over all samplers.
@@ -410,31 +475,36 @@ def profile_policy(
             f"{len(prompts)} prompts and {num_seeds} seeds; telling the prompt from the noise "
             "needs at least 2 of each"
         )
-    total = len(prompts) * len(diffusions)
+    passes = len(samplers) + (len(window.places) if window else 0)
+    finished = 0
+
+    def hook(done: int, of: int) -> None:
+        nonlocal finished
+        finished += 1
+        if progress:
+            progress(finished, len(prompts) * passes)
+
     profiles = []
-    for index, (name, diffusion) in enumerate(diffusions.items()):
-        before = index * len(prompts)
-
-        def hook(done: int, _: int, before: int = before) -> None:
-            if progress:
-                progress(before + done, total)
-
-        speed = measure_speed(
-            policy,
-            prompts,
-            Transition(diffusion),
-            sigmas,
-            num_seeds,
-            distance=distance,
-            seed=seed,
-            batch_size=batch_size,
-            progress=hook,
-        )
+    for index, (name, transition) in enumerate(samplers.items()):
+        measure = partial(
+            measure_speed, policy, prompts, transition, sigmas, num_seeds,
+            distance=distance, seed=seed, batch_size=batch_size, progress=hook,
+        )  # fmt: skip
+        speed = measure()
         mean, low, high = crossed_interval(speed)
+        inside: dict[int, NDArray] = {}
+        for start in sorted(window.places) if window else ():
+            assert window is not None
+            steps = range(start, start + window.size)
+            found = measure(window=steps, prefix=window.prefix).mean((0, 1)) if not index else None
+            inside[start] = mean[start : steps.stop] if found is None else found
+        if window:
+            shares = [window.places[start] for start in inside]
+            proposals = propose(np.stack(list(inside.values())), min_size, shares)
+        else:
+            proposals = propose(mean, min_size)
         profiles.append(
-            SamplerProfile(
-                name, speed, mean, low, high, variance_shares(speed), propose(mean, min_size)
-            )
+            SamplerProfile(name, speed, mean, low, high, variance_shares(speed), proposals, inside)
         )
     return tuple(profiles)
 
@@ -492,6 +562,7 @@ def save_profile(
                     proposal.rule: proposal.plan.sizes
                     for proposal in sorted(profile.proposals, key=lambda p: p.rule != rule)
                 },
+                profile.offset,
             )
             for profile in profiles
         ],
@@ -505,6 +576,7 @@ def save_profile(
             "low": profile.low.tolist(),
             "high": profile.high.tolist(),
             "shares": asdict(profile.shares),
+            "inside": {start: curve.tolist() for start, curve in profile.inside.items()},
             "plans": {p.rule: list(p.plan.sizes) for p in profile.proposals},
         }
         for profile in profiles
@@ -529,7 +601,8 @@ def print_profile(
         cells = [f"{p.mean[i]:.3f} ± {p.high[i] - p.mean[i]:.3f}" for p in profiles]
         table.add_row(str(i), f"{sigmas[i]:.3f}", *cells)
     console.print(table)
-    for line in plot_lines([p.mean.tolist() for p in profiles], profiles[0].proposal(rule).plan):
+    plan, offset = profiles[0].proposal(rule).plan, profiles[0].offset
+    for line in plot_lines([p.mean.tolist() for p in profiles], plan, offset=offset):
         console.print(line, markup=False, highlight=False, no_wrap=True)
     legend = ", ".join(f"{MARKS[k % len(MARKS)]} {p.name}" for k, p in enumerate(profiles))
     console.print(f"{legend}; │ borders of {rule}", markup=False, highlight=False)
@@ -551,24 +624,28 @@ def print_profile(
 MARKS = "●▲■◆"
 
 
-def plot_lines(curves: Sequence[Sequence[float]], plan: ChunkPlan, height: int = 10) -> list[str]:
+def plot_lines(
+    curves: Sequence[Sequence[float]], plan: ChunkPlan, height: int = 10, offset: int = 0
+) -> list[str]:
     """Draw curves in characters, a column of four a step, from 0 to the largest value.
 
     Args:
         curves: [N] >= 0 each; where two meet, the earlier one is seen.
-        plan: A plan of N steps; its borders are drawn as lines.
+        plan: A plan of at most N steps; its borders are drawn as lines.
         height: Rows, at least 2.
+        offset: Step at which the plan begins.
 
     Returns:
         The lines, top first, with an axis below.
     """
-    num_steps = plan.num_steps
+    num_steps = len(curves[0])
     top = max(max(curve) for curve in curves) or 1.0
     width = 4 * num_steps
     grid = [[" "] * width for _ in range(height)]
-    for start in plan.starts[1:]:
+    edges = {offset + border for border in (*plan.starts, plan.num_steps)}
+    for edge in edges - {0, num_steps}:
         for row in grid:
-            row[4 * start] = "│"
+            row[4 * edge] = "│"
     for index, curve in reversed(list(enumerate(curves))):
         for step, value in enumerate(curve):
             row = height - 1 - round(value / top * (height - 1))

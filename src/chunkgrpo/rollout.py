@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Generator, Tensor
 
+from chunkgrpo.core.dynamics import DISTANCES
 from chunkgrpo.core.schedules import validate_sigmas
 from chunkgrpo.core.sde import Kernel, OdeDiffusion, Transition, predict_clean
 from chunkgrpo.policies.protocol import Policy
@@ -203,3 +204,38 @@ def rollout(
         shared_start=same_noise,
         velocities=velocities_BN,
     )
+
+
+def measured_speed(
+    policy: Policy,
+    prompts: Sequence[str],
+    transition: Kernel,
+    sigmas: Tensor,
+    seeds: Sequence[int],
+    *,
+    distance: str = "l1",
+    batch_size: int = 64,
+    window: range | None = None,
+    prefix: str = "ode",
+) -> Tensor:
+    """Roll trajectories out and measure how fast their states move.
+
+    Args:
+        policy: Any policy.
+        prompts: P prompts.
+        transition: The sampler; its diffusion may be that of the ODE.
+        sigmas: [K+1], the schedule.
+        seeds: One per trajectory, prompt-major; a multiple of P.
+        distance: A key of :data:`~chunkgrpo.core.dynamics.DISTANCES`.
+        batch_size: Most samples in one forward.
+        window, prefix: As in :func:`rollout`; only the window's N steps are measured.
+
+    Returns:
+        [len(seeds), N] >= 0.
+    """
+    group_size = len(seeds) // len(prompts)
+    trajectory = rollout(
+        policy, prompts, transition, sigmas, group_size, seeds=seeds, batch_size=batch_size,
+        window=window, prefix=prefix,
+    )  # fmt: skip
+    return DISTANCES[distance](trajectory.states)

@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "profile": MACHINERY | {"rollout", "prompts"},
     "config": MACHINERY | {"rollout", "evaluate", "train", "prompts", "recipes"},
     "recipes": set(),
-    "methods": {"config", "recipes"},
+    "methods": {"core", "config", "recipes"},
     "plan": {"config", "methods", "policies"},
     "runs": MACHINERY | {"rollout", "evaluate", "train", "prompts", "config"},
     "cli": MACHINERY

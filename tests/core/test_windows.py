@@ -119,6 +119,27 @@ def test_the_published_exponential_decay():
     assert found == sorted(found[:-25]) + [0] * 25
 
 
+@pytest.mark.parametrize(
+    ("schedule", "iterations"),
+    [
+        (FixedWindow(3, 4, 16), 1),
+        # 4, ceil(4 * 6/9), ceil(4 * 3/9) and ceil(4 * 2/9) iterations at 0, 3, 6 and 7.
+        (SlidingWindow(2, 9, every=4, stride=3, decay="linear"), 4 + 3 + 2 + 1),
+        (SlidingWindow(1, 5, every=6, decay="exponential", rate=0.5, after=1), 21),
+    ],
+    ids=str,
+)
+def test_places_are_where_windows_begin(schedule, iterations):
+    found = starts_of(schedule, iterations)
+    shares = {start: found.count(start) / iterations for start in found}
+    assert schedule.places() == pytest.approx(shares)
+
+
+def test_places_of_a_drawn_window_are_its_range():
+    assert RandomWindow(2, 9, 1, 6).places() == dict.fromkeys((1, 2, 3, 4), 0.25)
+    assert RandomWindow(3, 9).places() == pytest.approx(dict.fromkeys(range(7), 1 / 7))
+
+
 @pytest.mark.parametrize("every", [1, 7, 9, 25, 49])
 def test_the_linear_decay_is_exact(every):
     """ceil(tau (1 - l/N)) in rational arithmetic; floating point misses some by one."""

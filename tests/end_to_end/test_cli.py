@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -169,7 +170,8 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
     with Image.open(folder / "dynamics.png") as picture:
         assert picture.size[0] > 1000
     words = " ".join(output.split())
-    assert f"chunkgrpo train chunk-grpo --chunks {folder / 'chunks.yaml'}" in words
+    command = f"chunkgrpo train chunk-grpo --chunks {folder / 'chunks.yaml'} --model {small_model}"
+    assert words.endswith(command)
     for name in ("flow SDE, eta 0.7", "Dance SDE, eta 0.3", "ODE"):
         assert f"{name}: the step explains" in words
     text = (folder / "chunks.yaml").read_text()
@@ -180,12 +182,82 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
     assert [len(sampler["mean"]) for sampler in record] == [9, 9, 9]
     assert record[0]["plans"]["optimal"] == section["sizes"]
     # The file is what `train --chunks` takes, after the recipe and before --set.
-    listed = ["chunks.selection=listed"]
-    config = load_config("chunk-grpo", listed, folder / "chunks.yaml")
+    config = load_config("chunk-grpo", [], folder / "chunks.yaml")
+    assert config.chunks.selection == "listed"
     assert list(config.chunks.sizes or ()) == section["sizes"]
     assert list(config.chunks.indices or ()) == section["indices"]
     config = load_config("chunk-grpo", ["chunks.selection=uniform"], folder / "chunks.yaml")
     assert config.chunks.selection == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "trains", "rule", "sizes"),
+    [
+        ("demo", "steps 1 to 3", "equal", [1, 1, 1]),
+        ("mixgrpo", "2 steps that begin at one of 3 places, step 0 to step 2", "optimal-4", [1, 1]),
+    ],
+)
+def test_chunks_of_a_window_are_trained_as_the_last_line_says(
+    recipe: str, trains: str, rule: str, sizes: list[int], small_model: Path, tmp_path: Path
+) -> None:
+    """From a recipe with a window to a run, with what is printed and nothing else."""
+    folder = tmp_path / "profile"
+    window = {"demo": "{kind: fixed, start: 1, size: 3}", "mixgrpo": "{kind: sliding, size: 2}"}
+    output = call(
+        "chunks", recipe, "--prompts", "2", "--seeds", "2", "--rule", rule, "--out", str(folder),
+        "--set", f"model.path={small_model}", "--set", "sampling.steps=5",
+        "--set", f"sampling.window={window[recipe]}", "--set", "chunks.min_size=1",
+    )  # fmt: skip
+    assert f"The recipe trains {trains};" in output
+    text = (folder / "chunks.yaml").read_text()
+    assert text.startswith(
+        f"# {small_model}, 5 steps, 2 prompts x 2 seeds, l1; chunks of {trains}\n"
+    )
+    assert yaml.safe_load(text)["chunks"]["sizes"] == sizes
+    record = json.loads((folder / "dynamics.json").read_text())
+    assert [len(sampler["mean"]) for sampler in record] == [4, 4, 4]
+    assert {len(curve) for curve in record[0]["inside"].values()} == {len(sizes)}
+    # Others than the recipe's own sampler are measured once; the ODE needs no more.
+    inside = {int(start): curve for start, curve in record[2]["inside"].items()}
+    for start, curve in inside.items():
+        assert curve == record[2]["mean"][start : start + len(sizes)]
+    *_, last = output.strip().splitlines()
+    said, _, command = last.partition(": chunkgrpo ")
+    assert said == "Train with"
+    few = ["iterations=1", "sampling.prompts=2", "sampling.group_size=2", "evaluation.every=0"]
+    few += ["evaluation.final_prompts=2", "evaluation.final_seeds=1"]
+    settings = [part for each in few for part in ("--set", each)]
+    call(*shlex.split(command), *settings, "--out", str(tmp_path / "run"))
+    (record,) = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert record["chunks"] == sizes
+    assert record["window"] == [min(inside), min(inside) + sum(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "choice"),
+    [
+        # Carried over by their steps: chunk 0 of [1, 2, 2, 4] is in the first of [3, 3, 3].
+        ("chunk-grpo", ["selection=listed", "indices=[0]"], ("listed", [0])),
+        ("chunk-grpo", ["selection=listed", "indices=[2,3]"], ("listed", [1, 2])),
+        # The recipe's sizes do not fit; all of them stay all, some of them are unknown.
+        ("chunk-grpo", ["sizes=[1,1]", "selection=listed", "indices=[1,0]"], ("listed", [0, 1, 2])),
+        ("chunk-grpo", ["sizes=[1,1]", "selection=listed", "indices=[0]"], ("uniform", None)),
+        ("chunk-grpo", ["plan=adaptive", "selection=listed", "indices=[0]"], ("uniform", None)),
+        ("chunk-grpo", ["plan=adaptive", "selection=weighted", "refresh=3"], ("weighted", None)),
+        ("dance-grpo", [], ("uniform", None)),
+    ],
+)
+def test_the_choice_of_chunks_fits_the_new_ones(recipe, settings, choice) -> None:
+    from chunkgrpo.cli import listed_again
+    from chunkgrpo.core.chunks import ChunkPlan
+
+    assignments = [f"chunks.{each}" for each in settings]
+    config = load_config(recipe, assignments, check_chunks=False)
+    found = listed_again(config, ChunkPlan((3, 3, 3)))
+    assert (found["selection"], found.get("indices")) == choice
+    assert found.get("refresh", 0) == 0 and ("refresh" in found) == bool(config.chunks.refresh)
 
 
 def test_recipes_are_listed_and_valid() -> None:
@@ -221,10 +293,12 @@ def test_recipes_are_listed_and_valid() -> None:
         (["serve-reward", "clipp"], "unknown reward 'clipp'"),
         (["serve-reward", "shapes", "--option", "mode"], "key=value"),
         (["serve-reward", "shapes", "--host", "0.0.0.0"], "there is no token"),
-        (["chunks", "step-level"], "--recipe step-level"),
+        (["chunks", "step-level", "--recipe", "demo"], "both recipes; name one"),
+        (["chunks", "awm"], "on noised clean latents, and has no chunks"),
+        (["chunks", "e-grpo"], "--set sampling.window.indices=[]"),
+        (["chunks", "demo", "--set", "sampling.window.start=5"], "does not lie in the 9 trained"),
         (["chunks", "--rule", "best"], "known: optimal"),
-        (["chunks", "--rule", "paper"], "needs sampling.steps = 17"),
-        (["chunks", "--recipe", "demo"], "use --recipe chunk-grpo"),
+        (["chunks", "--rule", "paper"], "needs 16 trained steps"),
         (["train", "--resume", "TMP"], "no run folder"),
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),

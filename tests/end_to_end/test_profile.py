@@ -21,13 +21,20 @@ from chunkgrpo.config import (
     num_chunks,
     parse_config,
 )
-from chunkgrpo.core.chunks import ChunkPlan, WeightedSelection, adaptive_plan, optimal_plan
+from chunkgrpo.core.chunks import (
+    ChunkPlan,
+    WeightedSelection,
+    adaptive_plan,
+    explained_variation,
+    optimal_plan,
+)
 from chunkgrpo.core.learned import LearnedSelection
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion, Transition
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.profile import (
     RULES,
+    Window,
     carried_indices,
     crossed_interval,
     measure_speed,
@@ -42,7 +49,9 @@ from chunkgrpo.types import Conditioning
 
 SIGMAS = make_sigmas(9, 3.0)
 PROMPTS = ["a", "bb", "cccc"]
-DIFFUSIONS = {"flow": FlowDiffusion(0.7), "dance": DanceDiffusion(0.3), "ODE": OdeDiffusion()}
+FLOW = Transition(FlowDiffusion(0.7))
+ODE = Transition(OdeDiffusion())
+SAMPLERS = {"flow": FLOW, "dance": Transition(DanceDiffusion(0.3)), "ODE": ODE}
 
 
 class SizedPolicy(GaussianPolicy):
@@ -70,7 +79,7 @@ def ode_speed(spread: float) -> np.ndarray:
 
 def test_speed_of_the_ode_is_the_closed_form() -> None:
     policy = SizedPolicy(torch.zeros(6))
-    speed = measure_speed(policy, PROMPTS, Transition(OdeDiffusion()), SIGMAS, 2)
+    speed = measure_speed(policy, PROMPTS, ODE, SIGMAS, 2)
     assert speed.shape == (3, 2, 8)
     for prompt, rows in zip(PROMPTS, speed):
         for row in rows:
@@ -79,10 +88,10 @@ def test_speed_of_the_ode_is_the_closed_form() -> None:
 
 def test_seeds_are_the_same_noise_for_every_prompt() -> None:
     policy = GaussianPolicy(torch.zeros(6))
-    speed = measure_speed(policy, PROMPTS, Transition(FlowDiffusion(0.7)), SIGMAS, 3, seed=5)
+    speed = measure_speed(policy, PROMPTS, FLOW, SIGMAS, 3, seed=5)
     assert np.array_equal(speed[0], speed[1]) and np.array_equal(speed[0], speed[2])
     assert not np.allclose(speed[0, 0], speed[0, 1])
-    again = measure_speed(policy, PROMPTS[:1], Transition(FlowDiffusion(0.7)), SIGMAS, 2, seed=5)
+    again = measure_speed(policy, PROMPTS[:1], FLOW, SIGMAS, 2, seed=5)
     assert np.array_equal(again[0], speed[0, :2])
 
 
@@ -150,7 +159,7 @@ def test_too_few_values_are_refused() -> None:
     with pytest.raises(ValueError, match="speeds above 0"):
         variance_shares(np.zeros((2, 2, 3)))
     with pytest.raises(ValueError, match="1 prompts and 2 seeds"):
-        profile_policy(GaussianPolicy(torch.zeros(2)), ["a"], SIGMAS, 2, DIFFUSIONS)
+        profile_policy(GaussianPolicy(torch.zeros(2)), ["a"], SIGMAS, 2, SAMPLERS)
 
 
 # --- proposals ----------------------------------------------------------------------------------
@@ -185,10 +194,10 @@ def test_listed_chunks_are_carried_over_by_their_steps() -> None:
 
 
 def test_a_policy_that_ignores_the_prompt_is_found_invariant_and_another_is_not() -> None:
-    blind = profile_policy(GaussianPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, DIFFUSIONS)
+    blind = profile_policy(GaussianPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, SAMPLERS)
     seen: list[tuple[int, int]] = []
     sized = profile_policy(
-        SizedPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, DIFFUSIONS,
+        SizedPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, SAMPLERS,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(i, 9) for i in range(1, 10)]
@@ -208,10 +217,56 @@ def test_a_policy_that_ignores_the_prompt_is_found_invariant_and_another_is_not(
     assert 0 < sized[0].shares.prompt_std < sized[2].shares.prompt_std
 
 
+def test_a_moving_window_is_cut_by_the_geometric_mean_over_its_places() -> None:
+    """Sizes count from its start; the worst place is named."""
+    curves = np.array([[1.0, 1.0, 4.0, 4.0], [9.0, 9.0, 9.0, 1.0]])
+    shares = [0.75, 0.25]
+    found = {p.rule: p for p in propose(curves, 2, shares)}
+    mean = np.exp(0.75 * np.log(curves[0]) + 0.25 * np.log(curves[1]))
+    expected = {p.rule: p.plan for p in propose(mean, 2)}
+    assert {rule: p.plan for rule, p in found.items()} == expected
+    # [2, 2] leaves the second curve 9, 1 in its last chunk: 2 (log 3)^2 of 3 (log 3)^2 unexplained.
+    assert found["equal"].plan.sizes == (1, 1, 1, 1)
+    assert found["optimal"].plan.num_chunks == 3
+    pair = {p.rule: p for p in propose(np.tile(curves[:, :2], 1), 2, shares)}
+    assert pair["equal"].reason.endswith("100 % at the worst one.")
+    two = [p.reason for p in propose(np.vstack([mean, curves[1]]), 2, (1.0, 0.0))]
+    for reason, rule in zip(two, RULES):
+        plan = expected[rule]
+        share = explained_variation(torch.tensor(curves[1]), plan)
+        mine = explained_variation(torch.tensor(mean), plan)
+        worst = f"{100 * min(share, mine):.0f} % at the worst one."
+        assert reason.endswith(f"in the mean over the places, {worst}"), rule
+
+
+def test_a_window_is_measured_with_noise_inside_it_alone() -> None:
+    policy = GaussianPolicy(torch.zeros(64))
+    window = Window(3, {1: 0.5, 4: 0.5})
+    seen: list[tuple[int, int]] = []
+    first, *others = profile_policy(
+        policy, PROMPTS, SIGMAS, 2, SAMPLERS, window=window, seed=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    # Three samplers and two places, three prompts each.
+    assert seen == [(i, 15) for i in range(1, 16)]
+    for start, curve in first.inside.items():
+        steps = range(start, start + 3)
+        alone = measure_speed(policy, PROMPTS, FLOW, SIGMAS, 2, seed=3, window=steps).mean((0, 1))
+        assert curve == pytest.approx(alone)
+        assert not np.allclose(curve, first.mean[start : start + 3], rtol=1e-3)
+    for other in others:
+        assert other.offset == 1
+        for start, curve in other.inside.items():
+            assert curve.tolist() == other.mean[start : start + 3].tolist()
+    assert all(p.plan.num_steps == 3 for p in first.proposals)
+    assert str(window) == "3 steps that begin at one of 2 places, step 1 to step 4"
+    assert str(Window(5, {2: 1.0})) == "steps 2 to 6"
+
+
 def test_files_and_terminal(tmp_path: Path) -> None:
     from rich.console import Console
 
-    profiles = profile_policy(GaussianPolicy(torch.zeros(16)), PROMPTS, SIGMAS, 2, DIFFUSIONS)
+    profiles = profile_policy(GaussianPolicy(torch.zeros(16)), PROMPTS, SIGMAS, 2, SAMPLERS)
     file = save_profile(
         tmp_path / "out", profiles, SIGMAS.tolist(), "equal", {"selection": "uniform"}, "a title"
     )
@@ -238,6 +293,8 @@ def test_the_plot_puts_every_value_in_its_row() -> None:
         "       └────────────",
         "         0   1   2",
     ]
+    lines = plot_lines([[1.0, 1.0, 1.0, 1.0]], ChunkPlan((1, 1)), height=2, offset=1)
+    assert lines[1] == " 0.000 ┤    │   │   │"
 
 
 # --- settings -----------------------------------------------------------------------------------

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from chunkgrpo.report.curves import Panel, Series, save_curves, save_dynamics
+from chunkgrpo.report.curves import (
+    CurvePanel,
+    Panel,
+    Series,
+    save_curves,
+    save_dynamics,
+    save_profile_curves,
+)
 from chunkgrpo.report.metrics import MetricsWriter, read_metrics
 
 NUM_STEPS = 16
@@ -112,6 +119,17 @@ def test_dynamics_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         save_dynamics(tmp_path / "d.png", mean, sigmas, plans, low, high)
+
+
+def test_a_plan_of_a_window_begins_where_the_window_does(tmp_path: Path) -> None:
+    def drawn(offset: int) -> bytes:
+        panel = CurvePanel("", MEAN, None, None, {"window": (2, 3)}, offset)
+        return save_profile_curves(tmp_path / f"{offset}.png", [panel], SIGMAS).read_bytes()
+
+    assert len({drawn(0), drawn(4), drawn(11)}) == 3
+    for offset in (-1, 12):
+        with pytest.raises(ValueError, match=rf"\(2, 3\) from step {offset} does not fit 16 steps"):
+            drawn(offset)
 
 
 def test_plotting_leaves_no_global_state(tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_equal_labels_of_two_tasks_are_two_prompts() -> None:
     assert shared.difference == apart.difference
 
 
+def test_one_prompt_says_nothing_of_others() -> None:
+    """A run with as many prompts as tasks still ends with its report."""
+    base, tuned = {"a": [0, 1, 0], "b": [0]}, {"a": [1, 1, 0], "b": [1]}
+    a, b, everything = accuracy_rows(base, tuned, {"a": ["x"] * 3, "b": ["y"]})
+    assert a.difference == Estimate(pytest.approx(1 / 3), -1.0, 1.0, 3)
+    assert b.difference == Estimate(1.0, -1.0, 1.0, 1)
+    clusters = ["x", "x", "x", "y"]
+    assert everything.difference == paired_difference([0, 1, 0, 0], [1, 1, 0, 1], clusters=clusters)
+
+
 def test_one_task_needs_no_row_over_all() -> None:
     assert len(accuracy_rows({"a": [0, 1]}, {"a": [1, 1]})) == 1
 
@@ -75,7 +85,7 @@ def test_markdown_has_a_line_a_row() -> None:
         ({"a": [0, 1]}, {"b": [0, 1]}, None, "tasks differ"),
         ({"a": [0, 1]}, {"a": [0, 1]}, {"b": [0, 1]}, "tasks differ"),
         ({"a": [0, 1]}, {"a": [0]}, None, "task 'a': .*equally long"),
-        ({"a": [0]}, {"a": [0]}, None, "task 'a': .*at least 2"),
+        ({"a": []}, {"a": []}, None, "task 'a': .*at least 2"),
     ],
 )
 def test_tasks_that_do_not_match_are_refused(

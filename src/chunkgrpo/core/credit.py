@@ -388,7 +388,7 @@ def chunk_advantages(
     Returns:
         [B, C].
 
-    Reference: Stepwise-Flow-GRPO (gains by step); the chunk form is this library's.
+    Reference: Stepwise-Flow-GRPO, arXiv:2603.28718 (gains by step); the chunk form is ours.
     """
     columns = [
         group_advantages(gain_B, num_prompts, convention, clip, kept_B).values

@@ -193,7 +193,7 @@ class KlMask:
     Attributes:
         threshold: delta > 0, nats per element.
 
-    Reference: Flow-DPPO (step level); the chunk form is this library's.
+    Reference: Flow-DPPO, arXiv:2606.11025 (step level); the chunk form is this library's.
     """
 
     threshold: float = 1e-5

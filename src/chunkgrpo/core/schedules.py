@@ -196,7 +196,7 @@ def merge_sigmas(sigmas: Tensor, sizes: Sequence[int]) -> Tensor:
     Raises:
         ValueError: If the sizes do not cover the schedule.
 
-    Reference: E-GRPO (merging consecutive stochastic steps so that each explores enough).
+    Reference: E-GRPO, arXiv:2601.00423 (merging steps so that each explores enough).
     """
     num_steps = len(sigmas) - 1
     if not sizes or min(sizes) < 1 or sum(sizes) != num_steps:

@@ -69,6 +69,10 @@ class FixedWindow:
         """Return the window."""
         return range(self.start, self.start + self.size)
 
+    def places(self) -> dict[int, float]:
+        """Return the one start."""
+        return {self.start: 1.0}
+
 
 @dataclass(frozen=True)
 class RandomWindow:
@@ -102,6 +106,11 @@ class RandomWindow:
     def stop(self) -> int:
         """``high``, or N where it is None."""
         return self.num_trained if self.high is None else self.high
+
+    def places(self) -> dict[int, float]:
+        """Return every start, all equally likely."""
+        starts = range(self.low, self.stop - self.size + 1)
+        return {start: 1 / len(starts) for start in starts}
 
     def __call__(self, iteration: int, generator: Generator) -> range:
         """Draw the window."""
@@ -169,6 +178,11 @@ class SlidingWindow:
         last = self.num_trained - self.size
         starts = list(range(0, last + 1, self.stride))
         return starts if starts[-1] == last else [*starts, last]
+
+    def places(self) -> dict[int, float]:
+        """Return every start with its share of one pass."""
+        stays = {start: self.stays(start) for start in self.starts()}
+        return {start: stay / sum(stays.values()) for start, stay in stays.items()}
 
     def __call__(self, iteration: int, generator: Generator) -> range:
         """Return the window of an iteration; nothing is drawn."""

@@ -171,6 +171,7 @@ class CurvePanel:
         high: [N], upper end.
         plans: Name to chunk sizes, drawn as bars below the curve; the borders of the first plan
             also cross the curve.
+        offset: Step at which the plans begin.
     """
 
     title: str
@@ -178,6 +179,7 @@ class CurvePanel:
     low: Sequence[float] | None
     high: Sequence[float] | None
     plans: Mapping[str, Sequence[int]]
+    offset: int = 0
 
 
 def save_profile_curves(
@@ -219,8 +221,9 @@ def _check_panel(panel: CurvePanel, sigmas: Sequence[float]) -> None:
     if low is not None and high is not None and not len(low) == len(high) == num_steps:
         raise ValueError(f"low and high must have {num_steps} values, as mean has")
     for name, sizes in panel.plans.items():
-        if not sizes or min(sizes) < 1 or sum(sizes) > num_steps:
-            raise ValueError(f"plan {name!r} {tuple(sizes)} does not fit {num_steps} steps")
+        if not sizes or min(sizes) < 1 or not 0 <= panel.offset <= num_steps - sum(sizes):
+            where = f" from step {panel.offset}" if panel.offset else ""
+            raise ValueError(f"plan {name!r} {tuple(sizes)}{where} does not fit {num_steps} steps")
 
 
 def _draw_dynamics(
@@ -243,7 +246,7 @@ def _draw_dynamics(
         if column == 0:
             curve.set_ylabel(ylabel)
         if bars:
-            _draw_plans(rows[1][column], panel.plans, named=column == 0)
+            _draw_plans(rows[1][column], panel, named=column == 0)
         lowest = rows[-1][column]
         lowest.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=17))
         lowest.set_xlabel("sampler step (0 is the noisiest)")
@@ -265,13 +268,16 @@ def _draw_curve(axis: Axes, panel: CurvePanel, sigmas: Sequence[float]) -> None:
     top.set_xlabel("noise level σ at the start of the step", fontsize=9)
     top.tick_params(labelsize=8, colors=INK)
     for sizes in list(panel.plans.values())[:1]:
-        for border in _borders(sizes)[1:]:
-            axis.axvline(border - 0.5, color=FAINT, linestyle="--", linewidth=1)
+        edges = {panel.offset + border for border in (*_borders(sizes), sum(sizes))}
+        for edge in edges - {0, num_steps}:
+            axis.axvline(edge - 0.5, color=FAINT, linestyle="--", linewidth=1)
 
 
-def _draw_plans(axis: Axes, plans: Mapping[str, Sequence[int]], named: bool) -> None:
+def _draw_plans(axis: Axes, panel: CurvePanel, named: bool) -> None:
+    plans = panel.plans
     for row, sizes in enumerate(plans.values()):
         for index, (start, size) in enumerate(zip(_borders(sizes), sizes)):
+            start += panel.offset
             colour = SERIES[index % 2]
             axis.broken_barh(
                 [(start - 0.5 + 0.04, size - 0.08)], (row - 0.36, 0.72), color=colour, alpha=0.3

@@ -44,7 +44,8 @@ def accuracy_rows(
     """Compare two models image by image, for each task and over all.
 
     The row over all tasks weighs every image the same. Intervals are those of
-    :func:`chunkgrpo.report.statistics.paired_difference` at 95 %.
+    :func:`chunkgrpo.report.statistics.paired_difference` at 95 %; that of a single prompt, which
+    says nothing of others, is the whole range from -1 to 1.
 
     Args:
         base: Task to [n] verdicts in [0, 1] (booleans will do) before training.
@@ -56,7 +57,7 @@ def accuracy_rows(
         A row a task in the order of ``base``, and, if there are several, the row ``all``.
 
     Raises:
-        ValueError: The tasks or their counts differ, or a task has fewer than two prompts.
+        ValueError: The tasks or their counts differ, or a task has no image.
     """
     if list(base) != list(tuned) or (clusters is not None and list(clusters) != list(base)):
         raise ValueError(f"tasks differ: base has {list(base)}, tuned {list(tuned)}")
@@ -128,9 +129,12 @@ def _row(
     tuned: Sequence[float] | NDArray,
     labels: Sequence[Hashable],
 ) -> AccuracyRow:
+    base_mean, tuned_mean = (float(sum(each)) / max(1, len(each)) for each in (base, tuned))
+    if len(set(labels)) == 1 and len(base) == len(tuned):
+        difference = Estimate(tuned_mean - base_mean, -1.0, 1.0, len(labels))
+        return AccuracyRow(task, base_mean, tuned_mean, difference)
     try:
         difference = paired_difference(base, tuned, clusters=labels)
     except ValueError as error:
         raise ValueError(f"task {task!r}: {error}") from error
-    base_mean, tuned_mean = float(sum(base)) / len(base), float(sum(tuned)) / len(tuned)
     return AccuracyRow(task, base_mean, tuned_mean, difference)
