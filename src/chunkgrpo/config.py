@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from chunkgrpo.core.objectives import TrustRegion
     from chunkgrpo.core.sde import Kernel
     from chunkgrpo.core.windows import WindowSchedule
+    from chunkgrpo.policies.execution import Execution
     from chunkgrpo.policies.pipeline import PipelinePolicy
     from chunkgrpo.policies.protocol import Policy
     from chunkgrpo.prompts import PromptSet
@@ -46,7 +48,34 @@ class ModelConfig(Section):
 
     path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
-    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = Field(
+        default="bf16",
+        description="of the network's arithmetic; what is trained, transitions and densities are "
+        "float32 in all",
+    )
+    lower_frozen: bool = Field(
+        default=True,
+        description="keep frozen weights of the transformer's matrix products in model.precision: "
+        "the same numbers in half the memory",
+    )
+    text_encoder_precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="'auto' is bf16 on CUDA and fp32 on CPUs; changes embeddings"
+    )
+    offload: tuple[Literal["text_encoders", "vae", "reference"], ...] = Field(
+        default=(),
+        description="parts that lie in host memory while not used; 'reference' for method 'full'",
+    )
+    attention_backend: str | None = Field(
+        default=None, description="kernel by diffusers' name, e.g. native, flash, _native_cudnn"
+    )
+    compile: Literal["none", "blocks"] = Field(
+        default="none", description="'blocks': torch.compile for each block of the transformer"
+    )
+    compile_backend: str = Field(default="inductor", description="of torch.compile")
+    vae_slicing: bool = Field(default=False, description="decode one image at a time")
+    vae_tiling: bool = Field(
+        default=False, description="decode large images in tiles, which changes them a little"
+    )
     guidance: float = Field(
         default=1.0,
         ge=0,
@@ -711,8 +740,47 @@ def device_of(model: ModelConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def policy_options(model: ModelConfig) -> dict[str, Any]:
-    """Return the options of :class:`PipelinePolicy` that do not concern training."""
+def text_encoder_dtype(model: ModelConfig) -> torch.dtype:
+    """Return the type of the text encoders on the device the model runs on."""
+    import torch
+
+    wanted = model.text_encoder_precision
+    if wanted == "auto":
+        wanted = "bf16" if device_of(model).startswith("cuda") else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def build_execution(model: ModelConfig, training: bool = True) -> Execution:
+    """Return types and places of frozen weights, and kernels.
+
+    Args:
+        model: The settings.
+        training: Whether there is a reference, which sampling needs none of.
+
+    Raises:
+        ConfigError: Or another ValueError, if a name is unknown or a setting has no use.
+    """
+    from chunkgrpo.policies.execution import Execution
+
+    if "reference" in model.offload and model.method != "full":
+        raise ConfigError(
+            "model.offload 'reference' is the frozen copy of model.method 'full'; the reference "
+            f"of {model.method!r} is the model itself: take it out"
+        )
+    parts = tuple(part for part in model.offload if training or part != "reference")
+    return Execution(
+        lower_frozen=model.lower_frozen,
+        text_dtype=text_encoder_dtype(model),
+        offload=parts,
+        attention_backend=model.attention_backend,
+        compile=model.compile_backend if model.compile == "blocks" else None,
+        vae_slicing=model.vae_slicing,
+        vae_tiling=model.vae_tiling,
+    )
+
+
+def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]:
+    """Return the options of :class:`PipelinePolicy`, for sampling unless told otherwise."""
     from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS
 
     if (model.height is None) != (model.width is None):
@@ -725,6 +793,7 @@ def policy_options(model: ModelConfig) -> dict[str, Any]:
         "timestep": TIMESTEP_ROUNDINGS[model.timestep] if model.timestep else None,
         "negative_prompt": model.negative_prompt,
         "gradient_checkpointing": model.gradient_checkpointing,
+        "execution": build_execution(model, training),
         **model.options,
     }
 
@@ -741,7 +810,7 @@ def build_policy(config: Config) -> PipelinePolicy:
         adaptation,
         device_of(m),
         embedding_cache=embedding_folder(m),
-        **policy_options(m),
+        **policy_options(m, training=True),
     )
 
 

@@ -168,8 +168,7 @@ def encode_ahead(
     missing = [text for text in dict.fromkeys(texts) if text not in cache]
     if missing:
         hook = on_phase(f"encoding {len(missing)} prompts into {cache.folder}")
-        for number, text in enumerate(missing, 1):
-            policy.encode([text])
+        for number, _ in enumerate(policy.encode_new(missing), 1):
             hook(number, len(missing))
     policy.release_text_encoders()
 

@@ -53,8 +53,9 @@ def load_policy(
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     module, attribute = family(model)
-    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None).to(device)
-    policy = getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    # In host memory; the policy brings to the device what belongs there, in the type it has there.
+    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
+    policy = getattr(import_module(module), attribute)(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
     return policy
