@@ -187,6 +187,18 @@ class WindowConfig(Section):
     )
 
 
+class StoreConfig(Section):
+    """How states of trajectories wait for training."""
+
+    place: Literal["device", "host"] = Field(
+        default="device", description="'host' is host memory; the numbers are the same"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="'bfloat16' rounds the samples themselves, so that ratios stay exact",
+    )
+
+
 class SamplingConfig(Section):
     """How images are rolled out."""
 
@@ -207,6 +219,7 @@ class SamplingConfig(Section):
     group_size: int = Field(default=12, ge=2, description="images a prompt")
     same_noise: bool = True
     batch_size: int = Field(default=96, ge=1, description="most samples in one forward")
+    store: StoreConfig = StoreConfig()
 
 
 MEASURED_PLANS = ("adaptive", "optimal")
@@ -954,6 +967,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
+    from chunkgrpo.rollout import Store
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -1002,6 +1016,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         warmup=opt.warmup,
         max_grad_norm=opt.max_grad_norm,
         ema_decay=opt.ema,
+        store=Store(s.store.place, getattr(torch, s.store.dtype)),
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint_every,
         seed=config.seed,

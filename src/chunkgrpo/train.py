@@ -32,7 +32,7 @@ from chunkgrpo.rewards.overlap import PendingScores, ScoringQueue
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import Scorer, is_groupwise
 from chunkgrpo.rewards.watch import RewardWatch
-from chunkgrpo.rollout import Tail, rollout
+from chunkgrpo.rollout import Store, Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -69,6 +69,7 @@ class TrainSettings:
         warmup: Optimizer steps of linear warm-up.
         max_grad_norm: Gradient clipping.
         ema_decay: Of the averaged weights that are evaluated and saved; 0 turns it off.
+        store: Where and in which type a rollout's states wait for training.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
         checkpoint_every: Iterations between checkpoints.
         seed: Of everything random.
@@ -93,6 +94,7 @@ class TrainSettings:
     warmup: int = 0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9
+    store: Store = Store()
     evaluate_every: int = 10
     checkpoint_every: int = 10
     seed: int = 0
@@ -247,6 +249,7 @@ class Trainer:
                     tail=self.tail,
                     keep_velocities=algorithm.needs_velocities or s.credit == "gain",
                     finished=finished,
+                    store=s.store,
                 )
             clock.lap("rollout")
             boundaries = []
@@ -264,7 +267,7 @@ class Trainer:
             rewards_RBE = torch.stack([stacked(each) for each in boundaries], dim=2)
             credit = combined_chunk_advantages(rewards_RBE, *options)
         clock.lap("reward")
-        experience = Experience(trajectory, credit.to(trajectory.states.device))
+        experience = Experience(trajectory, credit.to(trajectory.device))
         parts: list[Mapping[str, Tensor]] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -345,12 +348,12 @@ class Trainer:
         label: str,
     ) -> list[PendingScores]:
         """Begin to score the clean prediction where each chunk begins."""
-        assert trajectory.velocities is not None
         begun = []
         for start in plan.starts:
             sigma = trajectory.trained_sigmas[start]
+            every = slice(None)
             clean = predict_clean(
-                trajectory.states[:, start], trajectory.velocities[:, start], sigma
+                trajectory.state(every, start), trajectory.velocity(every, start), sigma
             )
             size = trajectory.group_size
             pending = queue.batch(prompts, size, f"{label}step-{start}-", watched=False)

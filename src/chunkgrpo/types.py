@@ -59,7 +59,8 @@ class Trajectory:
     """What a rollout leaves behind.
 
     Attributes:
-        states: [B, N+1, *latent] float32; ``states[:, i]`` is the latent at ``sigmas[offset + i]``.
+        states: [B, N+1, *latent]; ``states[:, i]`` is the latent at ``sigmas[offset + i]``. Stored
+            as the rollout was told (``rollout.Store``): read it with :meth:`state`.
         sigmas: [K+1], from 1 (noise) to 0.
         old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
             policy.
@@ -69,8 +70,9 @@ class Trajectory:
         num_evaluations: Network rows evaluated to make it.
         offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
         shared_start: Whether the samples of a prompt all have the same ``states[:, 0]``.
-        velocities: [B, N, *latent], what the sampling policy predicted at ``states[:, :-1]``; kept
-            only where an algorithm compares means or clean predictions with it.
+        velocities: [B, N, *latent] float32, what the sampling policy predicted at
+            ``states[:, :-1]``; kept only where an algorithm compares means or clean predictions
+            with it. It lies where the states lie: read it with :meth:`velocity`.
     """
 
     states: Tensor
@@ -99,10 +101,38 @@ class Trajectory:
         """N, the number of stochastic transitions."""
         return self.states.shape[1] - 1
 
+    @property
+    def device(self) -> torch.device:
+        """Where training happens, wherever states are kept."""
+        return self.final.device
+
+    def state(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
+        """Return latents on the device in float32, bit for bit as the rollout went through them.
+
+        Args:
+            sample: Which samples, [Q], or a slice.
+            step: Position in ``trained_sigmas`` of each, [Q], or one.
+
+        Returns:
+            [Q, *latent].
+        """
+        return self.states[sample, step].to(self.device, torch.float32)
+
+    def velocity(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
+        """Return the sampling policy's velocities on the device, as :meth:`state`.
+
+        Raises:
+            ValueError: If the rollout kept none.
+        """
+        if self.velocities is None:
+            raise ValueError("the rollout kept no velocities; roll out with keep_velocities=True")
+        return self.velocities[sample, step].to(self.device, torch.float32)
+
     @cached_property
     def dynamics(self) -> Tensor:
         """Relative L1 change of each trained step, [B, N] (``core.dynamics.relative_l1``)."""
-        return relative_l1(self.states)
+        # A few at a time: states in a lower type are cast up.
+        return torch.cat([relative_l1(part) for part in self.states.split(64)])
 
     @property
     def group_size(self) -> int:
