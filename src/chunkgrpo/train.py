@@ -94,7 +94,7 @@ class TrainSettings:
     warmup: int = 0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9
-    store: Store = Store()
+    store: Store = field(default_factory=Store)
     evaluate_every: int = 10
     checkpoint_every: int = 10
     seed: int = 0

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.core.dynamics import relative_l1
+from chunkgrpo.core.precision import at_least_float32
 
 ProgressHook = Callable[[int, int], None]
 """Called with (done, total) while something long runs."""
@@ -107,7 +108,7 @@ class Trajectory:
         return self.final.device
 
     def state(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
-        """Return latents on the device in float32, bit for bit as the rollout went through them.
+        """Return latents on the device, in float32, bit for bit as the rollout met them.
 
         Args:
             sample: Which samples, [Q], or a slice.
@@ -116,7 +117,7 @@ class Trajectory:
         Returns:
             [Q, *latent].
         """
-        return self.states[sample, step].to(self.device, torch.float32)
+        return at_least_float32(self.states[sample, step].to(self.device))
 
     def velocity(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
         """Return the sampling policy's velocities on the device, as :meth:`state`.
@@ -126,13 +127,12 @@ class Trajectory:
         """
         if self.velocities is None:
             raise ValueError("the rollout kept no velocities; roll out with keep_velocities=True")
-        return self.velocities[sample, step].to(self.device, torch.float32)
+        return self.velocities[sample, step].to(self.device)
 
     @cached_property
     def dynamics(self) -> Tensor:
         """Relative L1 change of each trained step, [B, N] (``core.dynamics.relative_l1``)."""
-        # A few at a time: states in a lower type are cast up.
-        return torch.cat([relative_l1(part) for part in self.states.split(64)])
+        return relative_l1(self.states)
 
     @property
     def group_size(self) -> int:
