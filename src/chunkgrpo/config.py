@@ -342,6 +342,9 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and what surrounds it."""
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        default="adamw", description="those of 8 bits need bitsandbytes: chunkgrpo[adamw8bit]"
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -968,6 +971,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
     from chunkgrpo.rollout import Store
+    from chunkgrpo.runtime.optimizers import make_optimizer
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -981,9 +985,11 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     watched = [make_reward(r.name, r.options) for r in config.watched_rewards]
     Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
     judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
+    # Refuses what is not installed before a model is loaded.
+    make_optimizer(opt.kind, [torch.zeros(1)], opt.learning_rate)
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
     policy = build_policy(config)
-    sigmas = build_sigmas(config)
+    sigmas = build_sigmas(config, policy)
     transition = build_transition(config)
 
     def curve() -> Tensor:
@@ -1009,6 +1015,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         on_error=config.scoring.on_error,
         quantise=config.scoring.quantise,
         async_rewards=config.async_rewards,
+        optimizer=opt.kind,
         learning_rate=opt.learning_rate,
         betas=opt.betas,
         eps=opt.eps,

@@ -42,6 +42,7 @@ from chunkgrpo.runtime.checkpoints import (
     save_checkpoint,
 )
 from chunkgrpo.runtime.ema import Ema
+from chunkgrpo.runtime.optimizers import make_optimizer
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import Experience, LossPart, RewardBatch, Trajectory
 
@@ -65,6 +66,7 @@ class TrainSettings:
         quantise: Round images to 8 bits before they are scored.
         async_rewards: Score images in threads while later ones are rolled out. The scores are the
             same ones.
+        optimizer: Which form of AdamW (``runtime.optimizers``).
         learning_rate, betas, eps, weight_decay: Of AdamW.
         warmup: Optimizer steps of linear warm-up.
         max_grad_norm: Gradient clipping.
@@ -87,6 +89,7 @@ class TrainSettings:
     on_error: str = "stop"
     quantise: bool = False
     async_rewards: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -148,8 +151,8 @@ class Trainer:
         selection = getattr(self.algorithm, "selection", None)
         self.learned = selection if isinstance(selection, LearnedSelection) else None
         self.parameters = self.policy.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
+        self.optimizer = make_optimizer(
+            s.optimizer, self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
         )
         self.ema = Ema(self.parameters, s.ema_decay)
         self.num_updates = 0
