@@ -190,7 +190,7 @@ def sample(
 
         config, tuned = load_tuned(run)
         base = load_untrained(config, resolve_model(config.model.path))
-        sigmas = build_sigmas(config)
+        sigmas = build_sigmas(config, tuned)
         seeds = list(range(seed, seed + images))
         drawn = {
             name: sample_images(policy, [prompt] * images, sigmas, seeds).float() / 255
@@ -260,6 +260,28 @@ def evaluate(
 
 
 @app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pipeline; RUN/pipeline by default.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the written weights: float32 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.
+
+    DiffusionPipeline.from_pretrained loads it, without peft and without this package.
+    """
+    with clear_errors():
+        from chunkgrpo.runs import export_run
+
+        folder = out or run / "pipeline"
+        export_run(run, folder, dtype)
+    typer.echo(f"The pipeline is in {folder}")
+
+
+@app.command()
 def chunks(
     model: Annotated[
         str | None,
@@ -315,7 +337,8 @@ def chunks(
             raise ConfigError(f"--rule paper needs sampling.steps = 17, not {s.steps}")
         texts = build_prompts(config, "train").texts[:prompts]
         path = model or config.model.path
-        policy, sigmas = load_untrained(config, resolve_model(path)), build_sigmas(config)
+        policy = load_untrained(config, resolve_model(path))
+        sigmas = build_sigmas(config, policy)
         display = Display(0, 0)
         samplers = samplers_of(s.diffusion, s.eta)
         hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, 3 samplers")

@@ -203,7 +203,12 @@ class SamplingConfig(Section):
     """How images are rolled out."""
 
     steps: int = Field(default=17, ge=2, description="sampler steps; one less is trained")
-    shift: float = Field(default=3.0, gt=0)
+    schedule: Literal["paper", "native"] = Field(
+        default="paper",
+        description="'paper' is a linear grid with sampling.shift; 'native' what the stock "
+        "pipeline uses for this image size",
+    )
+    shift: float = Field(default=3.0, gt=0, description="of schedule 'paper'")
     merge: tuple[int, ...] | None = Field(
         default=None, description="grid steps taken as one, e.g. [1, 1, 2, 4, 9]; sum is steps"
     )
@@ -615,6 +620,12 @@ def check_algorithm(config: Config) -> None:
             "sampling.merge lists the merged steps and sampling.merge_entropy finds them; set one "
             "of the two to null"
         )
+    if sampling.schedule == "native" and sampling.merge_entropy is not None:
+        raise ConfigError(
+            "sampling.merge_entropy is worked out before the model is loaded, which "
+            "sampling.schedule 'native' comes from; use schedule 'paper', or list the merged steps "
+            "in sampling.merge"
+        )
     s, o = config.sampling, config.objective
     if o.algorithm == "chunk_grpo":
         if s.diffusion == "ode":
@@ -830,11 +841,15 @@ def build_policy(config: Config) -> PipelinePolicy:
     )
 
 
-def build_sigmas(config: Config) -> Tensor:
-    """Return the sampling schedule."""
+def build_sigmas(config: Config, policy: PipelinePolicy) -> Tensor:
+    """Return the sampling schedule of a policy, [K+1] on the CPU."""
     from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 
-    sigmas, sizes = make_sigmas(config.sampling.steps, config.sampling.shift), merge_sizes(config)
+    s, sizes = config.sampling, merge_sizes(config)
+    if s.schedule == "native":
+        sigmas = policy.native_sigmas(s.steps)
+    else:
+        sigmas = make_sigmas(s.steps, s.shift)
     return merge_sigmas(sigmas, sizes) if sizes else sigmas
 
 

@@ -102,7 +102,10 @@ def load_pipeline(
 
 
 def export_fused(
-    model: str | Path, lora: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32
+    model: str | Path,
+    lora: str | Path | None,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Fuse a trained LoRA into its base model and write a whole pipeline.
 
@@ -110,7 +113,7 @@ def export_fused(
 
     Args:
         model: The base, as in :func:`load_policy`.
-        lora: Folder that :meth:`PipelinePolicy.save` wrote.
+        lora: Folder that :meth:`PipelinePolicy.save` wrote; None writes the model as it is.
         folder: Where the pipeline is written.
         dtype: Of the written weights; the sum itself is made in float32.
 
