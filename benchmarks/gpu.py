@@ -158,14 +158,11 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
                 tensors["ids"] = torch.zeros(rows, length, 3, device=self.device)
             return Conditioning(tensors)
 
-    policy = Textless(
+    return Textless(
         pipe, Adaptation(rank=rank, alpha=float(rank), targets=TARGETS), size=(size, size),
         max_sequence_length=model.text, decode_batch=2,
         precision="fp32" if device == "cpu" else "bf16",
     )  # fmt: skip
-    for parameter in policy.parameters():
-        parameter.data = parameter.data.float()
-    return policy
 
 
 class Brightness:

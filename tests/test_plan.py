@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from chunkgrpo.cli import app
-from chunkgrpo.config import ConfigError, build_trainer, parse_config
+from chunkgrpo.config import ConfigError, build_policy, build_trainer, parse_config
 from chunkgrpo.methods import shared_first_rows
 from chunkgrpo.plan import (
     ACCELERATORS,
@@ -236,6 +236,8 @@ def test_guidance_costs_a_row_where_it_is_not_embedded():
 
     assert [rows("StableDiffusion3Pipeline", g) for g in (0.0, 1.0, 4.5)] == [1, 1, 2]
     assert rows("FluxPipeline", 3.5) == rows("Flux2Pipeline", 4.0) == 1
+    flux = Architecture("FluxPipeline", {}, {})
+    assert [rows_of_guidance(flux, 3.5, true_cfg) for true_cfg in (1.0, 2.0)] == [1, 2]
     assert rows("Flux2KleinPipeline", 4.0) == 2
     assert rows("Flux2KleinPipeline", 4.0, distilled=True) == 1
     assert [rows("ZImagePipeline", g) for g in (0.0, 0.5)] == [1, 2]
@@ -283,7 +285,7 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
     size = architecture.size(None, None)
     planned = network_work(
         architecture, size, 4, sampling_rows=6, training_rows=6, method=method, rank=4,
-        targets=TARGETS, precision=precision, plain=True,
+        targets=TARGETS, precision=precision, plain=True, lower=True,
     )  # fmt: skip
     policy = StableDiffusion3Policy(
         build_pipeline(MEDIUM), Adaptation(method, rank=4), precision=precision,
@@ -335,6 +337,51 @@ def test_cached_embeddings_leave_no_text_encoder(tiny_pipeline_path):
     plan = make_plan(settings(tiny_pipeline_path, model={"embedding_cache": "auto"}))
     assert plan.resident["text encoders"] == 0
     assert plan.memory["encode"] > plan.resident["transformer"] + plan.resident["VAE"]
+
+
+def test_frozen_weights_offloading_and_stores_are_counted(tiny_pipeline_path):
+    """Bytes of the transformer against a real policy's; the rest against its own arithmetic."""
+
+    def plan(model=None, **sections):
+        return make_plan(settings(tiny_pipeline_path, model=model or {}, **sections))
+
+    for lower in (True, False):
+        model = {"precision": "bf16", "lower_frozen": lower, "max_sequence_length": 4}
+        policy = build_policy(settings(tiny_pipeline_path, model=model))
+        real = sum(p.nbytes for p in policy.pipe.transformer.parameters())
+        assert plan(model).resident["transformer"] == real
+    plain = plan()
+    encoders = plain.resident["text encoders"]
+    low = plan({"text_encoder_precision": "bf16"})
+    assert low.resident["text encoders"] == encoders / 2 > 0
+    model = {"offload": ["text_encoders", "vae"], "device": "cuda"}
+    model |= {"text_encoder_precision": "fp32"}
+    away = plan(model)
+    assert away.resident["text encoders"] == away.resident["VAE"] == 0
+    assert away.memory["encode"] >= encoders + away.resident["transformer"]
+    here = plan({"device": "cuda", "text_encoder_precision": "fp32"})
+    vae = here.resident["VAE"]
+    assert here.memory["train"] - away.memory["train"] == encoders + vae
+    assert here.memory["decode"] - away.memory["decode"] == encoders
+    assert plan(model | {"device": "cpu"}).resident == plain.resident
+    full = {"method": "full", "device": "cuda", "offload": ["reference"]}
+    moved, kept = plan(full), plan(full | {"offload": []})
+    copy = kept.resident["copy of the base"]
+    assert moved.resident["copy of the base"] == 0 < copy
+    with_kl = plan(full, objective={"kl": 0.1})
+    assert with_kl.memory["train"] - moved.memory["train"] == copy
+    stored = plain.resident["trajectories"]
+    store = {"store": {"dtype": "bfloat16"}}
+    assert plan(sampling=store).resident["trajectories"] == stored / 2
+    store = {"store": {"place": "host"}}
+    assert plan({"device": "cuda"}, sampling=store).resident["trajectories"] == 0
+    assert plan(sampling=store).resident["trajectories"] == stored  # a CPU has one memory
+    assert plan({"vae_slicing": True}).memory["decode"] < plain.memory["decode"]
+    values = settings(tiny_pipeline_path).model_dump() | {"optimizer": {"kind": "adamw8bit"}}
+    eight = make_plan(parse_config(values)).resident["optimizer and averaged weights"]
+    assert eight / plain.resident["optimizer and averaged weights"] == pytest.approx(
+        6.03 / 12, 0.01
+    )
 
 
 def test_rows_of_a_common_first_step_are_counted_once(tiny_pipeline_path):

@@ -191,7 +191,7 @@ def sample(
 
         config, tuned = load_tuned(run)
         base = load_untrained(config, resolve_model(config.model.path))
-        sigmas = build_sigmas(config)
+        sigmas = build_sigmas(config, tuned)
         seeds = list(range(seed, seed + images))
         drawn = {
             name: sample_images(policy, [prompt] * images, sigmas, seeds).float() / 255
@@ -258,6 +258,28 @@ def evaluate(
         table.add_row("[bold]all", f"{100 * e.estimate:.1f} %", span, str(values.size))
         display.console.print(table)
     typer.echo(f"{100 * result.mean(name):.1f} % over {len(result.prompts)} prompts of {run}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pipeline; RUN/pipeline by default.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the written weights: float32 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.
+
+    DiffusionPipeline.from_pretrained loads it, without peft and without this package.
+    """
+    with clear_errors():
+        from chunkgrpo.runs import export_run
+
+        folder = out or run / "pipeline"
+        export_run(run, folder, dtype)
+    typer.echo(f"The pipeline is in {folder}")
 
 
 @app.command()
@@ -329,8 +351,8 @@ def chunks(
         if s.window.kind not in ("all", "chunk"):
             window = Window(s.window.size, window_places(config), s.window.prefix)
         texts = build_prompts(config, "train").texts[:prompts]
-        path = config.model.path
-        policy, sigmas = load_untrained(config, resolve_model(path)), build_sigmas(config)
+        policy = load_untrained(config, resolve_model(config.model.path))
+        sigmas = build_sigmas(config, policy)
         display = Display(0, 0)
         samplers = samplers_of(config)
         number = f"{len(samplers)} samplers"

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    import torch
     from torch import Tensor
 
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         SlidingWindow,
         WindowSchedule,
     )
+    from chunkgrpo.policies.execution import Execution
     from chunkgrpo.policies.pipeline import PipelinePolicy
     from chunkgrpo.policies.protocol import Policy
     from chunkgrpo.prompts import PromptSet
@@ -52,7 +54,34 @@ class ModelConfig(Section):
 
     path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id")
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'")
-    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = "bf16"
+    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = Field(
+        default="bf16",
+        description="of the network's arithmetic; what is trained, transitions and densities are "
+        "float32 in all",
+    )
+    lower_frozen: bool = Field(
+        default=True,
+        description="keep frozen weights of the transformer's matrix products in model.precision: "
+        "the same numbers in half the memory",
+    )
+    text_encoder_precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="'auto' is bf16 on CUDA and fp32 on CPUs; changes embeddings"
+    )
+    offload: tuple[Literal["text_encoders", "vae", "reference"], ...] = Field(
+        default=(),
+        description="parts that lie in host memory while not used; 'reference' for method 'full'",
+    )
+    attention_backend: str | None = Field(
+        default=None, description="kernel by diffusers' name, e.g. native, flash, _native_cudnn"
+    )
+    compile: Literal["none", "blocks"] = Field(
+        default="none", description="'blocks': torch.compile for each block of the transformer"
+    )
+    compile_backend: str = Field(default="inductor", description="of torch.compile")
+    vae_slicing: bool = Field(default=False, description="decode one image at a time")
+    vae_tiling: bool = Field(
+        default=False, description="decode large images in tiles, which changes them a little"
+    )
     guidance: float = Field(
         default=1.0,
         ge=0,
@@ -166,11 +195,28 @@ class WindowConfig(Section):
     )
 
 
+class StoreConfig(Section):
+    """How states of trajectories wait for training."""
+
+    place: Literal["device", "host"] = Field(
+        default="device", description="'host' is host memory; the numbers are the same"
+    )
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="'bfloat16' rounds the samples themselves, so that ratios stay exact",
+    )
+
+
 class SamplingConfig(Section):
     """How images are rolled out."""
 
     steps: int = Field(default=17, ge=2, description="sampler steps; one less is trained")
-    shift: float = Field(default=3.0, gt=0)
+    schedule: Literal["paper", "native"] = Field(
+        default="paper",
+        description="'paper' is a linear grid with sampling.shift; 'native' what the stock "
+        "pipeline uses for this image size",
+    )
+    shift: float = Field(default=3.0, gt=0, description="of schedule 'paper'")
     merge: tuple[int, ...] | None = Field(
         default=None, description="grid steps taken as one, e.g. [1, 1, 2, 4, 9]; sum is steps"
     )
@@ -186,6 +232,7 @@ class SamplingConfig(Section):
     group_size: int = Field(default=12, ge=2, description="images a prompt")
     same_noise: bool = True
     batch_size: int = Field(default=96, ge=1, description="most samples in one forward")
+    store: StoreConfig = StoreConfig()
 
 
 MEASURED_PLANS = ("adaptive", "optimal")
@@ -308,6 +355,9 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and what surrounds it."""
 
+    kind: Literal["adamw", "adamw8bit", "paged_adamw8bit"] = Field(
+        default="adamw", description="those of 8 bits need bitsandbytes: chunkgrpo[adamw8bit]"
+    )
     learning_rate: float = Field(default=1e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
@@ -607,6 +657,12 @@ def check_algorithm(config: Config) -> None:
             "sampling.merge lists the merged steps and sampling.merge_entropy finds them; set one "
             "of the two to null"
         )
+    if sampling.schedule == "native" and sampling.merge_entropy is not None:
+        raise ConfigError(
+            "sampling.merge_entropy is worked out before the model is loaded, which "
+            "sampling.schedule 'native' comes from; use schedule 'paper', or list the merged steps "
+            "in sampling.merge"
+        )
     s, o = config.sampling, config.objective
     if sampling.merge and (sum(sampling.merge) != sampling.steps or min(sampling.merge) < 1):
         raise ConfigError(
@@ -786,8 +842,47 @@ def device_of(model: ModelConfig) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def policy_options(model: ModelConfig) -> dict[str, Any]:
-    """Return the options of :class:`PipelinePolicy` that do not concern training."""
+def text_encoder_dtype(model: ModelConfig) -> torch.dtype:
+    """Return the type of the text encoders on the device the model runs on."""
+    import torch
+
+    wanted = model.text_encoder_precision
+    if wanted == "auto":
+        wanted = "bf16" if device_of(model).startswith("cuda") else "fp32"
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[wanted]
+
+
+def build_execution(model: ModelConfig, training: bool = True) -> Execution:
+    """Return types and places of frozen weights, and kernels.
+
+    Args:
+        model: The settings.
+        training: Whether there is a reference, which sampling needs none of.
+
+    Raises:
+        ConfigError: Or another ValueError, if a name is unknown or a setting has no use.
+    """
+    from chunkgrpo.policies.execution import Execution
+
+    if "reference" in model.offload and model.method != "full":
+        raise ConfigError(
+            "model.offload 'reference' is the frozen copy of model.method 'full'; the reference "
+            f"of {model.method!r} is the model itself: take it out"
+        )
+    parts = tuple(part for part in model.offload if training or part != "reference")
+    return Execution(
+        lower_frozen=model.lower_frozen,
+        text_dtype=text_encoder_dtype(model),
+        offload=parts,
+        attention_backend=model.attention_backend,
+        compile=model.compile_backend if model.compile == "blocks" else None,
+        vae_slicing=model.vae_slicing,
+        vae_tiling=model.vae_tiling,
+    )
+
+
+def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]:
+    """Return the options of :class:`PipelinePolicy`, for sampling unless told otherwise."""
     from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS
 
     if (model.height is None) != (model.width is None):
@@ -800,6 +895,7 @@ def policy_options(model: ModelConfig) -> dict[str, Any]:
         "timestep": TIMESTEP_ROUNDINGS[model.timestep] if model.timestep else None,
         "negative_prompt": model.negative_prompt,
         "gradient_checkpointing": model.gradient_checkpointing,
+        "execution": build_execution(model, training),
         **model.options,
     }
 
@@ -816,15 +912,19 @@ def build_policy(config: Config) -> PipelinePolicy:
         adaptation,
         device_of(m),
         embedding_cache=embedding_folder(m),
-        **policy_options(m),
+        **policy_options(m, training=True),
     )
 
 
-def build_sigmas(config: Config) -> Tensor:
-    """Return the sampling schedule."""
+def build_sigmas(config: Config, policy: PipelinePolicy) -> Tensor:
+    """Return the sampling schedule of a policy, [K+1] on the CPU."""
     from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 
-    sigmas, sizes = make_sigmas(config.sampling.steps, config.sampling.shift), merge_sizes(config)
+    s, sizes = config.sampling, merge_sizes(config)
+    if s.schedule == "native":
+        sigmas = policy.native_sigmas(s.steps)
+    else:
+        sigmas = make_sigmas(s.steps, s.shift)
     return merge_sigmas(sigmas, sizes) if sizes else sigmas
 
 
@@ -962,7 +1062,8 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
-    from chunkgrpo.rollout import measured_speed
+    from chunkgrpo.rollout import Store, measured_speed
+    from chunkgrpo.runtime.optimizers import make_optimizer
     from chunkgrpo.train import Trainer, TrainSettings
 
     s, c, o, opt = config.sampling, config.chunks, config.objective, config.optimizer
@@ -976,10 +1077,12 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     watched = [make_reward(r.name, r.options) for r in config.watched_rewards]
     Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
     judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
+    # Refuses what is not installed before a model is loaded.
+    make_optimizer(opt.kind, [torch.zeros(1)], opt.learning_rate)
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
     build_trust(o)  # a wrong name shows before a model is loaded
     policy = build_policy(config)
-    sigmas = build_sigmas(config)
+    sigmas = build_sigmas(config, policy)
     transition = build_transition(config)
 
     def curve() -> Tensor:
@@ -1009,6 +1112,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         on_error=config.scoring.on_error,
         quantise=config.scoring.quantise,
         async_rewards=config.async_rewards,
+        optimizer=opt.kind,
         learning_rate=opt.learning_rate,
         betas=opt.betas,
         eps=opt.eps,
@@ -1017,6 +1121,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         fall=opt.fall,
         max_grad_norm=opt.max_grad_norm,
         ema_decay=opt.ema,
+        store=Store(s.store.place, getattr(torch, s.store.dtype)),
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint_every,
         seed=config.seed,

@@ -89,7 +89,14 @@ def sample_images(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         trajectory = rollout(
-            policy, prompts[part], transition, sigmas, 1, seeds=seeds[part], batch_size=batch_size
+            policy,
+            prompts[part],
+            transition,
+            sigmas,
+            1,
+            seeds=seeds[part],
+            batch_size=batch_size,
+            window=range(1),  # no state of the others is kept
         )
         decoded = policy.decode(trajectory.final)
         images.append((decoded * 255).round().to(torch.uint8).cpu())

@@ -166,11 +166,12 @@ def make_plan(config: Config) -> Plan:
         text,
         sampling_rows=min(s.batch_size, images),
         training_rows=max(1, min(o.micro_batch, pairs)),
-        guidance_rows=arch.rows_of_guidance(a, m.guidance),
+        guidance_rows=arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0))),
         method=m.method,
         rank=m.rank,
         targets=lora_targets(config, a.pipeline),
         precision=m.precision,
+        lower=m.lower_frozen,
         checkpointing=m.gradient_checkpointing,
         plain=m.device == "cpu",  # 'auto' may be planned on a laptop and run elsewhere
     )
@@ -224,25 +225,40 @@ def _memory(
         * (size[1] // architecture.vae_factor)
     )
     states = num_planned(config) + 1
-    if o.trust == "kl_mask" or o.ratio == "guard" or o.consistency or o.credit == "gain":
-        states += num_planned(config)
-    added = network.trainable if m.method == "lora" else 0
-    encoders = 4 * text_encoder_parameters(architecture)
+    compared = o.trust == "kl_mask" or o.ratio == "guard" or o.consistency or o.credit == "gain"
+    velocities = num_planned(config) if compared else 0
+    # 'auto' may be planned on a laptop and run elsewhere; a CPU has one memory for all.
+    on_cpu = m.device == "cpu"
+    away = () if on_cpu else m.offload
+    low_texts = m.text_encoder_precision == "bf16" or (
+        m.text_encoder_precision == "auto" and not on_cpu
+    )
+    encoders = (2 if low_texts else 4) * text_encoder_parameters(architecture)
+    vae, copy = 4 * vae_parameters, 4 * network.trainable if m.method == "full" else 0
+    stored = images * elements * (states * (2 if s.store.dtype == "bfloat16" else 4))
+    stored += 4 * images * elements * velocities
+    # Two bytes a weight, and two float32 scales for each block of 256.
+    moments = 8 if config.optimizer.kind == "adamw" else 2 + 8 / 256
     resident: dict[str, float] = {
-        "transformer": 4 * (network.parameters + added),
-        "VAE": 4 * vae_parameters,
-        "text encoders": encoders if embedding_folder(m) is None else 0,
-        "optimizer and averaged weights": (8 + 4 * (config.optimizer.ema > 0)) * network.trainable,
-        "copy of the base": 4 * network.trainable if m.method == "full" else 0,
-        "trajectories": 4 * images * states * elements,
+        "transformer": network.nbytes,
+        "VAE": 0 if "vae" in away else vae,
+        "text encoders": encoders
+        if embedding_folder(m) is None and "text_encoders" not in away
+        else 0,
+        "optimizer and averaged weights": (moments + 4 * (config.optimizer.ema > 0))
+        * network.trainable,
+        "copy of the base": 0 if "reference" in away else copy,
+        "trajectories": 0 if s.store.place == "host" and not on_cpu else stored,
     }
     total = sum(resident.values())
     batch = inspect.signature(PipelinePolicy.__init__).parameters["decode_batch"].default
+    batch = 1 if m.vae_slicing else batch
+    visiting_copy = copy - resident["copy of the base"] if o.kl else 0
     memory = {
         "encode": resident["transformer"] + resident["VAE"] + encoders,
         "rollout": total + network.sampling.peak,
-        "decode": total + decoding.peak * min(batch, images),
-        "train": total + network.training.peak,
+        "decode": total + (vae - resident["VAE"]) + decoding.peak * min(batch, images),
+        "train": total + visiting_copy + network.training.peak,
     }
     return resident, memory
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +22,48 @@ PREFIXES = ("ode", "sde")
 
 Tail = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
 """Finishes a trajectory without noise: (velocity(x, sigma), x, sigmas that are left) -> x0."""
+
+STORE_PLACES = ("device", "host")
+STORE_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Store:
+    """How a trajectory's states are kept until they are trained on.
+
+    Where states are kept in bfloat16, the sampler itself goes on from the rounded state, and its
+    density is that of the rounded state. So what is stored is what was sampled: ratios before an
+    update are as exact as in float32. The price is that the noise is rounded: its spread is the
+    transition's only up to one part in 256 of the latent's size, and samples are others.
+
+    Attributes:
+        place: ``"device"``, or ``"host"``: host memory, with the same numbers.
+        dtype: Float32, or bfloat16 for half the memory.
+
+    Raises:
+        ValueError: If either is unknown.
+    """
+
+    place: str = "device"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.place not in STORE_PLACES or self.dtype not in STORE_DTYPES:
+            raise ValueError(
+                f"trajectories can not be stored in {self.dtype} on {self.place!r}; known: "
+                f"{', '.join(STORE_PLACES)}, float32 and bfloat16"
+            )
+
+    def empty(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+        """Return room for tensors that come from a device."""
+        if self.place == "device":
+            return torch.empty(shape, device=device, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Return a state as it will come back: rounded to the type of the store."""
+        return x if self.dtype == torch.float32 else x.to(self.dtype).float()
+
 
 FinishedHook = Callable[[slice, Tensor], None]
 """Called with samples that are finished and their clean latents [M, *latent]."""
@@ -44,8 +87,12 @@ def rollout(
     keep_velocities: bool = False,
     progress: ProgressHook | None = None,
     finished: FinishedHook | None = None,
+    store: Store | None = None,
 ) -> Trajectory:
     """Sample ``group_size`` images of each prompt and keep what training needs.
+
+    Kept are the states of the window, which the algorithm can choose trained steps from, and no
+    others.
 
     Every step of the window but the last of the schedule draws from ``transition``; the last is
     deterministic, x0 = x - sigma v, and is not stored. Each sample owns its random streams, so
@@ -75,6 +122,7 @@ def rollout(
         keep_velocities: Store the sampling policy's velocities.
         progress: Called after each forward with (done, expected) network rows.
         finished: Called with each batch of samples as it is finished, in order.
+        store: Where and in which type states are kept; float32 on the device where None.
 
     Returns:
         The trajectory, prompt-major.
@@ -108,10 +156,14 @@ def rollout(
     ode = Transition(OdeDiffusion())
     latent, device = policy.latent_shape, policy.device
     num_trained = len(window)
-    states_BN = torch.empty((num_samples, num_trained + 1, *latent), device=device)
+    store = store or Store()
+    shape = (num_samples, num_trained + 1, *latent)
+    states_BN = store.empty(shape, device, store.dtype)
     velocities_BN = None
     if keep_velocities:
-        velocities_BN = torch.empty((num_samples, num_trained, *latent), device=device)
+        # In float32 always: a rounded one would look like a policy that has moved.
+        shape = (num_samples, num_trained, *latent)
+        velocities_BN = store.empty(shape, device, torch.float32)
     log_prob_BN = torch.zeros((num_samples, num_trained), device=device)
     final_B = torch.empty((num_samples, *latent), device=device)
     num_evaluations = 0
@@ -145,7 +197,7 @@ def rollout(
                 x_R = step.sample(noise=before.draw(latent, device)).float()
             else:
                 x_R = ode(x_R, v_R, sigmas[i], sigmas[i + 1]).mean.float()
-        return x_R
+        return store.kept(x_R)
 
     def to_end(x_M: Tensor, v_M: Tensor, rows: slice, rows_of: Conditioning) -> Tensor:
         """Take the steps from the window on; ``v_M`` is the velocity of its first."""
@@ -167,10 +219,10 @@ def rollout(
             elif i in window:
                 step = transition(x_M, v_M, sigma, sigma_next)
                 if step.has_density:
-                    x_M = step.sample(noise=inside.draw(latent, device)).float()
+                    x_M = store.kept(step.sample(noise=inside.draw(latent, device)).float())
                     log_prob_BN[rows, i - window.start] = step.log_prob_per_dim(x_M).float()
                 else:
-                    x_M = step.mean.float()
+                    x_M = store.kept(step.mean.float())
             else:
                 x_M = ode(x_M, v_M, sigma, sigma_next).mean.float()
         return x_M

@@ -25,7 +25,7 @@ from chunkgrpo.config import (
     resolve_model,
 )
 from chunkgrpo.evaluate import Evaluation, evaluate
-from chunkgrpo.policies.loading import load_policy
+from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.curves import save_curves
@@ -168,8 +168,7 @@ def encode_ahead(
     missing = [text for text in dict.fromkeys(texts) if text not in cache]
     if missing:
         hook = on_phase(f"encoding {len(missing)} prompts into {cache.folder}")
-        for number, text in enumerate(missing, 1):
-            policy.encode([text])
+        for number, _ in enumerate(policy.encode_new(missing), 1):
             hook(number, len(missing))
     policy.release_text_encoders()
 
@@ -289,8 +288,12 @@ def page(
     }
 
 
-def load_tuned(folder: Path) -> tuple[Config, PipelinePolicy]:
-    """Load the tuned model of a finished run."""
+def find_tuned(folder: Path) -> tuple[Config, str, Path | None]:
+    """Return a finished run's settings, and its tuned model: a whole one, or a base and a LoRA.
+
+    Raises:
+        ConfigError: If the folder holds no run, or one that is not finished.
+    """
     config = read_run(folder)
     model = folder / "model"
     if not model.is_dir():
@@ -298,8 +301,34 @@ def load_tuned(folder: Path) -> tuple[Config, PipelinePolicy]:
             f"{folder} has no tuned model yet; finish it with: chunkgrpo train --resume {folder}"
         )
     if config.model.method == "full":
-        return config, load_untrained(config, str(model))
-    return config, load_untrained(config, resolve_model(config.model.path), model)
+        return config, str(model), None
+    return config, resolve_model(config.model.path), model
+
+
+def load_tuned(folder: Path) -> tuple[Config, PipelinePolicy]:
+    """Load the tuned model of a finished run."""
+    config, model, lora = find_tuned(folder)
+    return config, load_untrained(config, model, lora)
+
+
+def export_run(folder: Path, out: Path, dtype: str = "float32") -> None:
+    """Write a finished run's tuned model as one whole pipeline; a LoRA is fused into its base.
+
+    Args:
+        folder: The run.
+        out: A folder that is empty or does not exist.
+        dtype: Of the written weights, ``"float32"`` or ``"bfloat16"``.
+
+    Raises:
+        ConfigError: If the run is not finished, the folder is not empty, or the type is another.
+    """
+    _, model, lora = find_tuned(folder)
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    if dtype not in known:
+        raise ConfigError(f"unknown --dtype {dtype!r}; known: {', '.join(known)}")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not empty; choose another --out")
+    export_fused(model, lora, out, known[dtype])
 
 
 def load_untrained(config: Config, path: str, lora: Path | None = None) -> PipelinePolicy:
@@ -318,5 +347,5 @@ def evaluate_run(folder: Path, progress: ProgressHook, split: str | None = None)
 
         prompts = shapes_prompts(split, e.final_prompts, e.seed)
     judge = make_reward(e.reward.name, e.reward.options)
-    sigmas = build_sigmas(config)
+    sigmas = build_sigmas(config, policy)
     return evaluate(policy, prompts, sigmas, [judge], e.final_seeds, e.seed, progress=progress)

@@ -32,7 +32,7 @@ from chunkgrpo.rewards.overlap import PendingScores, ScoringQueue
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import Scorer, is_groupwise
 from chunkgrpo.rewards.watch import RewardWatch
-from chunkgrpo.rollout import Tail, rollout
+from chunkgrpo.rollout import Store, Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -42,6 +42,7 @@ from chunkgrpo.runtime.checkpoints import (
     save_checkpoint,
 )
 from chunkgrpo.runtime.ema import Ema
+from chunkgrpo.runtime.optimizers import make_optimizer
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import Experience, LossPart, RewardBatch, Trajectory
 
@@ -65,11 +66,13 @@ class TrainSettings:
         quantise: Round images to 8 bits before they are scored.
         async_rewards: Score images in threads while later ones are rolled out. The scores are the
             same ones.
+        optimizer: Which form of AdamW (``runtime.optimizers``).
         learning_rate, betas, eps, weight_decay: Of AdamW.
         warmup: Optimizer steps of linear warm-up.
         fall: Share of the run, at its end, over which the rate falls linearly towards zero.
         max_grad_norm: Gradient clipping.
         ema_decay: Of the averaged weights that are evaluated and saved; 0 turns it off.
+        store: Where and in which type a rollout's states wait for training.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
         checkpoint_every: Iterations between checkpoints.
         seed: Of everything random.
@@ -87,6 +90,7 @@ class TrainSettings:
     on_error: str = "stop"
     quantise: bool = False
     async_rewards: bool = False
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
@@ -95,6 +99,7 @@ class TrainSettings:
     fall: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9
+    store: Store = field(default_factory=Store)
     evaluate_every: int = 10
     checkpoint_every: int = 10
     seed: int = 0
@@ -148,8 +153,8 @@ class Trainer:
         selection = getattr(self.algorithm, "selection", None)
         self.learned = selection if isinstance(selection, LearnedSelection) else None
         self.parameters = self.policy.parameters()
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
+        self.optimizer = make_optimizer(
+            s.optimizer, self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
         )
         self.ema = Ema(self.parameters, s.ema_decay)
         self.num_updates = 0
@@ -249,6 +254,7 @@ class Trainer:
                     tail=self.tail,
                     keep_velocities=algorithm.needs_velocities or s.credit == "gain",
                     finished=finished,
+                    store=s.store,
                 )
             clock.lap("rollout")
             boundaries = []
@@ -266,7 +272,7 @@ class Trainer:
             rewards_RBE = torch.stack([stacked(each) for each in boundaries], dim=2)
             credit = combined_chunk_advantages(rewards_RBE, *options)
         clock.lap("reward")
-        experience = Experience(trajectory, credit.to(trajectory.states.device))
+        experience = Experience(trajectory, credit.to(trajectory.device))
         parts: list[Mapping[str, Tensor]] = []
         losses: list[Tensor] = []
         norms: list[Tensor] = []
@@ -347,12 +353,12 @@ class Trainer:
         label: str,
     ) -> list[PendingScores]:
         """Begin to score the clean prediction where each chunk begins."""
-        assert trajectory.velocities is not None
         begun = []
         for start in plan.starts:
             sigma = trajectory.trained_sigmas[start]
+            every = slice(None)
             clean = predict_clean(
-                trajectory.states[:, start], trajectory.velocities[:, start], sigma
+                trajectory.state(every, start), trajectory.velocity(every, start), sigma
             )
             size = trajectory.group_size
             pending = queue.batch(prompts, size, f"{label}step-{start}-", watched=False)

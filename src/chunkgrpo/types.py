@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.core.dynamics import relative_l1
+from chunkgrpo.core.precision import at_least_float32
 
 ProgressHook = Callable[[int, int], None]
 """Called with (done, total) while something long runs."""
@@ -59,7 +60,8 @@ class Trajectory:
     """What a rollout leaves behind.
 
     Attributes:
-        states: [B, N+1, *latent] float32; ``states[:, i]`` is the latent at ``sigmas[offset + i]``.
+        states: [B, N+1, *latent]; ``states[:, i]`` is the latent at ``sigmas[offset + i]``. Stored
+            as the rollout was told (``rollout.Store``): read it with :meth:`state`.
         sigmas: [K+1], from 1 (noise) to 0.
         old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
             policy.
@@ -69,8 +71,9 @@ class Trajectory:
         num_evaluations: Network rows evaluated to make it.
         offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
         shared_start: Whether the samples of a prompt all have the same ``states[:, 0]``.
-        velocities: [B, N, *latent], what the sampling policy predicted at ``states[:, :-1]``; kept
-            only where an algorithm compares means or clean predictions with it.
+        velocities: [B, N, *latent] float32, what the sampling policy predicted at
+            ``states[:, :-1]``; kept only where an algorithm compares means or clean predictions
+            with it. It lies where the states lie: read it with :meth:`velocity`.
     """
 
     states: Tensor
@@ -98,6 +101,33 @@ class Trajectory:
     def num_trained(self) -> int:
         """N, the number of stochastic transitions."""
         return self.states.shape[1] - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where training happens, wherever states are kept."""
+        return self.final.device
+
+    def state(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
+        """Return latents on the device, in float32, bit for bit as the rollout met them.
+
+        Args:
+            sample: Which samples, [Q], or a slice.
+            step: Position in ``trained_sigmas`` of each, [Q], or one.
+
+        Returns:
+            [Q, *latent].
+        """
+        return at_least_float32(self.states[sample, step].to(self.device))
+
+    def velocity(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
+        """Return the sampling policy's velocities on the device, as :meth:`state`.
+
+        Raises:
+            ValueError: If the rollout kept none.
+        """
+        if self.velocities is None:
+            raise ValueError("the rollout kept no velocities; roll out with keep_velocities=True")
+        return self.velocities[sample, step].to(self.device)
 
     @cached_property
     def dynamics(self) -> Tensor:

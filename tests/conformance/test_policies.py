@@ -25,6 +25,7 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.core.schedules import exact_timestep, floor1000_timestep
+from chunkgrpo.policies.execution import PRODUCTS, Execution
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.policies.sana import SanaPolicy
@@ -523,6 +524,51 @@ def test_ratios_start_at_one(family, precision, folders):
     rolled = max(first_log_ratios(policy, "rollout", rows).abs().max() for rows in (1, 5))
     print(f"{family.name} {precision}: largest |log-ratio| {float(rolled):.1e}")
     assert rolled <= {"fp32": 1e-6, "bf16": 1e-3}[precision]
+
+
+# --- types and places of frozen weights ---------------------------------------------------------
+
+
+def answers(policy, backward=True):
+    """A velocity, an image and gradients of a policy whose LoRA is not zero."""
+    with torch.no_grad():
+        for index, parameter in enumerate(policy.parameters()):
+            parameter.normal_(std=0.02, generator=Generator().manual_seed(index))
+    x = torch.randn(3, *policy.latent_shape, generator=Generator().manual_seed(0))
+    v = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS))
+    with torch.no_grad(), policy.reference():
+        reference = policy.velocity(x, torch.tensor([0.9, 0.5, 0.1]), policy.encode(PROMPTS))
+    v.square().mean().backward()
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert v.dtype == torch.float32 and grads
+    return [v.detach(), reference, policy.decode(x), *grads]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-pure", "fp16"])
+def test_frozen_weights_in_low_precision_change_no_bit(family, precision, folders):
+    """Autocast casts the weights of matrix products anyway: here it was done once."""
+    found = []
+    for lower in (False, True):
+        policy = load(
+            family, folders, precision=precision, execution=Execution(lower_frozen=lower),
+            **family.guidances[-1].options,
+        )  # fmt: skip
+        found.append(answers(policy))
+        low = high = 0
+        for module in policy.pipe.transformer.modules():
+            for parameter in module.parameters(recurse=False):
+                product = isinstance(module, PRODUCTS) and not parameter.requires_grad
+                wanted = policy.dtype if lower and product else torch.float32
+                assert parameter.dtype == wanted
+                low, high = low + product * parameter.numel(), high + parameter.numel()
+        assert low > 0.6 * high
+    for plain, lowered in zip(*found, strict=True):
+        assert torch.equal(plain, lowered)
+
+
+def test_float32_lowers_nothing(family, folders):
+    policy = load(family, folders, precision="fp32")
+    assert {p.dtype for p in policy.pipe.transformer.parameters()} == {torch.float32}
 
 
 # --- refusals -----------------------------------------------------------------------------------

@@ -302,6 +302,15 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--resume", "TMP"], "no run folder"),
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),
+        (["export", "TMP"], "no run folder"),
+        (["train", "--set", "sampling.schedule=nativ"], "'paper' or 'native'"),
+        (
+            ["train", "--set", "sampling.schedule=native", "--set", "sampling.merge_entropy=0"],
+            "worked out before the model is loaded",
+        ),
+        (["train", "--set", "model.offload=[reference]", "--set", "model.method=lora"], "itself"),
+        (["train", "--set", "model.attention_backend=flsh"], "did you mean 'flash'"),
+        (["train", "--set", "model.ofload=[vae]"], "did you mean 'model.offload'"),
     ],
 )
 def test_wrong_input_is_one_clear_line(
@@ -331,6 +340,7 @@ def test_every_flag_is_known() -> None:
                   "--reward", "--set"],
         "sample": ["--images", "--out", "--seed"],
         "evaluate": ["--split"],
+        "export": ["--dtype", "--out"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],

@@ -4,6 +4,7 @@
 Axes: P prompts, G samples each, B = P G; N trained steps.
 """
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -11,16 +12,20 @@ import pytest
 import torch
 from torch import Generator
 
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import (
+    ChunkPlan,
     DanceDiffusion,
     FlowDiffusion,
     OdeDiffusion,
     Transition,
+    UniformSelection,
     make_sigmas,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import Store, rollout
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
+from chunkgrpo.types import Experience
 
 SIGMAS = make_sigmas(6)
 FLOW = Transition(FlowDiffusion(0.7))
@@ -251,3 +256,97 @@ def test_the_spread_at_few_steps_is_the_one_the_recursion_predicts(diffusion):
         factor = 1 - dt * (slope + g**2 / (2 * sigma) * (1 + (1 - sigma) * slope))
         variance = float(factor**2 * variance + g**2 * dt)
     assert trajectory.final.double().std().item() == pytest.approx(math.sqrt(variance), rel=0.01)
+
+
+# --- how states wait for training ---------------------------------------------------------------
+
+
+def test_states_outside_the_window_are_not_kept():
+    run = rollout(toy(), ["a"], FLOW, SIGMAS, 2, seeds=[1, 2], window=range(1, 3))
+    assert run.states.shape == (2, 3, 10) and run.old_log_prob.shape == (2, 2)
+    every = rollout(toy(), ["a"], FLOW, SIGMAS, 2, seeds=[1, 2])
+    assert every.states.shape == (2, 6, 10)
+
+
+def losses(policy, trajectory, anchor="rollout"):
+    """Log-ratios and the gradient before any update, trained in batches unlike the rollout's."""
+    algorithm = ChunkGRPO(
+        ChunkPlan((2, 3)), FLOW, UniformSelection(1.0), num_updates=1, micro_batch=7,
+        anchor=anchor, consistency=0.1, ratio="guard",
+    )  # fmt: skip
+    experience = Experience(trajectory, torch.linspace(-1, 1, trajectory.num_samples))
+    ratios = []
+    for parameter in policy.parameters():
+        parameter.grad = None
+    for part in algorithm.losses(policy, experience, Generator().manual_seed(0)):
+        part.loss.backward()
+        ratios.append(part.diagnostics["log_ratio"])
+    grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
+    return torch.cat(ratios), torch.cat(grads)
+
+
+def sampled(policy, store, **options):
+    prompts = ["a red star", "two circles"]
+    return rollout(
+        policy, prompts, FLOW, SIGMAS, 4, seeds=SEEDS[:8], keep_velocities=True, store=store,
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_states_in_host_memory_are_the_same_bits(tiny_policy, same_noise):
+    policy = tiny_policy()
+    plain = sampled(policy, None, same_noise=same_noise)
+    host = sampled(policy, Store("host"), same_noise=same_noise)
+    assert host.states.device.type == "cpu" and host.device == policy.device
+    assert_same(host, plain)
+    for a, b in zip(losses(policy, plain), losses(policy, host), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_states_in_bfloat16_leave_ratios_exact(tiny_policy, same_noise, monkeypatch):
+    """What is stored is what was sampled; rounding after the fact is the way not to do it."""
+    policy = tiny_policy()
+    exact = sampled(policy, None, same_noise=same_noise)
+    rounded = sampled(policy, Store("host", torch.bfloat16), same_noise=same_noise)
+    assert rounded.states.dtype == torch.bfloat16
+    assert rounded.velocities is not None and rounded.velocities.dtype == torch.float32
+    naive = dataclasses.replace(exact, states=exact.states.to(torch.bfloat16))
+    largest = {
+        name: float(losses(policy, trajectory)[0].abs().max())
+        for name, trajectory in (("exact", exact), ("rounded", rounded), ("naive", naive))
+    }
+    print("largest |log-ratio|", {name: f"{value:.1e}" for name, value in largest.items()})
+    assert largest["exact"] < 1e-6 and largest["rounded"] < 1e-6
+    assert largest["naive"] > 5e-5  # more than a published clip range
+    # Samples move by less than the noise they are made of.
+    moved = (rounded.final - exact.final).norm() / exact.final.norm()
+    assert 0 < moved < 0.02
+
+    def velocity(x, sigma, conditioning, inner=policy.velocity):
+        assert x.dtype == torch.float32
+        return inner(x, sigma, conditioning)
+
+    monkeypatch.setattr(policy, "velocity", velocity)
+    losses(policy, rounded, "replay")
+
+
+def test_a_rounded_sampler_keeps_the_marginals():
+    """The closed-form Gaussian's final mean and spread, 4000 samples."""
+    policy = toy(4)
+    for store in (None, Store("device", torch.bfloat16)):
+        run = rollout(
+            policy, ["a"], FLOW, make_sigmas(24), 4000, seeds=list(range(4000)),
+            batch_size=4000, store=store,
+        )  # fmt: skip
+        error = run.final.mean(0) - policy.mean.detach()
+        assert error.abs().max() < 4 * 0.5 / 4000**0.5 + 0.02
+        assert run.final.std(0).mean() == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_store_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="known: device, host, float32 and bfloat16"):
+        Store("disk")
+    with pytest.raises(ValueError, match=r"can not be stored in torch\.float16"):
+        Store("host", torch.float16)

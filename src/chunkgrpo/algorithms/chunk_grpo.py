@@ -240,26 +240,25 @@ class ChunkGRPO:
     def step_of(self, policy: Policy, trajectory: Trajectory, pairs: Pairs) -> Gaussian:
         """Return the current policy's transition of each pair."""
         sample, step = pairs
-        x, sigmas = trajectory.states[sample, step], trajectory.trained_sigmas
+        x, sigmas = trajectory.state(sample, step), trajectory.trained_sigmas
         if trajectory.shared_start and len(step) and bool((step == 0).all()):
             prompt, row = (sample // trajectory.group_size).unique(return_inverse=True)
             one = prompt * trajectory.group_size
             start = sigmas[0].expand(len(one))
-            v = policy.velocity(trajectory.states[one, 0], start, trajectory.conditioning[one])[row]
+            v = policy.velocity(trajectory.state(one, 0), start, trajectory.conditioning[one])[row]
         else:
             v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
         return self.transition(x, v, sigmas[step], sigmas[step + 1])
 
     def log_prob(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
         """Return each pair's log-probability per dimension, [Q]."""
-        return step.log_prob_per_dim(trajectory.states[pairs[0], pairs[1] + 1]).float()
+        return step.log_prob_per_dim(trajectory.state(pairs[0], pairs[1] + 1)).float()
 
     def divergence(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
         """Return each pair's KL(new || sampling policy) per dimension, [Q]."""
-        assert trajectory.velocities is not None
         sigmas = trajectory.trained_sigmas
         before = self.transition(
-            trajectory.states[pairs], trajectory.velocities[pairs], sigmas[pairs[1]],
+            trajectory.state(*pairs), trajectory.velocity(*pairs), sigmas[pairs[1]],
             sigmas[pairs[1] + 1],
         )  # fmt: skip
         return step.kl_per_dim(before).float()
@@ -404,14 +403,13 @@ class _Update:
 
     def neighbour_part(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         trajectory = self.experience.trajectory
-        assert trajectory.velocities is not None
         starts = torch.tensor(self.plan.starts)
         sample, step = pairs[0].repeat(2), torch.cat([starts[pairs[1]], starts[pairs[1] + 1]])
         sigma = trajectory.trained_sigmas[step]
-        x = trajectory.states[sample, step]
+        x = trajectory.state(sample, step)
         v = policy.velocity(x, sigma, trajectory.conditioning[sample])
         # x0 = x - sigma v, so the clean prediction moves by -sigma times the velocity's change.
-        moved = (v - trajectory.velocities[sample, step]).flatten(1) * sigma[:, None]
+        moved = (v - trajectory.velocity(sample, step)).flatten(1) * sigma[:, None]
         early, late = moved.chunk(2)
         term = (late - early).square().mean(1)
         total = len(self.share_S) * (self.plan.num_chunks - 1)

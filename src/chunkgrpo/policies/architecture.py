@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from chunkgrpo.policies.execution import lower_frozen
 from chunkgrpo.runtime.attention import plain_attention
 
 Inputs = dict[str, Any]
@@ -89,11 +90,13 @@ class NetworkWork:
     Attributes:
         parameters: Weights of the base model.
         trainable: Weights that are trained.
+        nbytes: Bytes of all weights, the LoRA's among them.
         sampling, training: One forward without gradient; one forward and backward.
     """
 
     parameters: int
     trainable: int
+    nbytes: int
     sampling: Work
     training: Work
 
@@ -237,8 +240,17 @@ def text_rows(architecture: Architecture, wanted: int | None) -> int:
     return wanted or TEXT_ROWS.get(str(architecture.transformer["_class_name"]), 512)
 
 
-def rows_of_guidance(architecture: Architecture, guidance: float) -> int:
-    """Return network rows to a latent: 2 where classifier-free guidance is on."""
+def rows_of_guidance(architecture: Architecture, guidance: float, true_cfg: float = 1.0) -> int:
+    """Return network rows to a latent: 2 where classifier-free guidance is on.
+
+    Args:
+        architecture: The model.
+        guidance: The pipeline's own number.
+        true_cfg: Of FLUX.1, whose guidance is an input of the network: classifier-free guidance
+            on top of it.
+    """
+    if architecture.pipeline == "FluxPipeline":
+        return 2 if true_cfg > 1 else 1
     if architecture.pipeline in EMBEDDED_GUIDANCE or architecture.distilled:
         return 1
     above = 0.0 if architecture.pipeline == "ZImagePipeline" else 1.0
@@ -269,13 +281,12 @@ def network_inputs(
     return INPUTS[name](architecture, rows, height, width, text)
 
 
-def materialise(network: torch.nn.Module, frozen: torch.dtype = torch.float32) -> None:
-    """Give a network of the meta device weights of the present mode, on the CPU."""
+def materialise(network: torch.nn.Module) -> None:
+    """Give a network of the meta device float32 weights of the present mode, on the CPU."""
     for module in network.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                dtype = torch.float32 if p.requires_grad else frozen
-                weight = torch.empty(p.shape, dtype=dtype)
+                weight = torch.empty(p.shape, dtype=torch.float32)
                 module._parameters[name] = torch.nn.Parameter(weight, p.requires_grad)
         for name, b in module._buffers.items():
             if b is not None:
@@ -400,7 +411,7 @@ def network_work(
     rank: int = 16,
     targets: tuple[str, ...] = (),
     precision: str = "bf16",
-    frozen: torch.dtype = torch.float32,
+    lower: bool = False,
     checkpointing: bool = False,
     plain: bool = False,
 ) -> NetworkWork:
@@ -414,7 +425,7 @@ def network_work(
         guidance_rows: Network rows to a latent.
         method, rank, targets: What is trained, see :class:`~.pipeline.Adaptation`.
         precision: See :class:`~.pipeline.PipelinePolicy`.
-        frozen: Type of weights that are not trained.
+        lower: Whether frozen weights are in that precision, see :class:`~.execution.Execution`.
         checkpointing: Whether blocks are computed again in the backward pass.
         plain: Whether attention is unfused, as on CPUs.
     """
@@ -428,7 +439,9 @@ def network_work(
     if checkpointing:
         network.enable_gradient_checkpointing()
     with fake_tensors(), ExitStack() as stack:
-        materialise(network, frozen)
+        materialise(network)
+        if lower and precision != "fp32":
+            lower_frozen(network, torch.bfloat16)
         trained = [p for p in network.parameters() if p.requires_grad]
         stack.enter_context(_FullMasks(text))
 
@@ -455,7 +468,9 @@ def network_work(
             given = [*network.parameters(), *network.buffers()]
             with Meter(given) as meter, _arithmetic(precision, plain):
                 works.append(run(meter))
-    return NetworkWork(parameters, sum(p.numel() for p in trained), works[0], works[1])
+        nbytes = sum(p.nbytes for p in network.parameters())
+    trainable = sum(p.numel() for p in trained)
+    return NetworkWork(parameters, trainable, nbytes, works[0], works[1])
 
 
 def _call(network: Any, inputs: Inputs, precision: str) -> Tensor:

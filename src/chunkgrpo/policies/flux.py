@@ -54,7 +54,7 @@ class FluxPolicy(PipelinePolicy):
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
             joint, pooled, ids = self.pipe.encode_prompt(
-                texts, max_sequence_length=self.max_sequence_length
+                texts, device=self.device, max_sequence_length=self.max_sequence_length
             )
             return {"joint": joint, "pooled": pooled, "ids": ids.expand(len(texts), -1, -1)}
 

@@ -71,6 +71,7 @@ class Flux2Policy(PipelinePolicy):
         def encoded(texts: list[str]) -> dict[str, Tensor]:
             joint, ids = self.pipe.encode_prompt(
                 texts,
+                device=self.device,
                 max_sequence_length=self.max_sequence_length,
                 text_encoder_out_layers=tuple(self.layers),
             )

@@ -53,8 +53,9 @@ def load_policy(
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     module, attribute = family(model)
-    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None).to(device)
-    policy = getattr(import_module(module), attribute)(pipe, adaptation, **options)
+    # In host memory; the policy brings to the device what belongs there, in the type it has there.
+    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
+    policy = getattr(import_module(module), attribute)(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
     return policy
@@ -101,7 +102,10 @@ def load_pipeline(
 
 
 def export_fused(
-    model: str | Path, lora: str | Path, folder: str | Path, dtype: torch.dtype = torch.float32
+    model: str | Path,
+    lora: str | Path | None,
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Fuse a trained LoRA into its base model and write a whole pipeline.
 
@@ -109,7 +113,7 @@ def export_fused(
 
     Args:
         model: The base, as in :func:`load_policy`.
-        lora: Folder that :meth:`PipelinePolicy.save` wrote.
+        lora: Folder that :meth:`PipelinePolicy.save` wrote; None writes the model as it is.
         folder: Where the pipeline is written.
         dtype: Of the written weights; the sum itself is made in float32.
 

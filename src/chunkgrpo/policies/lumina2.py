@@ -48,6 +48,7 @@ class Lumina2Policy(PipelinePolicy):
             self.guided,
             negative_prompt=[self.negative_prompt] * len(prompts),
             system_prompt=self.system_prompt,
+            device=self.device,
             max_sequence_length=self.max_sequence_length,
         )
         unconditional = {"captions": negative, "mask": negative_mask} if self.guided else {}

@@ -26,7 +26,15 @@ from chunkgrpo.core.schedules import (
     validate_sigmas,
 )
 from chunkgrpo.policies.embeddings import EmbeddingCache, model_identity
+from chunkgrpo.policies.execution import (
+    Execution,
+    compile_blocks,
+    lower_frozen,
+    spare_decoder,
+    use_attention_backend,
+)
 from chunkgrpo.runtime.attention import plain_attention
+from chunkgrpo.runtime.offload import Offloaded, host_copy
 from chunkgrpo.types import Conditioning
 
 METHODS = ("lora", "full", "none")
@@ -70,11 +78,12 @@ class PipelinePolicy:
     """A diffusers pipeline as a policy; a family adds ``encode_texts`` and ``predict``.
 
     Args:
-        pipe: The loaded pipeline.
-        adaptation: Which weights are trained.
-        precision: Precision of the network: autocast to ``bf16`` or ``fp16``, ``fp32``, or
-            ``bf16-pure``, which also keeps what lies between the matrix products in bfloat16 (the
-            weights and their gradients stay in float32); on CPUs a third faster in training.
+        pipe: The loaded pipeline; it becomes the policy's own and is changed.
+        adaptation: Which weights are trained; these are float32 in every precision.
+        precision: Precision of the network's arithmetic: autocast to ``bf16`` or ``fp16``,
+            ``fp32``, or ``bf16-pure``, which also keeps what lies between the matrix products in
+            bfloat16 (gradients still reach float32 weights); on CPUs a third faster in training.
+            Velocities, transitions and log-densities are float32 in all of them.
         guidance: The number the stock pipeline's own argument takes; classifier-free guidance is
             on above ``guided_above``, which is 1 for most families.
         negative_prompt: Text of the unconditional half of guidance.
@@ -86,10 +95,14 @@ class PipelinePolicy:
         decode_batch: Images decoded at once.
         gradient_checkpointing: Recompute each block in the backward pass instead of keeping what
             lies inside it.
+        execution: Types and places of frozen weights, and kernels.
+        device: Where it runs; where the pipeline is, if None. What is offloaded never gets there
+            before it is used.
 
     Raises:
-        ValueError: If the precision is unknown or does not go with checkpointing, if the size does
-            not divide, or if nothing would be trained.
+        ValueError: If the precision is unknown or does not go with checkpointing or compilation,
+            if the size does not divide, if nothing would be trained, or if the pipeline can not
+            do what ``execution`` asks.
     """
 
     latent_shape: tuple[int, ...]
@@ -110,8 +123,11 @@ class PipelinePolicy:
         timestep: TimestepRounding | None = None,
         decode_batch: int = 64,
         gradient_checkpointing: bool = False,
+        execution: Execution | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         self.pipe = pipe
+        self.execution = execution or Execution()
         self.adaptation = adaptation or Adaptation()
         if precision not in DTYPES:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
@@ -120,11 +136,14 @@ class PipelinePolicy:
         if self.pure and gradient_checkpointing:
             # Its casts of the weights are gone by the time a block is computed again.
             raise ValueError("precision 'bf16-pure' excludes gradient checkpointing; choose 'bf16'")
+        if self.pure and self.execution.compile:
+            # Its weights are other tensors at each call.
+            raise ValueError("precision 'bf16-pure' excludes compiled blocks; choose 'bf16'")
         self.guidance = guidance
         self.negative_prompt = negative_prompt
         self.max_sequence_length = max_sequence_length or self.stock_default("max_sequence_length")
         self.decode_batch = decode_batch
-        self.device = pipe.transformer.device
+        self.device = torch.device(device or pipe.transformer.device)
         pipe.set_progress_bar_config(disable=True)
         self.size = size or (self.default_side(),) * 2
         if any(side % self.size_step for side in self.size):
@@ -145,30 +164,71 @@ class PipelinePolicy:
         self._encoded: dict[str, Conditioning] = {}
         self.embeddings: EmbeddingCache | None = None
         self._released = False
+        self._adapt()
+        if self.dtype != torch.float32 and self.execution.lower_frozen:
+            lower_frozen(pipe.transformer, self.dtype)
+        if self.execution.attention_backend:
+            use_attention_backend(pipe.transformer, self.execution.attention_backend)
+        if self.execution.compile:
+            compile_blocks(pipe.transformer, self.execution.compile)
+        spare_decoder(pipe.vae, self.execution.vae_slicing, self.execution.vae_tiling)
+        self.offloaded: dict[str, Offloaded] = {}
+        self._place({n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)})
+        self._trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
         self._base: list[Tensor] = []
-        targets = self.adaptation.targets or self.lora_targets
+        if self.adaptation.method == "full":
+            away = "reference" in self.execution.offload
+            self._base = [
+                host_copy(p, self.device).clone() if away else p.detach().clone()
+                for p in self._trained
+            ]
+
+    def _adapt(self) -> None:
+        """Mark what is trained, and make it float32."""
+        transformer = self.pipe.transformer
         if self.adaptation.method == "lora":
             from peft import LoraConfig
 
+            targets = self.adaptation.targets or self.lora_targets
             config = LoraConfig(
                 r=self.adaptation.rank,
                 lora_alpha=self.adaptation.alpha,  # type: ignore[arg-type] # any number will do
                 init_lora_weights="gaussian",
                 target_modules=list(targets),
             )
-            devices = [] if self.device.type == "cpu" else [self.device]
-            with torch.random.fork_rng(devices, device_type=self.device.type):
+            origin = transformer.device
+            devices = [] if origin.type == "cpu" else [origin]
+            with torch.random.fork_rng(devices, device_type=origin.type):
                 torch.manual_seed(self.adaptation.seed)
-                pipe.transformer.add_adapter(config)
+                transformer.add_adapter(config)
+            if not any(p.requires_grad for p in transformer.parameters()):
+                raise ValueError(
+                    f"no module matches the LoRA targets {', '.join(targets)}; name others"
+                )
         elif self.adaptation.method == "full":
-            pipe.transformer.requires_grad_(True)
-        self._trained = [p for p in pipe.transformer.parameters() if p.requires_grad]
-        if not self._trained and self.adaptation.method != "none":
-            raise ValueError(
-                f"no module matches the LoRA targets {', '.join(targets)}; name others"
-            )
-        if self.adaptation.method == "full":
-            self._base = [p.detach().clone() for p in self._trained]
+            transformer.requires_grad_(True)
+        for parameter in transformer.parameters():
+            if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+                parameter.data = parameter.data.float()
+
+    def _place(self, modules: Mapping[str, torch.nn.Module]) -> None:
+        """Bring modules to the device, or to where they wait."""
+        texts = [m for n, m in modules.items() if n.startswith("text_encoder")]
+        for text in texts if self.execution.text_dtype else ():
+            text.to(self.execution.text_dtype)
+        waiting = {"text_encoders": texts, "vae": [m for n, m in modules.items() if n == "vae"]}
+        away: list[torch.nn.Module] = []
+        for part, members in waiting.items():
+            if part in self.execution.offload and members:
+                self.offloaded[part] = Offloaded(members, self.device)
+                away += members
+        for module in modules.values():
+            if not any(module is each for each in away):
+                module.to(self.device)
+
+    def visiting(self, part: str) -> AbstractContextManager[None]:
+        """Inside this context an offloaded part is on the device."""
+        return self.offloaded[part].at_work() if part in self.offloaded else nullcontext()
 
     # --- what a family may say differently ------------------------------------------------------
 
@@ -279,21 +339,24 @@ class PipelinePolicy:
         """Return the trainable parameters."""
         return list(self._trained)
 
+    @property
+    def plain(self) -> bool:
+        """Whether attention is unfused: on CPUs, unless a backend was chosen."""
+        return self.device.type == "cpu" and not self.execution.attention_backend
+
     @contextmanager
     def arithmetic(self) -> Iterator[None]:
         """Set autocast and the attention kernel for the network."""
-        on_cpu = self.device.type == "cpu"
         low = self.dtype != torch.float32 and not self.pure
         cast = torch.autocast(self.device.type, self.dtype) if low else nullcontext()
-        with cast, plain_attention() if on_cpu else nullcontext():
+        with cast, plain_attention() if self.plain else nullcontext():
             yield
 
     def checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
         """Run a block so that the backward pass computes it again, with the same kernels."""
-        on_cpu = self.device.type == "cpu"
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-            return nullcontext(), plain_attention() if on_cpu else nullcontext()
+            return nullcontext(), plain_attention() if self.plain else nullcontext()
 
         return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
 
@@ -329,30 +392,38 @@ class PipelinePolicy:
         run meets its prompts in other company than the uninterrupted one. Texts of different
         lengths are padded with zeros here; their family keeps a mask.
         """
-        found = {prompt: self._row(prompt).tensors for prompt in dict.fromkeys(prompts)}
-        rows = [found[prompt] for prompt in prompts]
+        found = {prompt: self._known(prompt) for prompt in dict.fromkeys(prompts)}
+        found |= dict(self.encode_new([prompt for prompt, row in found.items() if row is None]))
+        rows = [row.tensors for row in (found[prompt] for prompt in prompts) if row is not None]
         return Conditioning({name: padded([row[name] for row in rows]) for name in rows[0]})
 
-    def _row(self, prompt: str) -> Conditioning:
-        """Return a prompt's row from memory, from the disk or from the text encoders."""
+    def _known(self, prompt: str) -> Conditioning | None:
+        """Return a prompt's row from memory or from the disk."""
         if prompt in self._encoded:
             return self._encoded[prompt]
-        row = self.embeddings.load(prompt, self.device) if self.embeddings else None
-        if row is None:
-            if self._released:
-                raise ValueError(
-                    f"prompt {prompt!r} is not encoded, and the text encoders were released; "
-                    "encode every prompt before release_text_encoders(), or set "
-                    "model.embedding_cache to null to keep them loaded"
-                )
-            self._load_text_encoders()
-            with torch.no_grad(), quiet_diffusers():
-                row = self.encode_texts([prompt])
-            if self.embeddings:
-                self.embeddings.save(prompt, row)
-        if not self.embeddings:  # what is on the disk need not fill the device's memory
-            self._encoded[prompt] = row
-        return row
+        return self.embeddings.load(prompt, self.device) if self.embeddings else None
+
+    def encode_new(self, prompts: Sequence[str]) -> Iterator[tuple[str, Conditioning]]:
+        """Encode prompts one by one and keep them; offloaded text encoders visit once for all."""
+        if not prompts:
+            return
+        if self._released:
+            raise ValueError(
+                f"prompt {prompts[0]!r} is not encoded, and the text encoders were released; "
+                "encode every prompt before release_text_encoders(), or set "
+                "model.embedding_cache to null to keep them loaded"
+            )
+        self._load_text_encoders()
+        with self.visiting("text_encoders"):
+            for prompt in prompts:
+                with torch.no_grad(), quiet_diffusers():
+                    encoded = self.encode_texts([prompt])
+                row = Conditioning({n: in_float32(t) for n, t in encoded.tensors.items()})
+                if self.embeddings:  # what is on the disk need not fill the device's memory
+                    self.embeddings.save(prompt, row)
+                else:
+                    self._encoded[prompt] = row
+                yield prompt, row
 
     def encoding_settings(self) -> dict[str, Any]:
         """Return all settings that ``encode_texts`` depends on; a family adds its own."""
@@ -379,6 +450,7 @@ class PipelinePolicy:
             "policy": type(self).__name__,
             "settings": self.encoding_settings(),
             "device": self.device.type,
+            "dtype": str(self.execution.text_dtype or torch.float32).removeprefix("torch."),
             "diffusers": diffusers.__version__,
             "transformers": transformers.__version__,
         }
@@ -388,28 +460,41 @@ class PipelinePolicy:
         """Drop the text encoders and free their memory; prompts already encoded stay usable."""
         for name in [n for n in self.pipe.components if n.startswith("text_encoder")]:
             setattr(self.pipe, name, None)
+        self.offloaded.pop("text_encoders", None)
         self._released = True
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    @property
+    def _text_encoders(self) -> dict[str, Any]:
+        """The text encoders by name, None where one is not loaded."""
+        present = self.pipe.components
+        return {n: module for n, module in present.items() if n.startswith("text_encoder")}
+
     def _load_text_encoders(self) -> None:
         """Load the text encoders that the pipeline was loaded without, or that were released."""
-        from diffusers import DiffusionPipeline
-
-        present = self.pipe.components
-        encoders = [n for n in present if n.startswith("text_encoder")]
-        source = getattr(self.pipe, "name_or_path", None)
-        if not source or any(present[n] is not None for n in encoders):
+        if any(module is not None for module in self._text_encoders.values()):
             return
-        others = {n: c for n, c in present.items() if n not in encoders}
-        with quiet_diffusers():
-            loaded = DiffusionPipeline.from_pretrained(source, **others)
-        found = {n: loaded.components[n] for n in encoders if loaded.components[n] is not None}
+        found = self._stored_text_encoders()
         for module in found.values():
-            module.requires_grad_(False).eval().to(self.device)
+            module.requires_grad_(False).eval()
+        self._place(found)
         # Registered, not only set: the saved pipeline must list them.
         self.pipe.register_modules(**found)
+
+    def _stored_text_encoders(self) -> dict[str, torch.nn.Module]:
+        """Load the text encoders as they are stored; none where it is not known where."""
+        from diffusers import DiffusionPipeline
+
+        source = getattr(self.pipe, "name_or_path", None)
+        if not source:
+            return {}
+        names = self._text_encoders
+        others = {n: c for n, c in self.pipe.components.items() if n not in names}
+        with quiet_diffusers():
+            loaded = DiffusionPipeline.from_pretrained(source, **others)
+        return {n: loaded.components[n] for n in names if loaded.components[n] is not None}
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict dx/dsigma in float32; see :class:`~chunkgrpo.policies.protocol.Policy`."""
@@ -430,6 +515,10 @@ class PipelinePolicy:
     @torch.no_grad()
     def decode(self, x: Tensor) -> Tensor:
         """Decode clean latents to images in [0, 1] with the pipeline's VAE and post-processing."""
+        with self.visiting("vae"):
+            return self._decode(x)
+
+    def _decode(self, x: Tensor) -> Tensor:
         images = []
         for part in x.split(self.decode_batch):
             # No plain attention here: the VAE's attention, if any, is over many positions.
@@ -452,7 +541,7 @@ class PipelinePolicy:
             return
         kept = [p.data for p in self._trained]
         for parameter, base in zip(self._trained, self._base, strict=True):
-            parameter.data = base
+            parameter.data = base.to(parameter.device, non_blocking=True)
         try:
             yield
         finally:
@@ -464,11 +553,16 @@ class PipelinePolicy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adaptation.method == "full":
-            self._load_text_encoders()
+            kept = self._text_encoders
+            # Those that were released, or in another type than they are stored in.
+            stored = {}
+            if self.execution.text_dtype not in (None, torch.float32) or not any(kept.values()):
+                stored = self._stored_text_encoders()
+            self.pipe.register_modules(**stored)
             with quiet_diffusers():
                 self.pipe.save_pretrained(folder)
-            if self._released:
-                self.release_text_encoders()
+            for name in stored:
+                setattr(self.pipe, name, kept[name])
             return
         from peft.utils import get_peft_model_state_dict
 
@@ -479,6 +573,11 @@ class PipelinePolicy:
             # Without it a loader assumes alpha = rank and is silently wrong otherwise.
             transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict(),
         )
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """Cast lower floating-point types up; leave numbers of other kinds."""
+    return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
 def padded(parts: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,7 @@ class QwenImagePolicy(PipelinePolicy):
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
             joint, mask = self.pipe.encode_prompt(
-                texts, max_sequence_length=self.max_sequence_length
+                texts, device=self.device, max_sequence_length=self.max_sequence_length
             )
             if mask is None:  # the pipeline's way to say that no row is padded
                 mask = torch.ones(joint.shape[:2], dtype=torch.long, device=joint.device)

@@ -57,6 +57,7 @@ class SanaPolicy(PipelinePolicy):
             prompts,
             self.guided,
             negative_prompt=self.negative_prompt,
+            device=self.device,
             max_sequence_length=self.max_sequence_length,
             complex_human_instruction=instruction,
         )

@@ -36,6 +36,7 @@ class StableDiffusion3Policy(PipelinePolicy):
             None,
             negative_prompt=[self.negative_prompt] * len(prompts),
             do_classifier_free_guidance=self.guided,
+            device=self.device,
             max_sequence_length=self.max_sequence_length,
         )
         texts = {"joint": joint, "pooled": pooled}

@@ -59,6 +59,7 @@ class ZImagePolicy(PipelinePolicy):
             rows, _ = self.pipe.encode_prompt(
                 list(texts),  # the pipeline overwrites the list it is given
                 do_classifier_free_guidance=False,
+                device=self.device,
                 max_sequence_length=self.max_sequence_length,
             )
             masks = [row.new_ones(len(row), dtype=torch.long) for row in rows]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +18,35 @@ KEEP = 2
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Flatten an optimizer's state to named tensors, by parameter position."""
-    state = optimizer.state_dict()["state"]
-    return {
-        f"optimizer.{index}.{name}": torch.as_tensor(value)
-        for index, values in state.items()
-        for name, value in values.items()
-    }
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for index, values in optimizer.state_dict()["state"].items():
+        for name, value in _leaves(values):
+            tensor = torch.as_tensor(value)
+            # Files refuse tensors that share memory, as tables of 8-bit states do.
+            shared = tensor.data_ptr() in seen
+            seen.add(tensor.data_ptr())
+            found[f"optimizer.{index}.{name}"] = tensor.clone() if shared else tensor
+    return found
+
+
+def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values, those of inner dictionaries (8-bit states come in one) among the rest."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value)
+        else:
+            yield name, value
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Restore what ``optimizer_tensors`` flattened; settings stay those of the optimizer."""
-    state: dict[int, dict[str, Tensor]] = {}
+    state: dict[int, dict[str, Any]] = {}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
-            state.setdefault(int(index), {})[name] = value
+            counter = value.ndim == 0 and not value.is_floating_point()
+            state.setdefault(int(index), {})[name] = int(value) if counter else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
