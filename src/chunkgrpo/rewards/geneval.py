@@ -432,9 +432,12 @@ class ClipColorNamer:
         precision: str = "fp32",
         device: str | None = None,
     ) -> None:
-        from chunkgrpo.rewards.clip_features import load_clip
+        from transformers import CLIPModel
 
-        self.encoder = load_clip("geneval", model, None, precision, device, batch_size=16)
+        from chunkgrpo.rewards.clip_features import DualEncoder
+
+        network = load_model("geneval", model, CLIPModel, dtype_of(precision))
+        self.encoder = DualEncoder("geneval", network, model, device, batch_size=16)
 
     def classifier(self, label: str, device: torch.device) -> Tensor:
         """Return the unit embedding of each colour of an object of that class: [10, D]."""
