@@ -48,6 +48,9 @@ class DualEncoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.model = model
+        # Its result must not depend on which kernels the process has chosen meanwhile, as a policy
+        # that samples while this scores does on CPUs.
+        model.set_attn_implementation("eager")
         freeze(model)
         self.tokenizer: Any = None
         if hasattr(model, "text_model"):

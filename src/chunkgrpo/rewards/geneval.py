@@ -501,6 +501,8 @@ class GenEvalReward:
     Reference: GenEval, arXiv:2310.11513.
     """
 
+    share = True
+
     def __init__(
         self,
         metadata: str | Path,
@@ -531,6 +533,19 @@ class GenEvalReward:
                 color_model = ClipColorNamer(color_model, precision, device)
             self.colors = color_model
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the file does not know.
+
+        Raises:
+            ValueError: Naming the first one.
+        """
+        for prompt in prompts:
+            if prompt not in self.metadata:
+                raise ValueError(
+                    f"reward {self.name!r}: the metadata has no line for the prompt {prompt!r}; "
+                    "add one with its tag, include and exclude"
+                )
+
     def judgements(self, images: Tensor, prompts: Sequence[str]) -> list[Judgement]:
         """Judge images [B, 3, H, W] in [0, 1], with reasons.
 
@@ -538,12 +553,7 @@ class GenEvalReward:
             ValueError: If the file has no line for a prompt.
         """
         check_batch(images, prompts)
-        for prompt in prompts:
-            if prompt not in self.metadata:
-                raise ValueError(
-                    f"reward {self.name!r}: the metadata has no line for the prompt {prompt!r}; "
-                    "add one with its tag, include and exclude"
-                )
+        self.check_prompts(prompts)
         lines = [self.metadata[prompt] for prompt in prompts]
         labels = [
             list(dict.fromkeys(e["class"] for e in (*line["include"], *line.get("exclude", ()))))
