@@ -40,7 +40,8 @@ def test_iteration_benchmark_runs_and_compares() -> None:
 @pytest.mark.slow
 def test_async_benchmark_runs_and_compares() -> None:
     output = output_of("benchmarks/async_rewards.py", "--quick")
-    assert re.search(r"│ +4 │.*│ +yes │", output), output
+    found = re.search(r"│ +4 │.*│ +(\d+\.\d+) │ +yes │", output)
+    assert found and float(found[1]) > 0, output
 
 
 @pytest.mark.slow

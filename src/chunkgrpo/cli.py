@@ -7,10 +7,14 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from chunkgrpo.rewards.protocol import Reward
 
 app = typer.Typer(
     name="chunkgrpo",
@@ -22,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
 )
-shapes_app = typer.Typer(help="The embedded world: render it, pretrain its pipeline.")
+shapes_app = typer.Typer(help="The embedded world: pretrain its pipeline, train its CLIP.")
 app.add_typer(shapes_app, name="shapes")
 
 SetOption = Annotated[
@@ -104,16 +108,16 @@ def train(
                     f"{folder} holds a run already; go on with it by --resume {folder}, or "
                     "choose another --out"
                 )
+        from chunkgrpo.rewards.scoring import is_share
         from chunkgrpo.runs import train_run
 
         display = Display(config.iterations, config.sampling.prompts * config.sampling.group_size)
-        summary = train_run(
-            config,
-            folder,
-            display.iteration,
-            display.phase,
-            lambda: display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}"),
-        )
+
+        def start(judge: Reward) -> None:
+            display.share = is_share(judge)
+            display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
+
+        summary = train_run(config, folder, display.iteration, display.phase, start)
     if summary is None:
         display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
         return
@@ -146,7 +150,7 @@ def chosen(
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
     """Print the end of a run: the table, health, time, and where everything is."""
     from chunkgrpo.report.statistics import Estimate
-    from chunkgrpo.report.tables import AccuracyRow, accuracy_table
+    from chunkgrpo.report.tables import AccuracyRow, accuracy_table, score_text
 
     rows = [
         AccuracyRow(
@@ -158,7 +162,8 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
         f"{summary['judge']} score on {summary['prompts']} held-out prompts, "
         f"{summary['seeds_per_prompt']} images each, same noise before and after"
     )
-    display.console.print(accuracy_table(rows, title))
+    share = summary["share"]
+    display.console.print(accuracy_table(rows, title, share))
     ratios = ", ".join(f"{k} {v:.2f}" for k, v in summary["health_ratio"].items())
     outside = summary["health_outside"]
     verdict = f"outside its band: {', '.join(outside)}" if outside else "all within their bands"
@@ -169,7 +174,8 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
     )
     display.say(f"Pictures: {folder}/samples.png, {folder}/curves.png; page: {folder}/report.html")
     display.say(
-        f"[bold]{100 * summary['base']:.1f} % to {100 * summary['tuned']:.1f} %[/bold]; "
+        f"[bold]{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}"
+        "[/bold]; "
         f"the tuned model is in {folder}/model"
     )
 
@@ -235,29 +241,33 @@ def evaluate(
 ) -> None:
     """Score the tuned model of a run on its held-out prompts again."""
     with clear_errors():
-        from chunkgrpo.report.statistics import bootstrap_interval
+        from chunkgrpo.report.statistics import Estimate, bootstrap_interval
+        from chunkgrpo.report.tables import score_text
+        from chunkgrpo.rewards.scoring import is_share
         from chunkgrpo.runs import evaluate_run, read_run
 
         read_run(run)
         display = Display(0, 0)
-        result = evaluate_run(run, display.phase("evaluating the tuned model"), split)
+        result, judge = evaluate_run(run, display.phase("evaluating the tuned model"), split)
         display.close()
         from rich.table import Table
 
-        name = next(iter(result.scores))
+        name, share = judge.name, is_share(judge)
+
+        def cells(e: Estimate) -> tuple[str, str, str]:
+            span = f"{score_text(e.low, share)} to {score_text(e.high, share)}"
+            return score_text(e.estimate, share), span, str(e.n)
+
         table = Table("task", "score", "95 % interval", "images", title=f"{name} score")
         clusters = result.clusters()
         for task, values in result.by_group(name).items():
-            e = bootstrap_interval(values, clusters=clusters[task])
-            span = f"{100 * e.low:.1f} to {100 * e.high:.1f}"
-            table.add_row(task, f"{100 * e.estimate:.1f} %", span, str(values.size))
+            table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
         values = result.scores[name].ravel()
         labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
-        e = bootstrap_interval(values, clusters=labels)
-        span = f"{100 * e.low:.1f} to {100 * e.high:.1f}"
-        table.add_row("[bold]all", f"{100 * e.estimate:.1f} %", span, str(values.size))
+        table.add_row("[bold]all", *cells(bootstrap_interval(values, clusters=labels)))
         display.console.print(table)
-    typer.echo(f"{100 * result.mean(name):.1f} % over {len(result.prompts)} prompts of {run}")
+    mean = score_text(result.mean(name), share)
+    typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")
 
 
 @app.command()
@@ -374,7 +384,8 @@ def chunks(
         levels = sigmas.tolist()
         folder = out or new_folder(Path("runs"), "chunks")
         chosen = profiles[0].proposal(rule)
-        title = f"{path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, {c.distance}"
+        title = f"{config.model.path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, "
+        title += c.distance
         title += f"; chunks of {window}" if window else ""
         choice = listed_again(config, chosen.plan)
         file = save_profile(folder, profiles, levels, rule, choice, title, c.distance)
@@ -616,8 +627,6 @@ def shapes_pretrain(
 ) -> None:
     """Train the embedded pipeline from rendered scenes, as the shipped one was."""
     with clear_errors():
-        from dataclasses import replace
-
         from chunkgrpo.shapes.pretrain import PretrainSettings, pretrain
 
         settings = PretrainSettings(seed=seed)
@@ -632,6 +641,21 @@ def shapes_pretrain(
     typer.echo(f"The pipeline is in {folder}")
 
 
+@shapes_app.command("train-clip")
+def shapes_train_clip(
+    out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: 1500]")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+) -> None:
+    """Train the embedded world's CLIP, the reward `clip`, as the shipped one was."""
+    with clear_errors():
+        from chunkgrpo.shapes.pretrain.clip import ClipSettings, train_clip
+
+        settings = ClipSettings(seed=seed)
+        folder = train_clip(out, replace(settings, steps=steps) if steps else settings)
+    typer.echo(f"The CLIP is in {folder}")
+
+
 class Display:
     """Live progress on a terminal, plain lines elsewhere."""
 
@@ -642,7 +666,7 @@ class Display:
         self.iterations, self.images = iterations, images
         self.progress: Any = None
         self.training: Any = None
-        self.accuracy = ""
+        self.accuracy, self.share = "", True
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -694,7 +718,9 @@ class Display:
         """Show one iteration."""
         number = record["iteration"]
         if "accuracy" in record:
-            self.accuracy = f"  held out {100 * record['accuracy']:.0f} %"
+            value = record["accuracy"]
+            shown = f"{100 * value:.0f} %" if self.share else f"{value:.4g}"
+            self.accuracy = f"  held out {shown}"
         text = (
             f"reward {record['reward_mean']:.3f}{self.accuracy}  "
             f"{record['images_per_second']:.0f} images/s"
@@ -715,6 +741,9 @@ class Display:
 
 def main() -> None:
     """Run the command line."""
+    # An installed command does not look for modules where it is called; rewards of your own are.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
     try:
         app()
     except KeyboardInterrupt:

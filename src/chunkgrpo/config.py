@@ -1062,6 +1062,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
+    from chunkgrpo.rewards.scoring import is_groupwise
     from chunkgrpo.rollout import Store, measured_speed
     from chunkgrpo.runtime.optimizers import make_optimizer
     from chunkgrpo.train import Trainer, TrainSettings
@@ -1076,11 +1077,24 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     rewards = [(make_reward(r.name, r.options), r.weight) for r in config.rewards]
     watched = [make_reward(r.name, r.options) for r in config.watched_rewards]
     Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
-    judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options)
     # Refuses what is not installed before a model is loaded.
     make_optimizer(opt.kind, [torch.zeros(1)], opt.learning_rate)
-    train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
     build_trust(o)  # a wrong name shows before a model is loaded
+    # A judge that is also trained on, or watched, is the same object: its model is loaded once.
+    listed = zip([*config.rewards, *config.watched_rewards], [*(r for r, _ in rewards), *watched])
+    j = config.evaluation.reward
+    same = [made for r, made in listed if (r.name, r.options) == (j.name, j.options)]
+    judge = same[0] if same else make_reward(j.name, j.options)
+    if is_groupwise(judge):
+        raise ConfigError(
+            f"reward {judge.name!r} compares the images of a group and can not judge single ones; "
+            "name another judge: evaluation.reward.name"
+        )
+    train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
+    judged = build_prompts(config, "final").texts
+    for reward in [*(r for r, _ in rewards), *watched, judge]:
+        if check := getattr(reward, "check_prompts", None):
+            check([*watch.texts, *judged, *(train.texts if reward is not judge else ())])
     policy = build_policy(config)
     sigmas = build_sigmas(config, policy)
     transition = build_transition(config)

@@ -28,12 +28,21 @@ from chunkgrpo.evaluate import Evaluation, evaluate
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.report.curves import save_curves
+from chunkgrpo.report.curves import DEFAULT_PANELS, panels_of_score, save_curves
 from chunkgrpo.report.grids import save_comparison
 from chunkgrpo.report.html import write_html
 from chunkgrpo.report.metrics import read_metrics
-from chunkgrpo.report.tables import HEADINGS, AccuracyRow, accuracy_cells, accuracy_rows
+from chunkgrpo.report.tables import (
+    HEADINGS,
+    AccuracyRow,
+    accuracy_cells,
+    accuracy_rows,
+    change_text,
+    score_text,
+)
 from chunkgrpo.rewards import make_reward
+from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.rewards.scoring import is_share
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.types import ProgressHook
 
@@ -117,7 +126,7 @@ def train_run(
     folder: Path,
     on_iteration: Callable[[Mapping[str, Any]], None],
     on_phase: Callable[[str], ProgressHook],
-    on_start: Callable[[], None] = lambda: None,
+    on_start: Callable[[Reward], None] = lambda judge: None,
 ) -> dict[str, Any] | None:
     """Evaluate the base, train, evaluate again and report.
 
@@ -128,14 +137,14 @@ def train_run(
         folder: The run directory.
         on_iteration: Called with every metrics record.
         on_phase: Called with the name of a long phase; returns its progress hook.
-        on_start: Called once everything is loaded and checked.
+        on_start: Called with the judge once everything is loaded and checked.
 
     Returns:
         The summary, or None where the run was interrupted (all is saved).
     """
     started = time.perf_counter()
     trainer = build_trainer(config, folder)
-    on_start()
+    on_start(trainer.judge)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", dump_config(config))
     trainer.on_iteration = on_iteration
@@ -156,7 +165,7 @@ def train_run(
         trainer.policy.save(folder / "model")
     save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
     minutes = (time.perf_counter() - started) / 60
-    return write_report(config, folder, trainer.seconds, minutes)
+    return write_report(config, folder, trainer.judge, trainer.seconds, minutes)
 
 
 def encode_ahead(
@@ -174,13 +183,13 @@ def encode_ahead(
 
 
 def write_report(
-    config: Config, folder: Path, train_seconds: float, total_minutes: float
+    config: Config, folder: Path, judge: Reward, train_seconds: float, total_minutes: float
 ) -> dict[str, Any]:
     """Write summary.json, curves.png, samples.png and report.html; return the summary."""
     base = load_evaluation(folder / "evaluation" / "base.npz")
     tuned = load_evaluation(folder / "evaluation" / "tuned.npz")
-    judge = make_reward(config.evaluation.reward.name, config.evaluation.reward.options).name
-    rows = accuracy_rows(base.by_group(judge), tuned.by_group(judge), base.clusters())
+    name, share = judge.name, is_share(judge)
+    rows = accuracy_rows(base.by_group(name), tuned.by_group(name), base.clusters())
     records = read_metrics(folder / "metrics.jsonl")
     ratios = {k: tuned.health[k] / max(base.health[k], 1e-9) for k in base.health}
     outside = [k for k, r in ratios.items() if not HEALTH_BANDS[k][0] <= r <= HEALTH_BANDS[k][1]]
@@ -188,7 +197,8 @@ def write_report(
     summary: dict[str, Any] = {
         "name": config.name,
         "seed": config.seed,
-        "judge": judge,
+        "judge": name,
+        "share": share,
         "prompts": len(base.prompts),
         "seeds_per_prompt": base.num_seeds,
         "base": overall.base,
@@ -217,17 +227,17 @@ def write_report(
         "iterations": len(records),
     }
     atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    save_curves(folder / "curves.png", records)
+    save_curves(folder / "curves.png", records, DEFAULT_PANELS if share else panels_of_score(name))
     shown = shown_rows(base)
     marks = {
-        name: [bool(result.scores[judge][row, 0] > 0.5) for row in shown]
-        for name, result in (("base", base), ("tuned", tuned))
+        which: [bool(result.scores[name][row, 0] > 0.5) for row in shown]
+        for which, result in (("base", base), ("tuned", tuned))
     }
     save_comparison(
         folder / "samples.png",
         {"base": base.images.float() / 255, "tuned": tuned.images.float() / 255},
         [base.prompts.texts[row] for row in shown],
-        marks=marks,
+        marks=marks if share else None,
     )
     write_html(
         folder,
@@ -245,7 +255,7 @@ def page(
     config: Config, folder: Path, summary: Mapping[str, Any], rows: list[AccuracyRow]
 ) -> dict[str, Any]:
     """Return what the HTML page says."""
-    s = summary
+    s, share = summary, summary["share"]
     health = [
         [k, f"{s['health_base'][k]:.4f}", f"{s['health_tuned'][k]:.4f}",
          f"{s['health_ratio'][k]:.2f}", f"{HEALTH_BANDS[k][0]} to {HEALTH_BANDS[k][1]}"]
@@ -255,20 +265,20 @@ def page(
         "title": f"{config.name}, seed {config.seed}",
         "subtitle": f"{s['iterations']} iterations in {s['train_minutes']:.1f} minutes",
         "headline": [
-            {"label": "base", "value": f"{100 * s['base']:.1f} %"},
-            {"label": "tuned", "value": f"{100 * s['tuned']:.1f} %"},
+            {"label": "base", "value": score_text(s["base"], share)},
+            {"label": "tuned", "value": score_text(s["tuned"], share)},
             {
                 "label": "difference",
-                "value": f"{100 * s['difference']:+.1f} points",
-                "note": f"95 % interval {100 * s['difference_low']:+.1f} to "
-                f"{100 * s['difference_high']:+.1f}",
+                "value": change_text(s["difference"], share) + (" points" if share else ""),
+                "note": f"95 % interval {change_text(s['difference_low'], share)} to "
+                f"{change_text(s['difference_high'], share)}",
             },
         ],
         "tables": [
             {
                 "title": f"{s['judge']} score by task, {s['prompts']} held-out prompts",
                 "columns": list(HEADINGS),
-                "rows": [list(accuracy_cells(row)) for row in rows],
+                "rows": [list(accuracy_cells(row, share)) for row in rows],
                 "note": "Same prompts and same initial noise before and after.",
             },
             {
@@ -337,8 +347,14 @@ def load_untrained(config: Config, path: str, lora: Path | None = None) -> Pipel
     return load_policy(path, Adaptation("none"), device_of(m), lora=lora, **policy_options(m))
 
 
-def evaluate_run(folder: Path, progress: ProgressHook, split: str | None = None) -> Evaluation:
-    """Evaluate a finished run's tuned model again, or on another split of the embedded world."""
+def evaluate_run(
+    folder: Path, progress: ProgressHook, split: str | None = None
+) -> tuple[Evaluation, Reward]:
+    """Evaluate a finished run's tuned model again, or on another split of the embedded world.
+
+    Returns:
+        The evaluation, and the judge whose scores are in it.
+    """
     config, policy = load_tuned(folder)
     e = config.evaluation
     prompts = build_prompts(config, "final")
@@ -348,4 +364,5 @@ def evaluate_run(folder: Path, progress: ProgressHook, split: str | None = None)
         prompts = shapes_prompts(split, e.final_prompts, e.seed)
     judge = make_reward(e.reward.name, e.reward.options)
     sigmas = build_sigmas(config, policy)
-    return evaluate(policy, prompts, sigmas, [judge], e.final_seeds, e.seed, progress=progress)
+    found = evaluate(policy, prompts, sigmas, [judge], e.final_seeds, e.seed, progress=progress)
+    return found, judge

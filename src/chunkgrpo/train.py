@@ -30,7 +30,7 @@ from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
 from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards.overlap import PendingScores, ScoringQueue
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.scoring import Scorer, is_groupwise
+from chunkgrpo.rewards.scoring import Scorer, is_groupwise, is_share
 from chunkgrpo.rewards.watch import RewardWatch
 from chunkgrpo.rollout import Store, Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
@@ -395,7 +395,11 @@ class Trainer:
         with self.averaged():
             result = self.evaluate(self.held_out, 1, seed=derive_seed(self.settings.seed, 2))
         values = result.scores[self.judge.name]
-        low, high = wilson_interval(int(values.sum().round()), values.size)
+        if is_share(self.judge):
+            low, high = wilson_interval(int(values.sum().round()), values.size)
+        else:
+            half = 1.96 * float(values.std()) / values.size**0.5
+            low, high = float(values.mean()) - half, float(values.mean()) + half
         return {"accuracy": float(values.mean()), "accuracy_low": low, "accuracy_high": high}
 
     def evaluate(self, prompts: PromptSet, num_seeds: int, seed: int, **kwargs: Any) -> Evaluation:

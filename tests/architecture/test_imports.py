@@ -29,6 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "shapes": BASE,
     "policies": BASE | PROTOCOLS,
     "rewards": BASE | PROTOCOLS,
+    "rewards.clip": BASE | PROTOCOLS | {"shapes"},
     "rewards.shapes": BASE | PROTOCOLS | {"shapes"},
     "algorithms": BASE | PROTOCOLS,
     "prompts": {"core", "types", "runtime", "shapes"},

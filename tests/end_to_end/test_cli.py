@@ -350,6 +350,21 @@ def test_every_flag_is_known() -> None:
     }  # fmt: skip
 
 
+def test_every_flag_of_the_embedded_world_is_known() -> None:
+    import typer.main
+
+    world = typer.main.get_command(app).commands["shapes"]  # type: ignore[attr-defined]
+    flags = {
+        name: sorted(o for p in command.params for o in p.opts if o.startswith("--"))
+        for name, command in world.commands.items()
+    }
+    assert flags == {
+        "pretrain": ["--guidance-steps", "--out", "--scenes", "--seed", "--transformer-steps",
+                     "--vae-steps"],
+        "train-clip": ["--out", "--seed", "--steps"],
+    }  # fmt: skip
+
+
 def test_known_keys_and_errors() -> None:
     keys = known_keys()
     assert "sampling.steps" in keys and "evaluation.reward.name" in keys
@@ -404,6 +419,52 @@ def test_pretraining_takes_the_shipped_settings_unless_told(tmp_path, monkeypatc
     shown = call("shapes", "pretrain", "--help")
     for number in (shipped.num_scenes, shipped.vae_steps, shipped.transformer_steps):
         assert str(number) in shown
+
+
+@pytest.mark.parametrize("reward", ["clip", "jpeg_compressibility"])
+def test_rewards_that_are_no_shares_run_to_their_report(
+    reward: str, small_model: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    text = call(
+        "train", "--reward", reward, "--out", str(folder), *SMALL, "--set", "iterations=2",
+        "--set", f"model.path={small_model}", "--set", "evaluation.every=1",
+    )  # fmt: skip
+    assert f"{reward} score on 12 held-out prompts" in " ".join(text.split())
+    assert "%" not in text.split("score on 12")[1].split("Image health")[0].replace("95 %", "")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    scores = [record["rewards"][reward] for record in records]
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(scores) == 2 and not summary["share"]
+    for value in (*scores, *(r["accuracy"] for r in records), summary["base"], summary["tuned"]):
+        assert -1 < value < 1 if reward == "clip" else value < -0.5
+    assert all(record["accuracy_low"] < record["accuracy"] for record in records)
+
+
+def test_prompts_that_a_reward_can_not_score_are_refused_before_anything_is_drawn(
+    small_model: Path, tmp_path: Path
+) -> None:
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a red star\na lighthouse at dusk\n")
+    given = ["--model", str(small_model), "--prompts", str(listed), "--out", str(tmp_path / "run")]
+    for reward, says in [
+        ("clip", "'lighthouse', 'at', 'dusk' of the prompt 'a lighthouse at dusk'"),
+        ("shapes", "the prompt 'a lighthouse at dusk' is not one of the embedded world's"),
+    ]:
+        assert says in call("train", *given, "--reward", reward, code=2)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_compares_images_can_not_judge(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "comparing.py").write_text(
+        "def rank(images, prompts, group_size): ...\nrank.groupwise = True\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    text = call("train", "--reward", "comparing:rank", "--out", str(tmp_path / "run"), code=2)
+    assert "reward 'rank' compares the images of a group" in text
+    assert "evaluation.reward.name" in text
 
 
 def test_a_model_prompts_and_a_reward_are_enough(small_model: Path, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.metrics import read_metrics
+from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards import FunctionReward, RewardError
 from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
 from chunkgrpo.train import Trainer, TrainSettings
@@ -117,6 +119,38 @@ def test_a_useless_score_stops_the_run_and_loses_nothing(tmp_path, answer, index
     mended = FunctionReward("spoilt", brightness)
     resumed = finish(make_trainer(tmp_path / "run", mended))
     assert_same(resumed, finish(make_trainer(tmp_path / "whole", mended)))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "drop"])
+def test_a_reward_that_breaks_is_named_and_loses_nothing(tmp_path, on_error):
+    def broken(scores):
+        return scores / {}["missing"]
+
+    trainer = make_trainer(tmp_path / "run", spoilt(broken)[0], on_error=on_error)
+    with pytest.raises(RewardError) as caught:
+        trainer.run()
+    said = str(caught.value)
+    assert said.startswith("reward 'spoilt' failed: KeyError in test_reward_trouble.py, line ")
+    assert f"'missing'; all 3 finished iterations are saved, go on with --resume {tmp_path}" in said
+    mended = FunctionReward("spoilt", brightness)
+    resumed = finish(make_trainer(tmp_path / "run", mended, on_error=on_error))
+    assert_same(resumed, finish(make_trainer(tmp_path / "whole", mended, on_error=on_error)))
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_judge_may_have_any_unit(tmp_path, share, monkeypatch):
+    values = np.array([1.0, 0.0, 1.0]) if share else np.array([-30.0, -20.0, -10.0])
+    trainer = make_trainer(tmp_path / "run", evaluate_every=1)
+    trainer.judge = FunctionReward("judge", brightness)
+    trainer.judge.share = share
+    found = SimpleNamespace(scores={"judge": values})
+    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: found)
+    seen = [trainer.look()[f"accuracy{end}"] for end in ("", "_low", "_high")]
+    if share:
+        assert seen == [pytest.approx(2 / 3), *wilson_interval(2, 3)]
+    else:
+        half = 1.96 * (200 / 3) ** 0.5 / 3**0.5
+        assert seen == pytest.approx([-20, -20 - half, -20 + half])
 
 
 def test_a_failed_evaluation_loses_nothing(tmp_path):

@@ -136,6 +136,14 @@ def test_the_ends_stay_differences_of_shares() -> None:
     assert result.low >= -1 and result.high == 1
 
 
+def test_scores_of_any_unit_are_compared() -> None:
+    base, tuned = [-30.0, -20.0, 5.0], [-10.0, 10.0, 15.0]  # +20, +30, +10: mean 20, deviation 10
+    result = paired_difference(base, tuned)
+    half = 4.302653 * 10 / 3**0.5  # Student's t with two degrees of freedom
+    assert result.estimate == 20
+    assert (result.low, result.high) == pytest.approx((20 - half, 20 + half))
+
+
 def test_excluding_zero() -> None:
     assert Estimate(0.2, 0.1, 0.3, 9).excludes_zero
     assert Estimate(-0.2, -0.3, -0.1, 9).excludes_zero
@@ -147,8 +155,8 @@ def test_excluding_zero() -> None:
     [
         ([0, 1], [0], None, "equally long"),
         ([[0], [1]], [[0], [1]], None, "equally long"),
-        ([0, 2], [0, 1], None, "rescale"),
-        ([0, math.nan], [0, 1], None, "rescale"),
+        ([0, math.nan], [0, 1], None, "finite"),
+        ([0, 1], [math.inf, 1], None, "finite"),
         ([0], [1], None, "at least 2"),
         ([], [], None, "at least 2"),
         ([0, 1], [1, 1], ["a", "a"], "at least 2"),

@@ -79,6 +79,11 @@ def test_markdown_has_a_line_a_row() -> None:
     assert lines[2].startswith("| count | 33.3 % | 66.7 % | +33.3 [")
 
 
+def test_scores_that_are_no_shares_are_no_percentages() -> None:
+    (row,) = accuracy_rows({"all": [-3.0, -5.0]}, {"all": [-2.0, -4.0]})
+    assert accuracy_cells(row, share=False) == ("all", "-4", "-3", "+1 [+1, +1]", "2")
+
+
 @pytest.mark.parametrize(
     ("base", "tuned", "clusters", "message"),
     [

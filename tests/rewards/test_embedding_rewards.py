@@ -75,6 +75,20 @@ def test_clip_scores_are_those_of_transformers(name: str, clip_folder: Path) -> 
     assert raw.std() > 0.01  # the model does tell these apart
 
 
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_the_process_wide_choice_of_kernels_changes_no_bit(
+    name: str, clip_folder: Path, siglip_folder: Path
+) -> None:
+    from chunkgrpo.runtime.attention import plain_attention
+
+    folder = {"clip": clip_folder, "siglip": siglip_folder}[name]
+    reward = make_reward(name, {"model": str(folder)})
+    alone = reward(square_images(), PROMPTS)
+    with plain_attention():  # as a policy that samples in another thread
+        beside = reward(square_images(), PROMPTS)
+    assert torch.equal(alone, beside)
+
+
 def test_pickscore_takes_the_processor_from_elsewhere(clip_folder: Path, tmp_path: Path) -> None:
     from transformers import CLIPModel
 

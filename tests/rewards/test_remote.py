@@ -57,6 +57,7 @@ ANSWERS = {
     "infinity": '{"scores": [0.25, 1e999]}', "null": '{"scores": [null, 0.5]}',
     "strings": '{"scores": ["0.5", "0.7"]}', "truth": '{"scores": [true, false]}',
     "html": "<!doctype html><p>Welcome", "empty": "", "list": "[0.5, 0.7]",
+    "huge": '{"scores": [0.25, 1' + "0" * 400 + "]}",
     "nested": '{"scores": [[0.5], [0.7]]}', "deep": "[" * 100000,
 }
 failures = {}
@@ -65,7 +66,7 @@ class Liar(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
         kind = self.path.split("/")[1]
-        info = INFO if kind != "stranger" else {"hello": "world"}
+        info = {"stranger": {"hello": "world"}, "half": {"protocol": 1}}.get(kind, INFO)
         self.answer(200, json.dumps(info))
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
@@ -303,7 +304,7 @@ def test_only_what_may_pass_is_tried_again(liar) -> None:
     assert (after - first).tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("kind", "where"), [("nan", 0), ("infinity", 1), ("null", 0)])
+@pytest.mark.parametrize(("kind", "where"), [("nan", 0), ("infinity", 1), ("huge", 1), ("null", 0)])
 def test_what_is_not_finite_is_left_to_the_scorer(liar, kind, where) -> None:
     remote = RemoteReward(f"{liar}/{kind}")
     assert not remote(some_images(2), ["a", "b"])[where].isfinite()
@@ -312,8 +313,9 @@ def test_what_is_not_finite_is_left_to_the_scorer(liar, kind, where) -> None:
 
 
 def test_an_address_without_a_reward_server_is_told_at_once(liar) -> None:
-    with pytest.raises(RewardError, match="no reward server of this version"):
-        RemoteReward(liar + "/stranger")
+    for kind in ("stranger", "half"):
+        with pytest.raises(RewardError, match="no reward server of this version"):
+            RemoteReward(f"{liar}/{kind}")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
     with pytest.raises(RewardError, match="is it running"):
@@ -322,6 +324,8 @@ def test_an_address_without_a_reward_server_is_told_at_once(liar) -> None:
         RemoteReward("http://", deadline=0.5)
     with pytest.raises(ValueError, match=r"timeout of .* is 0"):
         RemoteReward("http://127.0.0.1:1", timeout=0)
+    with pytest.raises(ValueError, match=r"batch of .* is 0"):
+        RemoteReward("http://127.0.0.1:1", batch=0)
 
 
 # --- what a server gets to see ------------------------------------------------------------------
@@ -509,6 +513,38 @@ def test_groupwise_rewards_can_be_served() -> None:
     assert answer.json() == {"name": "rank", "scores": [1, 0, 2, 2, 1, 0]}
     answer = post(app, json.dumps(values | {"group_size": 4}).encode(), headers)
     assert answer.status_code == 422
+
+
+def test_what_is_known_of_a_prompt_travels_along(tmp_path) -> None:
+    code = """
+def wanted(images, prompts, metadata):
+    return [each["count"] for each in metadata]
+wanted.needs_metadata = True
+wanted.share = True
+"""
+    (tmp_path / "wanting.py").write_text(code)
+    source = str(Path(__file__).resolve().parents[2] / "src")
+    arguments = ["-m", "chunkgrpo.cli", "serve-reward", "wanting:wanted", "--port", "0"]
+    paths = os.pathsep.join([str(tmp_path), source, os.environ.get("PYTHONPATH", "")])
+    child, address = started([*arguments, "--max-batch", "2"], {"PYTHONPATH": paths})
+    try:
+        remote = make_reward(address)
+        metadata = {text: {"count": number} for number, text in enumerate("abc")}
+        batch = Scorer([(remote, 1.0)], metadata=metadata)(some_images(3), list("cab"))
+        assert batch.raw["wanted"].tolist() == [2.0, 0.0, 1.0]
+        assert remote.share  # type: ignore[attr-defined]
+    finally:
+        child.kill()
+        child.wait()
+    values = json.loads(envelope(png(8, 8, bytes(200))))
+    for wrong in ([], [1], "a", [{}, {}]):
+        with pytest.raises(Refused, match="metadata must be a list of objects, one a prompt"):
+            parse_request(json.dumps(values | {"metadata": wrong}).encode(), Limits())
+
+
+def test_an_empty_token_is_none() -> None:
+    app = create_app(FunctionReward("stuck", lambda images, prompts: [0.0]), token="")
+    assert post(app, envelope(png(8, 8, bytes(200)))).status_code == 200
 
 
 def test_open_interfaces_need_a_token_and_ports_must_be_free() -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import chunkgrpo.rewards.vlm_judge as vlm_judge
-from chunkgrpo.rewards import make_reward
+from chunkgrpo.rewards import RewardError, make_reward
 from chunkgrpo.rewards.vlm_judge import parse_answer
 
 
@@ -131,17 +131,28 @@ def test_lasting_failures_are_errors(
 ) -> None:
     endpoint.answer = lambda image, question: reply
     reward = make_reward("vlm_judge", {"base_url": endpoint.url, "model": "m", "retries": 2})
-    with pytest.raises(RuntimeError, match=message) as caught:
+    with pytest.raises(RewardError, match=message) as caught:
         reward(images(0.5), ["a red dog"])
     assert "'vlm_judge'" in str(caught.value) and "'a red dog'" in str(caught.value)
     assert len(endpoint.seen) == attempts
+
+
+def test_an_image_without_a_judgement_has_no_score(
+    endpoint: Endpoint, caplog: pytest.LogCaptureFixture
+) -> None:
+    endpoint.answer = lambda image, question: "I can not tell." if "cat" in question else "yes"
+    reward = make_reward("vlm_judge", {"base_url": endpoint.url, "model": "m"})
+    scores = reward(images(0.5, 0.6, 0.7), ["a dog", "a cat", "a cup"])
+    assert scores[[0, 2]].tolist() == [1.0, 1.0] and scores[1].isnan()
+    (line,) = caplog.messages
+    assert "'a cat'" in line and "neither yes nor no" in line and "1 of 3 images" in line
 
 
 def test_an_absent_server_is_an_error(endpoint: Endpoint) -> None:
     reward = make_reward(
         "vlm_judge", {"base_url": "http://127.0.0.1:9/v1", "model": "m", "retries": 1}
     )
-    with pytest.raises(RuntimeError, match="ConnectError"):
+    with pytest.raises(RewardError, match="ConnectError"):
         reward(images(0.5), ["x"])
 
 

@@ -534,6 +534,12 @@ def combined_rewards(
         ValueError: If the combination is unknown, or weights or scores are not allowed in it.
     """
     rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
+    return _total(rule, rewards_RB, weights_R, kept_B)
+
+
+def _total(
+    rule: Combination, rewards_RB: Tensor, weights_R: Tensor, kept_B: Tensor | None
+) -> Tensor:
     total_B = rule.total(rewards_RB, weights_R)
     return total_B if kept_B is None else total_B.masked_fill(~kept_B, float("nan"))
 
@@ -574,7 +580,7 @@ def combined_advantages(
     Reference: GDPO, arXiv:2601.05242, for the normalisation by reward and the rescaling.
     """
     rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
-    total_B = combined_rewards(rewards_RB, weights_R, combination, kept_B)
+    total_B = _total(rule, rewards_RB, weights_R, kept_B)
     whole = group_advantages(total_B, num_prompts, convention, clip, kept_B)
     if not rule.by_reward:
         return whole
@@ -615,7 +621,8 @@ def combined_chunk_advantages(
         [B, C].
     """
     boundaries = rewards_RBE.unbind(2)
-    if _validated_combination(boundaries[0], weights_R, combination, kept_B).by_reward:
+    rule, *_ = [_validated_combination(r_RB, weights_R, combination, kept_B) for r_RB in boundaries]
+    if rule.by_reward:
         columns = [
             combined_advantages(
                 after - before, weights_R, num_prompts, combination, convention, clip, kept_B
@@ -623,7 +630,7 @@ def combined_chunk_advantages(
             for before, after in pairwise(boundaries)
         ]
         return torch.stack(columns, dim=1)
-    totals = [combined_rewards(r_RB, weights_R, combination, kept_B) for r_RB in boundaries]
+    totals = [_total(rule, r_RB, weights_R, kept_B) for r_RB in boundaries]
     gains_BC = chunk_gains(torch.stack(totals, dim=1))
     return chunk_advantages(gains_BC, num_prompts, convention, clip, kept_B)
 

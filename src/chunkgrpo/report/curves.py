@@ -72,6 +72,17 @@ DEFAULT_PANELS = (
 """What a run is judged by; a panel none of whose metrics was recorded is left out."""
 
 
+def panels_of_score(name: str) -> tuple[Panel, ...]:
+    """Return the panels of a run whose judge gives scores that are no shares of correct images.
+
+    Args:
+        name: The judge's.
+    """
+    held_out = Series("accuracy", low="accuracy_low", high="accuracy_high", markers=True)
+    judged = Panel(f"Held-out {name}", "mean score", (held_out,))
+    return (DEFAULT_PANELS[0], judged, *DEFAULT_PANELS[2:])
+
+
 def save_curves(
     path: str | os.PathLike[str],
     records: Sequence[Mapping[str, Any]],

@@ -85,20 +85,21 @@ def paired_difference(
 
     Clusters m are the prompts: seeds of one prompt rise and fall together, and counting them as
     independent makes the interval too short. Without clusters each pair is its own, and this is
-    the paired t interval. The ends are cut at -1 and 1. Where all pairs differ by the same amount
-    (for example none differs), the interval has no width; that says little when n is small.
+    the paired t interval. Where all scores are in [0, 1], the ends are cut at -1 and 1. Where all
+    pairs differ by the same amount (for example none differs), the interval has no width; that says
+    little when n is small.
 
     Args:
-        base_correct: [n], in [0, 1]: per image, correct or not, or a score.
+        base_correct: [n], finite: per image, correct or not, or a score of any unit.
         tuned_correct: [n], the same images in the same order after training.
         level: Confidence level, inside (0, 1).
         clusters: [n], a label each, equal for images of one prompt.
 
     Returns:
-        The difference in [-1, 1] with its interval; n counts pairs.
+        The difference with its interval; n counts pairs.
 
     Raises:
-        ValueError: Lengths differ, a value is outside [0, 1], or there are fewer than two clusters.
+        ValueError: Lengths differ, a value is not finite, or there are fewer than two clusters.
 
     Reference: Liang and Zeger, Biometrika 73 (1986), 13-22 (cluster-robust variance); Miller,
     arXiv:2411.00640 (its use for evaluations of models).
@@ -111,8 +112,8 @@ def paired_difference(
     if base.ndim != 1 or base.shape != tuned.shape:
         raise ValueError(f"need two equally long lists; shapes are {base.shape} and {tuned.shape}")
     values = np.concatenate([base, tuned])
-    if not np.all((values >= 0) & (values <= 1)):
-        raise ValueError("scores must be in [0, 1]; rescale them, or use bootstrap_interval")
+    if not np.isfinite(values).all():
+        raise ValueError("scores must be finite; leave images without a score out of both lists")
     difference = tuned - base
     labels = _labels(clusters, len(difference))
     num_clusters = int(labels.max(initial=-1)) + 1
@@ -122,7 +123,8 @@ def paired_difference(
     sums = np.bincount(labels, weights=difference - mean, minlength=num_clusters)
     variance = num_clusters / (num_clusters - 1) * np.sum(sums**2) / len(difference) ** 2
     half = float(student.ppf(0.5 + level / 2, num_clusters - 1) * np.sqrt(variance))
-    return Estimate(mean, max(-1.0, mean - half), min(1.0, mean + half), len(difference))
+    bound = 1.0 if np.all((values >= 0) & (values <= 1)) else np.inf
+    return Estimate(mean, max(-bound, mean - half), min(bound, mean + half), len(difference))
 
 
 def bootstrap_interval(

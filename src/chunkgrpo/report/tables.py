@@ -13,7 +13,15 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from rich.table import Table
 
-__all__ = ["AccuracyRow", "accuracy_rows", "accuracy_cells", "accuracy_table", "accuracy_markdown"]
+__all__ = [
+    "AccuracyRow",
+    "accuracy_rows",
+    "accuracy_cells",
+    "accuracy_table",
+    "accuracy_markdown",
+    "change_text",
+    "score_text",
+]
 
 HEADINGS = ("task", "base", "tuned", "difference [95 % interval]", "images")
 ALL_TASKS = "all"
@@ -25,8 +33,8 @@ class AccuracyRow:
 
     Attributes:
         task: Its name; ``all`` for the row over all tasks.
-        base: Share of images correct before, in [0, 1].
-        tuned: Share correct after, same prompts and seeds.
+        base: Mean score before; of yes or no verdicts, the share of images correct, in [0, 1].
+        tuned: The same after, same prompts and seeds.
         difference: tuned - base with its 95 % interval; n counts pairs of images.
     """
 
@@ -48,7 +56,7 @@ def accuracy_rows(
     says nothing of others, is the whole range from -1 to 1.
 
     Args:
-        base: Task to [n] verdicts in [0, 1] (booleans will do) before training.
+        base: Task to [n] scores before training; verdicts may be booleans.
         tuned: The same tasks, prompts and seeds in the same order, after training.
         clusters: Task to [n] labels, equal for images of one prompt; None if each image has a
             prompt of its own.
@@ -74,25 +82,45 @@ def accuracy_rows(
     return rows
 
 
-def accuracy_cells(row: AccuracyRow) -> tuple[str, str, str, str, str]:
-    """A row as text, in the order of ``HEADINGS``: accuracies in %, differences in points."""
-    difference = row.difference
-    interval = f"[{100 * difference.low:+.1f}, {100 * difference.high:+.1f}]"
+def score_text(value: float, share: bool = True) -> str:
+    """A score: a share in per cent, another with four digits."""
+    return f"{100 * value:.1f} %" if share else f"{value:.4g}"
+
+
+def change_text(value: float, share: bool = True) -> str:
+    """A difference of scores with its sign: of shares in points, of others with three digits."""
+    return f"{100 * value:+.1f}" if share else f"{value:+.3g}"
+
+
+def accuracy_cells(row: AccuracyRow, share: bool = True) -> tuple[str, str, str, str, str]:
+    """A row as text, in the order of ``HEADINGS``.
+
+    Args:
+        row: What to write.
+        share: Whether scores are shares, shown in %, and their differences in points.
+    """
+    estimate, low, high = (
+        change_text(value, share)
+        for value in (row.difference.estimate, row.difference.low, row.difference.high)
+    )
     return (
         row.task,
-        f"{100 * row.base:.1f} %",
-        f"{100 * row.tuned:.1f} %",
-        f"{100 * difference.estimate:+.1f} {interval}",
-        str(difference.n),
+        score_text(row.base, share),
+        score_text(row.tuned, share),
+        f"{estimate} [{low}, {high}]",
+        str(row.difference.n),
     )
 
 
-def accuracy_table(rows: Sequence[AccuracyRow], title: str | None = None) -> Table:
+def accuracy_table(
+    rows: Sequence[AccuracyRow], title: str | None = None, share: bool = True
+) -> Table:
     """A table for the terminal; differences whose interval excludes zero are bold.
 
     Args:
         rows: From :func:`accuracy_rows`.
         title: Heading of the table.
+        share: As of :func:`accuracy_cells`.
 
     Returns:
         A table to print with a rich console.
@@ -106,7 +134,7 @@ def accuracy_table(rows: Sequence[AccuracyRow], title: str | None = None) -> Tab
     for row in rows:
         if row.task == ALL_TASKS:
             table.add_section()
-        cells = [Text(cell) for cell in accuracy_cells(row)]
+        cells = [Text(cell) for cell in accuracy_cells(row, share)]
         if row.difference.excludes_zero:
             cells[3].stylize("bold")
         table.add_row(*cells)

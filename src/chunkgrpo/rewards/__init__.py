@@ -46,13 +46,15 @@ class FunctionReward:
     """A plain function ``(images, prompts) -> scores`` as a reward.
 
     A function with an attribute ``groupwise = True`` gets the group size as third argument, see
-    :class:`GroupwiseReward`; one with ``needs_metadata = True`` the prompts' metadata, last.
+    :class:`GroupwiseReward`; one with ``needs_metadata = True`` the prompts' metadata, last. With
+    ``share = True`` its scores are shown in per cent.
     """
 
     def __init__(self, name: str, function: Any) -> None:
         self.name, self.function = name, function
         self.groupwise = bool(getattr(function, "groupwise", False))
         self.needs_metadata = bool(getattr(function, "needs_metadata", False))
+        self.share = bool(getattr(function, "share", False))
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *more: Any) -> Tensor:
         """Score images."""
@@ -61,6 +63,10 @@ class FunctionReward:
 
 def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Build a reward from its name, from ``package.module:function``, or from a server's address.
+
+    Args:
+        name: Which; a path may also lead to a class or an object (:func:`imported_reward`).
+        options: Arguments of the constructor.
 
     Raises:
         ValueError: If no reward has that name, the import path leads nowhere, or no server answers.
@@ -74,11 +80,42 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         except TypeError as error:
             raise ValueError(f"reward {name!r} does not take these options: {error}") from error
     if ":" in name:
-        module, attribute = name.split(":", 1)
-        try:
-            found = getattr(import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"reward {name!r} can not be imported: {error}") from error
-        return FunctionReward(attribute, found)
+        return imported_reward(name, options or {})
     known = ", ".join(BUILT_IN)
-    raise ValueError(f"unknown reward {name!r}; known: {known}, or package.module:function")
+    raise ValueError(
+        f"unknown reward {name!r}; known: {known}, package.module:function or http://host:port"
+    )
+
+
+def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
+    """Return the reward at ``package.module:attribute``: a function, a class, or a ready object.
+
+    A class is called with the options; a function and an object take none.
+
+    Raises:
+        ValueError: If there is nothing, or nothing that can score, or it does not take the options.
+    """
+    module, attribute = path.split(":", 1)
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"reward {path!r} can not be imported: {error}") from error
+    if isinstance(found, type):
+        try:
+            found = found(**options)
+        except TypeError as error:
+            raise ValueError(f"reward {path!r} does not take these options: {error}") from error
+    elif options:
+        raise ValueError(
+            f"reward {path!r} is no class and takes no options, but has {', '.join(options)}; make "
+            "it a class that takes them in its constructor"
+        )
+    if not callable(found):
+        raise ValueError(
+            f"reward {path!r} is a {type(found).__name__}, which can not be called; it must be a "
+            "function (images, prompts) -> scores, or a class whose objects are called so"
+        )
+    # A function's __name__ is not what it is filed under: a decorator may have changed it.
+    if isinstance(found, Reward) and isinstance(found.name, str):
+        return found
+    return FunctionReward(attribute, found)

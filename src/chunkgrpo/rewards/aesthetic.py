@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from chunkgrpo.rewards.clip_features import DualEncoder
 from chunkgrpo.rewards.images import check_batch
 from chunkgrpo.rewards.loading import dtype_of, freeze, load_model, place, state_dict
-from chunkgrpo.rewards.preprocess import Preprocess
 
 
 def linear_chain(reward: str, tensors: Mapping[str, Tensor], prefix: str = "layers.") -> nn.Module:
@@ -91,14 +90,7 @@ class AestheticReward:
                 "a head fits only the CLIP it was trained on"
             )
         freeze(self.head)
-        self.encoder = DualEncoder(
-            name,
-            network,
-            None,
-            Preprocess.from_source(name, model),
-            device=device,
-            batch_size=batch_size,
-        )
+        self.encoder = DualEncoder(name, network, model, device, batch_size)
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:

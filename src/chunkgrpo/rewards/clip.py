@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from chunkgrpo.rewards.clip_features import load_clip
+from chunkgrpo.rewards.clip_features import DualEncoder
+from chunkgrpo.rewards.loading import dtype_of, load_model
 
 
 class ClipReward:
@@ -45,9 +46,12 @@ class ClipReward:
         batch_size: int = 32,
         name: str = "clip",
     ) -> None:
+        from transformers import CLIPModel
+
         self.name, self.scaled = name, scaled
-        self.encoder = load_clip(name, model, processor, precision, device, batch_size)
-        self.scale = float(self.encoder.model.logit_scale.float().exp()) if scaled else 1.0
+        network = load_model(name, model, CLIPModel, dtype_of(precision))
+        self.encoder = DualEncoder(name, network, processor or model, device, batch_size)
+        self.scale = float(network.logit_scale.float().exp()) if scaled else 1.0
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B]."""

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunkgrpo.rewards.images import check_batch
-from chunkgrpo.rewards.loading import dtype_of, freeze, load, load_model, place
+from chunkgrpo.rewards.loading import freeze, load, place
 from chunkgrpo.rewards.preprocess import Preprocess
 
 
@@ -23,30 +23,41 @@ class DualEncoder:
         reward: Name of the reward, for messages.
         model: ``CLIPModel``, ``SiglipModel`` or another with ``vision_model`` and ``text_model``;
             without ``text_model`` only images are embedded.
-        tokenizer: Its tokenizer, or None where only images are embedded.
-        preprocess: Its image preprocessing.
-        pad_to_full_length: Whether texts are padded to the model's length (SigLIP was trained so,
-            and reads the last position) or to the longest of the batch.
+        source: Checkpoint folder or hub id of its image processor and its tokenizer.
         device: Where to compute; None follows the images.
         batch_size: Images embedded at once.
+        pad_to_full_length: Whether texts are padded to the model's length (SigLIP was trained so,
+            and reads the last position) or to the longest of the batch.
+
+    Raises:
+        OSError: If something can not be loaded.
+        ValueError: If an option is out of its range.
     """
 
     def __init__(
         self,
         reward: str,
         model: Any,
-        tokenizer: Any,
-        preprocess: Preprocess,
-        pad_to_full_length: bool = False,
+        source: str | Path,
         device: str | None = None,
         batch_size: int = 32,
+        pad_to_full_length: bool = False,
     ) -> None:
+        from transformers import AutoTokenizer
+
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
-        self.reward, self.model, self.tokenizer = reward, model, tokenizer
-        self.preprocess, self.pad_to_full_length = preprocess, pad_to_full_length
-        self.device, self.batch_size = device, batch_size
+        self.model = model
+        # Its result must not depend on which kernels the process has chosen meanwhile, as a policy
+        # that samples while this scores does on CPUs.
+        model.set_attn_implementation("eager")
         freeze(model)
+        self.tokenizer: Any = None
+        if hasattr(model, "text_model"):
+            self.tokenizer = load(reward, source, AutoTokenizer.from_pretrained)
+        self.preprocess = Preprocess.from_source(reward, source)
+        self.device, self.batch_size = device, batch_size
+        self.pad_to_full_length = pad_to_full_length
 
     @property
     def text_length(self) -> int:
@@ -100,39 +111,3 @@ class DualEncoder:
         image_BD = self.embed_images(images)
         text_BD = self.embed_texts(prompts, image_BD.device)
         return (image_BD * text_BD).sum(dim=-1).cpu()
-
-
-def load_clip(
-    reward: str,
-    model: str | Path,
-    processor: str | Path | None,
-    precision: str,
-    device: str | None,
-    batch_size: int,
-) -> DualEncoder:
-    """Load a ``CLIPModel`` with its tokenizer and image preprocessing.
-
-    Args:
-        reward: Name of the reward, for messages.
-        model: Checkpoint folder or hub id.
-        processor: Where tokenizer and image processor are; None for the same place.
-        precision: ``"fp32"`` or ``"bf16"``.
-        device: Where to compute; None follows the images.
-        batch_size: Images embedded at once.
-
-    Raises:
-        OSError: If something can not be loaded.
-        ValueError: If an option is out of its range.
-    """
-    from transformers import AutoTokenizer, CLIPModel
-
-    dtype = dtype_of(precision)
-    source = model if processor is None else processor
-    return DualEncoder(
-        reward,
-        load_model(reward, model, CLIPModel, dtype),
-        load(reward, source, AutoTokenizer.from_pretrained),
-        Preprocess.from_source(reward, source),
-        device=device,
-        batch_size=batch_size,
-    )

@@ -432,9 +432,12 @@ class ClipColorNamer:
         precision: str = "fp32",
         device: str | None = None,
     ) -> None:
-        from chunkgrpo.rewards.clip_features import load_clip
+        from transformers import CLIPModel
 
-        self.encoder = load_clip("geneval", model, None, precision, device, batch_size=16)
+        from chunkgrpo.rewards.clip_features import DualEncoder
+
+        network = load_model("geneval", model, CLIPModel, dtype_of(precision))
+        self.encoder = DualEncoder("geneval", network, model, device, batch_size=16)
 
     def classifier(self, label: str, device: torch.device) -> Tensor:
         """Return the unit embedding of each colour of an object of that class: [10, D]."""
@@ -498,6 +501,8 @@ class GenEvalReward:
     Reference: GenEval, arXiv:2310.11513.
     """
 
+    share = True
+
     def __init__(
         self,
         metadata: str | Path,
@@ -528,6 +533,19 @@ class GenEvalReward:
                 color_model = ClipColorNamer(color_model, precision, device)
             self.colors = color_model
 
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the file does not know.
+
+        Raises:
+            ValueError: Naming the first one.
+        """
+        for prompt in prompts:
+            if prompt not in self.metadata:
+                raise ValueError(
+                    f"reward {self.name!r}: the metadata has no line for the prompt {prompt!r}; "
+                    "add one with its tag, include and exclude"
+                )
+
     def judgements(self, images: Tensor, prompts: Sequence[str]) -> list[Judgement]:
         """Judge images [B, 3, H, W] in [0, 1], with reasons.
 
@@ -535,12 +553,7 @@ class GenEvalReward:
             ValueError: If the file has no line for a prompt.
         """
         check_batch(images, prompts)
-        for prompt in prompts:
-            if prompt not in self.metadata:
-                raise ValueError(
-                    f"reward {self.name!r}: the metadata has no line for the prompt {prompt!r}; "
-                    "add one with its tag, include and exclude"
-                )
+        self.check_prompts(prompts)
         lines = [self.metadata[prompt] for prompt in prompts]
         labels = [
             list(dict.fromkeys(e["class"] for e in (*line["include"], *line.get("exclude", ()))))

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from chunkgrpo.rewards.clip_features import DualEncoder
 from chunkgrpo.rewards.loading import dtype_of, fill, load, state_dict
-from chunkgrpo.rewards.preprocess import Preprocess
 
 BLOCK = {
     "ln_1": "layer_norm1",
@@ -126,20 +125,14 @@ class HpsV2Reward:
         batch_size: int = 32,
         name: str = "hpsv2",
     ) -> None:
-        from transformers import AutoTokenizer, CLIPConfig, CLIPModel
+        from transformers import CLIPConfig, CLIPModel
 
         self.name = name
         converted = clip_from_open_clip(state_dict(name, weights))
         network: Any = CLIPModel(load(name, model, CLIPConfig.from_pretrained))
         fill(name, network, converted)
-        self.encoder = DualEncoder(
-            name,
-            network.to(dtype_of(precision)),
-            load(name, model, AutoTokenizer.from_pretrained),
-            Preprocess.from_source(name, model),
-            device=device,
-            batch_size=batch_size,
-        )
+        network.to(dtype_of(precision))
+        self.encoder = DualEncoder(name, network, model, device, batch_size)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B]."""

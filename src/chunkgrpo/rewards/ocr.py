@@ -90,6 +90,8 @@ class OcrReward:
     Reference: Flow-GRPO, arXiv:2505.05470, section 5.1.
     """
 
+    share = True
+
     def __init__(
         self,
         limit_side_len: int = 160,
@@ -123,6 +125,15 @@ class OcrReward:
         """Return the text in an image [H, W, 3] of ``uint8``, RGB; lines joined by a space."""
         output = self.engine(np.ascontiguousarray(image[..., ::-1]))  # it expects BGR
         return " ".join(getattr(output, "txts", None) or ())
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that quote no text.
+
+        Raises:
+            ValueError: Naming the first one.
+        """
+        for prompt in prompts:
+            quoted_text(prompt)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B].

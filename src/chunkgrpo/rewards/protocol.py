@@ -12,6 +12,9 @@ import torch
 class RewardError(ValueError):
     """A reward gave no usable score.
 
+    It may have none for some images, which may be dropped then, or be broken:
+    :class:`RewardBroken`.
+
     Attributes:
         reward: The reward's name.
         reason: What it did instead, without its name.
@@ -20,6 +23,11 @@ class RewardError(ValueError):
     def __init__(self, reward: str, reason: str) -> None:
         super().__init__(f"reward {reward!r} {reason}")
         self.reward, self.reason = reward, reason
+
+
+class RewardBroken(RewardError):
+    """A reward raised an exception of its own: no other image will fare better, so it stops a run
+    even where images may be dropped."""
 
 
 @runtime_checkable
@@ -38,7 +46,10 @@ class Reward(Protocol):
     The scale is the reward's own; where rewards are combined, their weights balance it.
 
     A reward with an attribute ``needs_metadata = True`` gets, as a last argument, what the prompts'
-    source says of each prompt: B mappings, such as GenEval's ``include`` and ``exclude``.
+    source says of each prompt: B mappings, such as GenEval's ``include`` and ``exclude``. With
+    ``share = True`` its scores are shares of what was asked, in [0, 1], and shown in per cent. A
+    method ``check_prompts(prompts)`` that raises ValueError refuses prompts it could never score
+    before anything is drawn.
 
     Attributes:
         name: Short, of lower-case letters, digits and underscores; metrics are filed under it.

@@ -76,8 +76,8 @@ class RemoteReward:
             ) from None
         self.url = url.rstrip("/")
         self.name = name or self.url
-        for what, value in (("timeout", timeout), ("deadline", deadline), ("batch", batch or 1)):
-            if not value > 0:
+        for what, value in (("timeout", timeout), ("deadline", deadline), ("batch", batch)):
+            if value is not None and not value > 0:
                 raise ValueError(f"{what} of {url} is {value}; it must be above 0")
         self.timeout, self.deadline = timeout, deadline
         token = os.environ.get(token_variable)
@@ -88,18 +88,29 @@ class RemoteReward:
         # Pauses of its own random stream: nobody else's numbers change.
         self._random = random.Random()
         info = self._ask("GET", "/info", None, time.monotonic() + min(deadline, 30.0))
-        if not isinstance(info, dict) or info.get("protocol") != PROTOCOL:
-            raise RewardError(self.name, "is no reward server of this version; check the address")
-        self.name = name or str(info["name"])
-        self.groupwise = bool(info["groupwise"])
-        limit = int(info["max_batch"])
+        try:
+            if info["protocol"] != PROTOCOL:
+                raise ValueError
+            self.name = name or str(info["name"])
+            self.groupwise = bool(info["groupwise"])
+            self.needs_metadata = bool(info.get("needs_metadata", False))
+            self.share = bool(info.get("share", False))
+            limit = int(info["max_batch"])
+            self.max_pixels, self.max_body = int(info["max_pixels"]), int(info["max_body"])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise RewardError(
+                self.name, "is no reward server of this version; check the address"
+            ) from None
         self.batch = min(batch or limit, limit)
-        self.max_pixels, self.max_body = int(info["max_pixels"]), int(info["max_body"])
 
-    def __call__(
-        self, images: Tensor, prompts: Sequence[str], group_size: int | None = None
-    ) -> Tensor:
-        """Score images [B, 3, H, W] in [0, 1]; groupwise rewards need ``group_size``.
+    def __call__(self, images: Tensor, prompts: Sequence[str], *more: Any) -> Tensor:
+        """Score images [B, 3, H, W] in [0, 1].
+
+        Args:
+            images: Sent as PNG.
+            prompts: B texts.
+            more: The group size where ``groupwise``, the prompts' metadata where
+                ``needs_metadata``, in this order.
 
         Returns:
             float32 [B], NaN where the server's reward gave no finite score.
@@ -109,6 +120,9 @@ class RemoteReward:
                 anything but a number or null for each image.
         """
         deadline = time.monotonic() + self.deadline
+        rest = list(more)
+        group_size = rest.pop(0) if self.groupwise and rest else None
+        metadata = rest.pop(0) if self.needs_metadata and rest else None
         size = self._request_size(images, group_size)
         scores: list[float] = []
         for start in range(0, len(prompts), size):
@@ -116,11 +130,18 @@ class RemoteReward:
             body = {
                 "prompts": list(prompts[part]),
                 "images": [png_base64(image) for image in images[part]],
-                "group_size": group_size if self.groupwise else None,
+                "group_size": group_size,
             }
+            if metadata is not None:
+                body["metadata"] = [dict(each) for each in metadata[part]]
             answer = self._ask("POST", "/score", json.dumps(body).encode(), deadline)
             scores += self._scores(answer, len(body["prompts"]))
         return torch.tensor(scores, dtype=torch.float32)
+
+    @property
+    def _at(self) -> str:
+        """The address, where the name does not say it."""
+        return "" if self.name == self.url else f"at {self.url} "
 
     def _request_size(self, images: Tensor, group_size: int | None) -> int:
         pixels = images.shape[-2] * images.shape[-1]
@@ -149,7 +170,7 @@ class RemoteReward:
         for value in found:
             if value is not None and type(value) not in (int, float):
                 raise RewardError(self.name, f"answered {value!r:.80}, which is no number")
-        return [float("nan") if value is None else float(value) for value in found]
+        return [float("nan") if value is None else as_float(value) for value in found]
 
     def _ask(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
         """Send a request until it is answered; return the answer's JSON."""
@@ -173,7 +194,7 @@ class RemoteReward:
             if pause >= left:
                 raise RewardError(
                     self.name,
-                    f"at {self.url} gave no answer in {tries} tries before its deadline "
+                    f"{self._at}gave no answer in {tries} tries before its deadline "
                     f"({' '.join(problem.split())}); is it running? chunkgrpo serve-reward",
                 )
             # Spread out, so that many clients do not come back at the same moment.
@@ -207,7 +228,7 @@ class RemoteReward:
     def _judge(self, status: int, content: bytes) -> Any:
         if status in (401, 403):
             raise RewardError(
-                self.name, f"at {self.url} wants a token; set {TOKEN_VARIABLE} to the server's"
+                self.name, f"{self._at}wants a token; set {TOKEN_VARIABLE} to the server's"
             )
         if status != 200:
             raise RewardError(self.name, f"answered status {status}, {reason_of(content)}")
@@ -217,6 +238,14 @@ class RemoteReward:
             raise RewardError(
                 self.name, f"answered {content[:60]!r}, which is no JSON; check the address"
             ) from None
+
+
+def as_float(value: float) -> float:
+    """Return a number of JSON, whose integers have no bound, as a float."""
+    try:
+        return float(value)
+    except OverflowError:
+        return float("inf")
 
 
 def reason_of(content: bytes) -> str:

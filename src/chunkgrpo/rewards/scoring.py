@@ -11,6 +11,7 @@ Axis names: B samples, prompt-major.
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,12 +21,17 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.core.credit import combined_rewards
-from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.rewards.protocol import Reward, RewardBroken, RewardError
 from chunkgrpo.types import RewardBatch
 
 ON_ERROR = ("stop", "drop")
 
 log = logging.getLogger("chunkgrpo")
+
+
+def is_share(reward: Reward) -> bool:
+    """Whether a reward's scores are shares in [0, 1], to be shown in per cent."""
+    return bool(getattr(reward, "share", False))
 
 
 def is_groupwise(reward: Reward) -> bool:
@@ -55,7 +61,7 @@ def scores_of(
 
     Raises:
         RewardError: If the answer is no list of B numbers, or the reward itself says that it has
-            none.
+            none; :class:`RewardBroken` if it raised something else.
         ValueError: If a groupwise reward is not told its groups.
     """
     more: list[Any] = []
@@ -68,8 +74,13 @@ def scores_of(
         more.append(group_size)
     if getattr(reward, "needs_metadata", False):
         more.append([{}] * len(prompts) if metadata is None else metadata)
-    with torch.no_grad():
-        answer = reward(images, prompts, *more)
+    try:
+        with torch.no_grad():
+            answer = reward(images, prompts, *more)
+    except RewardError:
+        raise
+    except Exception as error:
+        raise RewardBroken(reward.name, f"failed: {described(error)}") from error
     scores = as_scores(answer, reward.name)
     if scores.shape != (len(prompts),):
         raise RewardError(
@@ -78,6 +89,13 @@ def scores_of(
             "score an image",
         )
     return scores
+
+
+def described(error: Exception) -> str:
+    """Return an exception's type, place and text, on one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
 
 
 def as_scores(answer: Any, name: str) -> Tensor:
@@ -116,9 +134,14 @@ def usable_scores(
     Returns:
         float32 [B], NaN where there is no usable score, and a problem for each of these. A reward
         that fails as a whole, or returns a number of scores that can not be told apart, has none.
+
+    Raises:
+        RewardBroken: See :func:`scores_of`.
     """
     try:
         scores = scores_of(reward, images, prompts, group_size, metadata)
+    except RewardBroken:
+        raise
     except RewardError as error:
         reasons = [Problem(i, error.reason) for i in range(len(prompts))]
         return torch.full((len(prompts),), float("nan")), reasons
@@ -195,7 +218,8 @@ class Scorer:
             label: Begins the name of a saved image, e.g. the iteration's number.
 
         Raises:
-            RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image.
+            RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image; under
+                either if the reward is broken.
         """
         metadata = [self.metadata.get(prompt, {}) for prompt in prompts]
         scores, problems = usable_scores(reward, images, prompts, group_size, metadata)

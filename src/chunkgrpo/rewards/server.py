@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reward behind HTTP: JSON with PNG images in, JSON scores out, and nothing executed.
 
-``POST /score`` takes ``{"prompts": [...], "images": [base64 PNG, ...], "group_size": null}`` and
-answers ``{"name": ..., "scores": [...]}``, null for a score that is not finite. ``GET /health``
-answers while the reward works; ``GET /info`` tells name and limits. Errors are
-``{"error": "one line"}``. :mod:`.remote` is the client.
+``POST /score`` takes ``{"prompts": [...], "images": [base64 PNG, ...], "group_size": null}``, and
+``"metadata"``, an object for each prompt, where ``/info`` says ``needs_metadata``. It answers
+``{"name": ..., "scores": [...]}``, null for a score that is not finite. ``GET /health`` answers
+while the reward works; ``GET /info`` tells name and limits. Errors are ``{"error": "one line"}``.
+:mod:`.remote` is the client.
 """
 
 # Annotations are evaluated here: FastAPI reads them, and it is imported inside functions.
@@ -26,7 +27,7 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.scoring import is_groupwise, scores_of
+from chunkgrpo.rewards.scoring import is_groupwise, is_share, scores_of
 
 PROTOCOL = 1
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -73,11 +74,13 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """A request that has been read: images [B, 3, H, W] in [0, 1], B prompts, the group size."""
+    """A request that has been read: images [B, 3, H, W] in [0, 1], B prompts, the group size, and
+    what is known of each prompt."""
 
     images: Tensor
     prompts: list[str]
     group_size: int | None
+    metadata: list[dict[str, Any]] | None = None
 
 
 def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Request:
@@ -109,7 +112,14 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
             raise Refused(
                 422, f"group_size is {group_size!r:.20}; {len(prompts)} images need a divisor"
             )
-    return Request(decode_images(encoded, limits.pixels), prompts, group_size)
+    metadata = found.get("metadata")
+    if metadata is not None and not (
+        isinstance(metadata, list)
+        and len(metadata) == len(prompts)
+        and all(isinstance(each, dict) for each in metadata)
+    ):
+        raise Refused(422, "metadata must be a list of objects, one a prompt")
+    return Request(decode_images(encoded, limits.pixels), prompts, group_size, metadata)
 
 
 def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
@@ -172,7 +182,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     Args:
         reward: What it serves; called by one thread, one request at a time.
         token: What ``/score`` and ``/info`` want as ``Authorization: Bearer TOKEN``; none is
-            wanted where None.
+            wanted where None or empty.
         limits: Of a request.
 
     Returns:
@@ -186,7 +196,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     groupwise = is_groupwise(reward)
     worker = ThreadPoolExecutor(1, "reward")
     reader = ThreadPoolExecutor(2, "reader")
-    secret = None if token is None else f"Bearer {token}".encode()
+    secret = f"Bearer {token}".encode() if token else None
     num_waiting = 0
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
@@ -224,7 +234,9 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
             asked = await within(reader, lambda: parse_request(body, limits, groupwise))
             scores = await within(
                 worker,
-                lambda: scores_of(reward, asked.images, asked.prompts, asked.group_size).tolist(),
+                lambda: scores_of(
+                    reward, asked.images, asked.prompts, asked.group_size, asked.metadata
+                ).tolist(),
             )
         finally:
             num_waiting -= 1
@@ -247,6 +259,8 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
             "name": reward.name,
             "protocol": PROTOCOL,
             "groupwise": groupwise,
+            "needs_metadata": bool(getattr(reward, "needs_metadata", False)),
+            "share": is_share(reward),
             "max_batch": limits.batch,
             "max_body": limits.body,
             "max_pixels": limits.pixels,

@@ -48,6 +48,11 @@ class ShapesReward:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected 0 or more")
 
     @property
+    def share(self) -> bool:
+        """Whether the score is a share in [0, 1], to be shown in per cent."""
+        return not self.extra_penalty and self.soft_weight + self.strict_weight == 1
+
+    @property
     def soft_weight(self) -> float:
         """Weight of the partial credit."""
         return 1.0 if self.mode == "soft" else 0.0
@@ -69,6 +74,15 @@ class ShapesReward:
         asks = [parse(prompt).ask for prompt in prompts]
         pixels = images.detach().to("cpu", torch.float32).permute(0, 2, 3, 1).numpy()
         return verify_batch(pixels, asks)
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Refuse prompts that the grammar can not produce.
+
+        Raises:
+            ValueError: Naming the first one.
+        """
+        for prompt in prompts:
+            parse(prompt)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, 64, 64] in [0, 1] against B prompts; return float32 [B]."""

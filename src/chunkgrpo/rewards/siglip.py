@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from chunkgrpo.rewards.clip_features import DualEncoder
-from chunkgrpo.rewards.loading import dtype_of, load, load_model
-from chunkgrpo.rewards.preprocess import Preprocess
+from chunkgrpo.rewards.loading import dtype_of, load_model
 
 OUTPUTS = ("cosine", "logit", "probability")
 
@@ -46,20 +45,14 @@ class SiglipReward:
         batch_size: int = 32,
         name: str = "siglip",
     ) -> None:
-        from transformers import AutoTokenizer, SiglipModel
+        from transformers import SiglipModel
 
         if output not in OUTPUTS:
             raise ValueError(f"unknown output {output!r}; known: {', '.join(OUTPUTS)}")
         self.name, self.output = name, output
         network = load_model(name, model, SiglipModel, dtype_of(precision))
         self.encoder = DualEncoder(
-            name,
-            network,
-            load(name, model, AutoTokenizer.from_pretrained),
-            Preprocess.from_source(name, model),
-            pad_to_full_length=True,
-            device=device,
-            batch_size=batch_size,
+            name, network, model, device, batch_size, pad_to_full_length=True
         )
         self.scale = float(network.logit_scale.float().exp())
         self.bias = float(network.logit_bias.float())

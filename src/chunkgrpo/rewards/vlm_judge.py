@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import logging
 import os
 import re
 import time
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 
 from chunkgrpo.rewards.images import byte_images, check_batch
+from chunkgrpo.rewards.protocol import RewardError
 
 SCALES = ("yes_no", "one_to_five")
 TEMPLATES = Path(__file__).with_name("templates")
@@ -24,6 +26,8 @@ FIRST_WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\d.,])([1-5])(?![\d]|[.,]\d)")
 WORTH_A_RETRY = {408, 409, 429, 500, 502, 503, 504}
 LONGEST_PAUSE = 30.0  # seconds
+
+log = logging.getLogger("chunkgrpo")
 
 
 def parse_answer(text: str, scale: str) -> float:
@@ -53,7 +57,8 @@ class VlmJudgeReward:
 
     Requests go to ``{base_url}/chat/completions`` with the image as PNG and temperature 0. Scores
     are those of :func:`parse_answer`. Connection errors, timeouts and the statuses that ask for
-    patience are tried again; an answer that can not be read is an error, never a zero.
+    patience are tried again. An image without an answer that can be read has no score (NaN, with
+    the reason in the log); if no image has one, that is an error. Never a zero.
 
     Args:
         base_url: Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
@@ -113,6 +118,7 @@ class VlmJudgeReward:
         if "{prompt}" not in self.template:
             raise ValueError(f"the template {path} lacks {{prompt}}, so it asks about no prompt")
         self.name, self.model, self.scale = name, model, scale
+        self.share = scale == "yes_no"
         self.retries, self.concurrency, self.max_tokens = retries, concurrency, max_tokens
         key = os.environ.get(api_key_env, "") if api_key_env else ""
         self.client = httpx.Client(
@@ -146,7 +152,7 @@ class VlmJudgeReward:
         """Return the model's answer about one image.
 
         Raises:
-            RuntimeError: If the server can not be reached, refuses, or answers something else
+            RewardError: If the server can not be reached, refuses, or answers something else
                 than a chat completion, after all attempts.
         """
         import httpx
@@ -166,25 +172,26 @@ class VlmJudgeReward:
             problem = f"status {reply.status_code}: {reply.text[:200]}"
             if reply.status_code not in WORTH_A_RETRY:
                 break
-        raise RuntimeError(
-            f"reward {self.name!r}: {self.client.base_url} gave no answer for the prompt "
-            f"{prompt!r}: {problem}"
+        raise RewardError(
+            self.name,
+            f"has no answer from {self.client.base_url} for the prompt {prompt!r}: {problem}",
         )
 
     def answer_in(self, reply: Any, prompt: str) -> str:
         """Return the text of a chat completion.
 
         Raises:
-            RuntimeError: If the reply is not one.
+            RewardError: If the reply is not one.
         """
         try:
             text = reply.json()["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
             text = error
         if not isinstance(text, str):
-            raise RuntimeError(
-                f"reward {self.name!r}: {self.client.base_url} answered the prompt {prompt!r} with "
-                f"something else than a chat completion: {reply.text[:200]!r}"
+            raise RewardError(
+                self.name,
+                f"was answered the prompt {prompt!r} by {self.client.base_url} with something else "
+                f"than a chat completion: {reply.text[:200]!r}",
             )
         return text
 
@@ -192,20 +199,41 @@ class VlmJudgeReward:
         """Return the score of one image [H, W, 3] of ``uint8``.
 
         Raises:
-            RuntimeError: If there is no answer, or one that can not be read.
+            RewardError: If there is no answer, or one that can not be read.
         """
         text = self.ask(image, prompt)
         try:
             return parse_answer(text, self.scale)
         except ValueError as error:
-            raise RuntimeError(
-                f"reward {self.name!r}, prompt {prompt!r}: {error}; "
-                "make the template ask for nothing else, or raise max_tokens"
+            raise RewardError(
+                self.name,
+                f"can not read the judgement of the prompt {prompt!r}: {error}; "
+                "make the template ask for nothing else, or raise max_tokens",
             ) from error
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
-        """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B] in [0, 1]."""
+        """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B] in [0, 1].
+
+        Returns:
+            NaN for an image without a judgement.
+
+        Raises:
+            RewardError: If no image has one.
+        """
         check_batch(images, prompts)
+        errors: list[RewardError] = []
+
+        def judged(image: np.ndarray, prompt: str) -> float:
+            try:
+                return self.judgement(image, prompt)
+            except RewardError as error:
+                errors.append(error)
+                return float("nan")
+
         with ThreadPoolExecutor(self.concurrency) as pool:
-            scores = list(pool.map(self.judgement, byte_images(images), prompts))
+            scores = list(pool.map(judged, byte_images(images), prompts))
+        if errors and len(errors) == len(scores):
+            raise errors[0]
+        if errors:
+            log.warning("%s (%d of %d images have no score)", errors[0], len(errors), len(scores))
         return torch.tensor(scores, dtype=torch.float32)
