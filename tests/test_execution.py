@@ -26,8 +26,8 @@ def flux_path(tmp_path_factory):
     return folder
 
 
-def load(path, execution=None, method="lora", **options):
-    adaptation = Adaptation(method, rank=4, alpha=4.0)
+def load(path, execution=None, method="lora", targets=None, **options):
+    adaptation = Adaptation(method, rank=4, alpha=4.0, targets=targets)
     options = {"precision": "fp32", "max_sequence_length": 4, **options}
     return load_policy(path, adaptation, execution=execution, **options)
 
@@ -46,6 +46,30 @@ def answers(policy):
     v.square().mean().backward()
     grads = [p.grad.flatten() for p in policy.parameters() if p.grad is not None]
     return [v.detach(), reference, policy.decode(x), torch.cat(grads)]
+
+
+# --- which weights are trained ------------------------------------------------------------------
+
+
+def test_full_fine_tuning_of_some_modules_leaves_the_others(tiny_pipeline_path):
+    whole = load(tiny_pipeline_path, method="full")
+    policy = load(tiny_pipeline_path, method="full", targets=("norm1", "norm_out.linear"))
+    expected = [
+        name
+        for name, _ in policy.pipe.transformer.named_parameters()
+        if ".norm1." in name or name.startswith("norm_out.linear.")
+    ]
+    trained = [n for n, p in policy.pipe.transformer.named_parameters() if p.requires_grad]
+    assert trained == expected and 0 < len(trained) < len(whole.parameters())
+    answers(policy)  # moves what is trained
+    for (name, old), new in zip(
+        whole.pipe.transformer.named_parameters(),
+        policy.pipe.transformer.parameters(),
+        strict=True,
+    ):
+        assert torch.equal(old, new) == (name not in expected)
+    with pytest.raises(ValueError, match="no module of the transformer is named 'norm'"):
+        load(tiny_pipeline_path, method="full", targets=("norm",))
 
 
 # --- offloading ---------------------------------------------------------------------------------

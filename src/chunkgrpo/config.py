@@ -108,7 +108,9 @@ class ModelConfig(Section):
         default={}, description="of the family's policy (docs/models.md), e.g. {true_cfg: 4.0}"
     )
     targets: tuple[str, ...] | None = Field(
-        default=None, description="modules that get a LoRA; null: those of the family's attention"
+        default=None,
+        description="names of the modules that get a LoRA (null: those of the family's attention), "
+        "or of those that method 'full' trains (null: all)",
     )
     embedding_cache: str | None = Field(
         default="auto",

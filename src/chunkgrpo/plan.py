@@ -169,7 +169,7 @@ def make_plan(config: Config) -> Plan:
         guidance_rows=arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0))),
         method=m.method,
         rank=m.rank,
-        targets=lora_targets(config, a.pipeline),
+        targets=trained_modules(config, a.pipeline),
         precision=m.precision,
         lower=m.lower_frozen,
         checkpointing=m.gradient_checkpointing,
@@ -193,14 +193,14 @@ def make_plan(config: Config) -> Plan:
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
 
 
-def lora_targets(config: Config, pipeline: str) -> tuple[str, ...]:
-    """Return the LoRA's modules: those of the configuration, or else of the model's family."""
+def trained_modules(config: Config, pipeline: str) -> tuple[str, ...] | None:
+    """Return the modules that are trained; for a LoRA the family's where the user names none."""
     from importlib import import_module
 
     from chunkgrpo.policies.loading import FAMILIES
 
-    if config.model.targets:
-        return tuple(config.model.targets)
+    if config.model.targets or config.model.method != "lora":
+        return config.model.targets
     module, name = FAMILIES[pipeline]
     return tuple(getattr(import_module(module), name).lora_targets)
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from chunkgrpo.runtime import checkpoints
-from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
@@ -106,14 +105,3 @@ def test_settings_are_those_of_the_new_optimizer():
 def test_parameters_are_named_by_position():
     values = [torch.zeros(1), torch.ones(1)]
     assert name_parameters("ema", values) == {"ema.0": values[0], "ema.1": values[1]}
-
-
-def test_plain_attention_restores_the_setting():
-    read = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed
-    before = read()
-    with plain_attention():
-        assert read()
-    assert read() == before
-    with pytest.raises(RuntimeError, match="stop"), plain_attention():
-        raise RuntimeError("stop")
-    assert read() == before

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from chunkgrpo.policies.execution import lower_frozen
+from chunkgrpo.policies.pipeline import train_weights
 from chunkgrpo.runtime.attention import plain_attention
 
 Inputs = dict[str, Any]
@@ -409,7 +410,7 @@ def network_work(
     guidance_rows: int = 1,
     method: str = "lora",
     rank: int = 16,
-    targets: tuple[str, ...] = (),
+    targets: tuple[str, ...] | None = None,
     precision: str = "bf16",
     lower: bool = False,
     checkpointing: bool = False,
@@ -430,12 +431,14 @@ def network_work(
         plain: Whether attention is unfused, as on CPUs.
     """
     with torch.device("meta"):
-        network = build_network(architecture.transformer).requires_grad_(method == "full").eval()
+        network = build_network(architecture.transformer).requires_grad_(False).eval()
+        if method == "full":
+            train_weights(network, targets)
         parameters = sum(p.numel() for p in network.parameters())
         if method == "lora":
             from peft import LoraConfig
 
-            network.add_adapter(LoraConfig(r=rank, target_modules=list(targets)))
+            network.add_adapter(LoraConfig(r=rank, target_modules=list(targets or ())))
     if checkpointing:
         network.enable_gradient_checkpointing()
     with fake_tensors(), ExitStack() as stack:

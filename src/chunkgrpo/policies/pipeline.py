@@ -59,7 +59,9 @@ class Adaptation:
     Attributes:
         method: ``"lora"``, ``"full"``, or ``"none"`` for sampling only.
         rank, alpha: Of the LoRA; its update is scaled by alpha / rank.
-        targets: Module name endings that get a LoRA; the family's ``lora_targets`` where None.
+        targets: Module names. With ``"lora"`` the endings of those that get one, the family's
+            ``lora_targets`` where None; with ``"full"`` those whose weights are trained, with all
+            that is in them, and all weights where None.
         seed: Of the LoRA's first weights.
     """
 
@@ -72,6 +74,25 @@ class Adaptation:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ValueError(f"unknown method {self.method!r}; known: {', '.join(METHODS)}")
+
+
+def train_weights(network: torch.nn.Module, targets: Sequence[str] | None) -> None:
+    """Mark the weights of some modules as trained and the others as frozen.
+
+    Args:
+        network: The network.
+        targets: Names of modules, such as ``"norm1"`` or ``"ff.net"``; all weights where None.
+
+    Raises:
+        ValueError: If a name is that of no module.
+    """
+    network.requires_grad_(targets is None)
+    for target in targets or ():
+        found = [p for name, p in network.named_parameters() if f".{target}." in f".{name}"]
+        if not found:
+            raise ValueError(f"no module of the transformer is named {target!r}; name others")
+        for parameter in found:
+            parameter.requires_grad_(True)
 
 
 class PipelinePolicy:
@@ -206,7 +227,7 @@ class PipelinePolicy:
                     f"no module matches the LoRA targets {', '.join(targets)}; name others"
                 )
         elif self.adaptation.method == "full":
-            transformer.requires_grad_(True)
+            train_weights(transformer, self.adaptation.targets)
         for parameter in transformer.parameters():
             if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
                 parameter.data = parameter.data.float()
