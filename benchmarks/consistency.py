@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--weights", type=float, nargs="+", default=[0.0, 1.0])
     add("--seeds", type=int, default=3, help="training seeds")
-    add("--iterations", type=int, default=8)
+    add("--iterations", type=int, default=5)
     add("--prompts", type=int, default=8, help="prompts a rollout, 12 images each")
     add("--probe", type=int, default=48, help="held-out prompts to measure on")
     add("--images", type=int, default=2, help="images of each")
