@@ -92,7 +92,8 @@ def main() -> None:
             plain = build(folder, batch, False, seconds, settings)
             hidden = build(folder, batch, True, seconds, settings)
             if not options.quick:
-                iterate(plain), iterate(hidden)  # as above
+                for trainer in (plain, hidden):
+                    iterate(trainer)  # as above
             pairs = [(iterate(plain), iterate(hidden)) for _ in range(iterations)]
             same = all(
                 torch.equal(a, b) for a, b in zip(weights(plain), weights(hidden), strict=True)

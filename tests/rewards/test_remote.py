@@ -203,7 +203,10 @@ def test_a_score_that_is_not_finite_arrives_as_such(server) -> None:
 def test_a_reward_that_fails_is_named_and_the_server_goes_on(server) -> None:
     remote = RemoteReward(server[1], deadline=30.0)
     remote.deadline = 4.0
-    for prompt, says in (("raise", "KeyError: 'no such image'"), ("few", r"shape \(1,\) for 2")):
+    for prompt, says in (
+        ("raise", "KeyError in served.py, line 10: 'no such image'"),
+        ("few", r"shape \(1,\) for 2"),
+    ):
         with pytest.raises(RewardError, match=says):
             remote(some_images(2), ["a", prompt])
     assert torch.equal(remote(some_images(1), ["a"]), brightness(quantised(some_images(1)), []))

@@ -2,7 +2,7 @@
 """The embedded world: a miniature of the GenEval benchmark that a laptop can train on.
 
 ``scenes`` draws what ``grammar`` asks for, ``verifier`` checks an image against it, and
-``pretrain`` made the pipeline whose weights ship beside these files.
+``pretrain`` made the pipeline and the CLIP whose weights ship beside these files.
 """
 
 from pathlib import Path
@@ -11,3 +11,8 @@ from pathlib import Path
 def pipeline_path() -> Path:
     """Return the embedded pipeline's folder, for ``DiffusionPipeline.from_pretrained``."""
     return Path(__file__).parent / "weights" / "pipeline"
+
+
+def clip_path() -> Path:
+    """Return the folder of the embedded world's CLIP, for ``CLIPModel.from_pretrained``."""
+    return Path(__file__).parent / "weights" / "clip"
