@@ -305,3 +305,24 @@ def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch,
         close(gradient, expected_gradient, 1e-5)
     # Two updates of 12 samples; each has the 3 prompts (or those drawn), instead of 12 first steps.
     assert rows[0] < rows[1] * 0.92
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_weights_in_a_window_are_those_of_the_whole_schedule(start):
+    """A branch at a noisy step counts more than one at a quiet step: TempFlow-GRPO."""
+    policy = toy()
+    experience = experience_of(policy, window=range(start, start + 1))
+    gradients = {}
+    for weights in ("none", "noise_level"):
+        algorithm = ChunkGRPO(
+            ChunkPlan((1,)), FLOW, UniformSelection(1.0), num_updates=1, outer_weights=weights
+        )
+        ((_, gradients[weights], _),) = collect(algorithm, policy, experience)
+    levels = SIGMAS.double().tolist()
+    stds = [
+        0.7 * (s / (1 - (n if s == 1 else s))) ** 0.5 * (s - n) ** 0.5
+        for s, n in itertools.pairwise(levels[:-1])
+    ]
+    factor = stds[start] / (sum(stds) / len(stds))
+    assert abs(factor - 1) > 0.05
+    close(gradients["noise_level"], factor * gradients["none"], 1e-5)

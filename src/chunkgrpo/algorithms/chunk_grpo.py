@@ -296,7 +296,10 @@ class _Scales:
 
     @staticmethod
     def of(algorithm: ChunkGRPO, trajectory: Trajectory, plan: ChunkPlan) -> _Scales:
-        sigmas = trajectory.trained_sigmas
+        # Of all steps that can be trained, also where a window trains a few: weights have mean 1
+        # over the schedule, or those of a window of one step would always be 1.
+        sigmas = trajectory.sigmas[:-1]
+        window = slice(trajectory.offset, trajectory.offset + trajectory.num_trained)
         dt_N = sigmas[:-1] - sigmas[1:]
         std_N = algorithm.transition.std(sigmas[:-1], sigmas[1:])
         num_elements = trajectory.final[0].numel()
@@ -305,7 +308,7 @@ class _Scales:
         inner_N = inner_N * INNER_WEIGHTS[algorithm.inner_weights](kappa_N)
         outer_N = OUTER_WEIGHTS[algorithm.outer_weights](std_N, dt_N)
         kl_N = dt_N if algorithm.kl_form == "rate" else torch.ones_like(dt_N)
-        return _Scales(inner_N, plan.reduce(outer_N[None])[0], kl_N)
+        return _Scales(inner_N[window], plan.reduce(outer_N[None, window])[0], kl_N[window])
 
 
 @dataclass(frozen=True)
