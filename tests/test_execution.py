@@ -68,6 +68,8 @@ def test_full_fine_tuning_of_some_modules_leaves_the_others(tiny_pipeline_path):
         strict=True,
     ):
         assert torch.equal(old, new) == (name not in expected)
+    low = load(tiny_pipeline_path, method="full", targets=("norm1",), precision="bf16")
+    assert {p.dtype for p in low.pipe.transformer.parameters()} == {torch.float32}  # all is saved
     with pytest.raises(ValueError, match="no module of the transformer is named 'norm'"):
         load(tiny_pipeline_path, method="full", targets=("norm",))
 

@@ -171,7 +171,7 @@ def make_plan(config: Config) -> Plan:
         rank=m.rank,
         targets=trained_modules(config, a.pipeline),
         precision=m.precision,
-        lower=m.lower_frozen,
+        lower=m.lower_frozen and m.method != "full",
         checkpointing=m.gradient_checkpointing,
         plain=m.device == "cpu",  # 'auto' may be planned on a laptop and run elsewhere
     )

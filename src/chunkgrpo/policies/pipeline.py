@@ -186,7 +186,9 @@ class PipelinePolicy:
         self.embeddings: EmbeddingCache | None = None
         self._released = False
         self._adapt()
-        if self.dtype != torch.float32 and self.execution.lower_frozen:
+        # A full fine-tune saves the whole transformer, also what it left alone.
+        lowering = self.execution.lower_frozen and self.adaptation.method != "full"
+        if self.dtype != torch.float32 and lowering:
             lower_frozen(pipe.transformer, self.dtype)
         if self.execution.attention_backend:
             use_attention_backend(pipe.transformer, self.execution.attention_backend)
