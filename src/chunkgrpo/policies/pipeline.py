@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from logging import LogRecord, getLogger
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -621,9 +622,14 @@ def with_negative(texts: Mapping[str, Tensor], negative: Mapping[str, Tensor]) -
     return Conditioning({**texts, **{f"negative_{name}": t for name, t in negative.items()}})
 
 
+def _says_more_than_torchvision(record: LogRecord) -> bool:
+    """Let a log record pass unless it says that images are processed without torchvision."""
+    return "requires torchvision" not in record.getMessage()
+
+
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars and the warning about every truncated prompt."""
+    """Silence progress bars, and warnings of every truncated prompt and of a missing torchvision."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
@@ -632,9 +638,14 @@ def quiet_diffusers() -> Iterator[None]:
     bars = transformers_logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    handlers = getLogger(transformers_logging.get_logger().name).handlers
+    for handler in handlers:
+        handler.addFilter(_says_more_than_torchvision)
     try:
         yield
     finally:
+        for handler in handlers:
+            handler.removeFilter(_says_more_than_torchvision)
         logging.set_verbosity(level)
         logging.enable_progress_bar()
         if bars:
