@@ -629,7 +629,7 @@ def _says_more_than_torchvision(record: LogRecord) -> bool:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars, and warnings of every truncated prompt and of a missing torchvision."""
+    """Silence progress bars, warnings of truncated prompts and notes about torchvision."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 
