@@ -120,7 +120,7 @@ def judged(trainer: Trainer, options: argparse.Namespace) -> list[list[float]]:
     judge = make_reward(reward.name, reward.options)
     prompts = build_prompts(config, "final")
     found = evaluate(
-        trainer.policy, prompts, build_sigmas(config), [judge], options.images,
+        trainer.policy, prompts, build_sigmas(config, trainer.policy), [judge], options.images,
         config.evaluation.seed, BATCH,
     )  # fmt: skip
     return np.round(found.scores[judge.name].astype(float), 6).tolist()

@@ -296,7 +296,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["chunks", "step-level", "--recipe", "demo"], "both recipes; name one"),
         (["chunks", "awm"], "on noised clean latents, and has no chunks"),
         (["chunks", "e-grpo"], "--set sampling.window.indices=[]"),
-        (["chunks", "demo", "--set", "sampling.window.start=5"], "does not lie in the 9 trained"),
+        (["chunks", "demo", "--set", "sampling.window.start=7"], "does not lie in the 9 trained"),
         (["chunks", "--rule", "best"], "known: optimal"),
         (["chunks", "--rule", "paper"], "needs 16 trained steps"),
         (["train", "--resume", "TMP"], "no run folder"),

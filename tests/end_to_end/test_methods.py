@@ -89,7 +89,7 @@ def test_costs_of_forward_objectives():
         ("diffusion-nft", "objective.ratio=guard", "ratio or weights"),
         ("demo", "objective.forward.beta=2", "belongs to objective.algorithm"),
         ("mixgrpo", "chunks.plan=optimal", "steps that stay.*'sliding' moves"),
-        ("demo", "sampling.window.start=5", "steps from step 5 does not lie in the 9 trained"),
+        ("demo", "sampling.window.start=7", "steps from step 7 does not lie in the 9 trained"),
         ("flow-grpo-fast", "sampling.window.high=10", r"high must be in \[2, 9\]"),
         ("e-grpo", "sampling.window.indices=[8]", "has chunks 0 to 7; branch at these only"),
         ("chunk-grpo-branching", "sampling.same_noise=false", "must start from one noise"),
@@ -112,17 +112,17 @@ def test_a_window_that_stays_is_cut_from_its_own_dynamics(tiny_pipeline_path, tm
 
     settings = [
         f"model.path={tiny_pipeline_path}", "model.precision=fp32", "chunks.plan=optimal",
-        "chunks.num_chunks=3", "chunks.min_size=1", "rewards=[{name: brightness}]",
+        "chunks.num_chunks=2", "chunks.min_size=1", "rewards=[{name: brightness}]",
         "evaluation.reward={name: brightness}",
     ]  # fmt: skip
     config = load_config("demo", settings)
     trainer = build_trainer(config, tmp_path)
     texts = trainer.prompts.texts[:64]
     curve = measured_speed(
-        trainer.policy, texts, trainer.transition, trainer.sigmas, range(64), window=range(2, 7)
+        trainer.policy, texts, trainer.transition, trainer.sigmas, range(64), window=range(3, 6)
     ).mean(0)
     plan = plan_of(trainer.algorithm)
-    assert plan == optimal_plan(curve, 3, 1) and plan.num_steps == 5
+    assert plan == optimal_plan(curve, 2, 1) and plan.num_steps == 3
 
 
 def test_replay_and_more_updates_cost_more():

@@ -93,7 +93,7 @@ def test_a_run_trains_evaluates_and_samples_on_it(run):
     assert all(len(record["l1_rel"]) == STEPS - 1 for record in records)
     summary = json.loads((run / "summary.json").read_text())
     words = " ".join(call("evaluate", str(run)).split())
-    assert f"{100 * summary['tuned']:.1f} % over 3 prompts" in words
+    assert f"{summary['tuned']:.4g} over 3 prompts" in words
     call("sample", str(run), "a red star", "--images", "2")
     assert (run / "drawn" / "a-red-star.png").is_file()
     source = ["--recipe", str(run / "config.yaml"), "--out", str(run / "profile")]

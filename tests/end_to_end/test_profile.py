@@ -371,7 +371,7 @@ def test_a_chunks_file_changes_the_section_key_by_key(tmp_path: Path) -> None:
         ("chunks: [1]", "must hold one section"),
         ("sizes: [4, 5]", "must hold one section"),
         ("chunks: {}\nname: x", "nothing else"),
-        ("chunks: {sizes: [1, 2]}", "sum to 3"),
+        ("chunks: {sizes: [1, 3]}", "sum to 4"),
         ("chunks: {size: x}", "chunks.size"),
         ("chunks: {siezs: [9]}", "did you mean 'chunks.sizes'"),
         ("[", "no YAML"),

@@ -101,13 +101,13 @@ def test_recipe_is_its_papers_formula(name):
     settings = ["sampling.steps=8", "chunks.fraction=1", *METHODS[name][3]]
     config = load_config(name, settings)
     assert (config.sampling.eta, config.chunks.plan) == (METHODS[name][1], "steps")
-    sigmas, transition = build_sigmas(config), build_transition(config)
+    policy, transition = toy(), build_transition(config)
+    sigmas = build_sigmas(config, policy)
 
     def measured():
         raise AssertionError("a plan of steps needs no measurement")
 
     algorithm = build_chunk_grpo(config, build_plan(config, measured), transition)
-    policy = toy()
     shift(0.02)(policy)  # away from the reference
     trajectory = rollout(
         policy, PROMPTS, transition, sigmas, 8, seeded(1), keep_velocities=True,
