@@ -546,15 +546,15 @@ def methods(
         from rich.console import Console
         from rich.table import Column, Table
 
-        name = Column("method", no_wrap=True)
-        table = Table(name, "what", "paper", "needs", "rows", "trained", "scored", box=None)
+        headings = ("what", "paper", "needs", "rows", "trained", "scored")
+        table = Table(Column("method", no_wrap=True), *headings, box=None)
         for method in read_methods():
             cost = method.cost
             numbers = (str(cost.forwards), str(cost.trained), str(cost.rewards))
             table.add_row(method.name, method.summary, method.paper, method.needs, *numbers)
         console = Console()
         if not console.is_terminal:  # a file or a pipe: a line each
-            console.width = 1000
+            console = Console(width=1000)
         console.print(table)
         typer.echo(
             "rows: network forwards an iteration; trained: how many of them go backward too; "
