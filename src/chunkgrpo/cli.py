@@ -615,13 +615,13 @@ def serve_reward(
 def shapes_pretrain(
     out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
     scenes: Annotated[
-        int | None, typer.Option(min=100, help="Scenes to render. [default: 40000]")
+        int | None, typer.Option(min=100, help="Scenes to render. [default: 80000]")
     ] = None,
     vae_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the autoencoder. [default: 1200]")
+        int | None, typer.Option(min=1, help="Steps of the autoencoder. [default: 2400]")
     ] = None,
     transformer_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the transformer. [default: 7000]")
+        int | None, typer.Option(min=1, help="Steps of the transformer. [default: 15000]")
     ] = None,
     guidance_steps: Annotated[
         int | None,

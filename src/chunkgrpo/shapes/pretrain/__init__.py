@@ -28,10 +28,10 @@ class PretrainSettings:
     """
 
     seed: int = 0
-    num_scenes: int = 40_000
+    num_scenes: int = 80_000
     wrong_captions: float = 0.1
-    vae_steps: int = 1200
-    transformer_steps: int = 7_000
+    vae_steps: int = 2400
+    transformer_steps: int = 15_000
     guidance_steps: int = 0
     guidance: float = 2.0
     size: PipelineSize = field(default_factory=PipelineSize)

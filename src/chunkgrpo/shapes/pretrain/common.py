@@ -25,11 +25,27 @@ class Round:
         steps: Optimizer steps.
         peak: Constant rate as a share of the optimizers' rates.
         fall: Share of the steps over which the rate falls.
+        batch_size: Samples a step.
     """
 
     steps: int
     peak: float = 1.0
     fall: float = 0.35
+    batch_size: int = 64
+
+
+def round_of(rounds: Sequence[Round], step: int) -> tuple[Round, int]:
+    """Return the round that a step belongs to, and the step's number within it.
+
+    Raises:
+        ValueError: If the rounds are over by then.
+    """
+    left = step
+    for part in rounds:
+        if left < part.steps:
+            return part, left
+        left -= part.steps
+    raise ValueError(f"step {step} is past the last of {sum(part.steps for part in rounds)} steps")
 
 
 class OptimizerPair:
@@ -65,13 +81,11 @@ class OptimizerPair:
 
     def factor(self, step: int) -> float:
         """Return the learning-rate factor of a step, 0 to 1; 0 after the last round."""
-        for part in self.rounds:
-            if step < part.steps:
-                rise = (step + 1) / self.warmup
-                fall = (part.steps - step) / (part.fall * part.steps)
-                return part.peak * min(rise, fall, 1.0)
-            step -= part.steps
-        return 0.0
+        if step >= sum(part.steps for part in self.rounds):
+            return 0.0
+        part, step = round_of(self.rounds, step)
+        fall = (part.steps - step) / (part.fall * part.steps)
+        return part.peak * min((step + 1) / self.warmup, fall, 1.0)
 
     def step(self, step: int) -> None:
         """Take one step of both optimizers at the scheduled rate."""

@@ -27,12 +27,12 @@ OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"
 
 # Harder tasks get more scenes: what a model never saw enough of, no reward can bring out.
 TASK_SHARES = {
-    "single_object": 0.10,
+    "single_object": 0.13,
     "two_objects": 0.16,
     "counting": 0.20,
-    "colors": 0.10,
-    "position": 0.24,
-    "color_attribution": 0.20,
+    "colors": 0.13,
+    "position": 0.20,
+    "color_attribution": 0.18,
 }
 
 

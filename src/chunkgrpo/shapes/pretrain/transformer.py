@@ -25,16 +25,16 @@ from chunkgrpo.shapes.pretrain.common import (
     OptimizerPair,
     Round,
     StageLog,
+    round_of,
     save_state,
 )
 from chunkgrpo.shapes.verifier import verify_batch
 
 CAPTION_DROPOUT = 0.1
-BATCH_SIZE = 64
 COMPILE_FROM = 500  # steps
 # Rows of T5 embeddings per batch. Runs use one row, which keeps attention short; some batches are
 # long so that the pipeline's default of 256 rows draws well too.
-T5_ROWS = ((1, 0.95), (16, 0.03), (256, 0.02))
+T5_ROWS = ((1, 0.985), (16, 0.01), (256, 0.005))
 NOT_HIDDEN = ("embedding", "pos_embed", "proj_out", "shared", "token", "context_embedder")
 
 
@@ -206,11 +206,21 @@ def train_transformer(pipe: Any, scenes: Scenes, folder: Path, steps: int, seed:
     a copy of float32 master weights. The target is the mean of a scene's code: under a strong KL
     the posterior is wide, and a sample of it would draw a blurred scene.
 
-    The rate falls for most of the time: at the full rate most of the loss that is left after a few
-    thousand steps is noise of the optimizer itself.
+    In two rounds (``transformer_rounds``). The rate falls for most of each: at the full rate most
+    of the loss that is left after a few thousand steps is noise of the optimizer itself.
     """
     zero_modulation(pipe.transformer)
-    fit(pipe, scenes, folder, "transformer", (Round(steps, fall=0.85),), seed)
+    fit(pipe, scenes, folder, "transformer", transformer_rounds(steps), seed)
+
+
+def transformer_rounds(steps: int) -> tuple[Round, Round]:
+    """Cut the steps into a round of small batches and one of large ones, at a lower rate.
+
+    Small batches learn more from a scene while there is much to learn; large ones use the
+    processor better and have less noise in their gradient.
+    """
+    first = steps * 7 // 15
+    return Round(first, fall=0.85), Round(steps - first, peak=0.7, fall=1.0, batch_size=128)
 
 
 def distil_guidance(
@@ -271,7 +281,7 @@ def fit(
         with torch.no_grad():
             for low, master in pairs:
                 low.copy_(master)
-        batch = scenes.draw(BATCH_SIZE, generator)
+        batch = scenes.draw(round_of(rounds, step)[0].batch_size, generator)
         with plain_attention(), compiled_where_short(batch):
             wanted = batch.target if target is None else target(batch)
             v = compute(batch.x.bfloat16(), batch.sigma, batch.clip_ids, batch.t5_ids).float()
@@ -286,7 +296,7 @@ def fit(
         running = loss.item() if step == start else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0 or step == steps - 1:
             values = {"loss": running}
-            if (step % 500 == 0 and step) or step == steps - 1:
+            if (step % 1000 == 0 and step) or step == steps - 1:
                 kept = {k: v.clone() for k, v in masters.state_dict().items()}
                 average.copy_to(masters)
                 values |= quick_accuracy(pipe, 120, seed=7)
