@@ -190,19 +190,11 @@ def sample(
 ) -> None:
     """Draw a prompt with the base and the tuned model side by side."""
     with clear_errors():
-        from chunkgrpo.config import build_sigmas, resolve_model
-        from chunkgrpo.evaluate import sample_images
         from chunkgrpo.report.grids import save_comparison
-        from chunkgrpo.runs import load_tuned, load_untrained
+        from chunkgrpo.runs import draw_both
 
-        config, tuned = load_tuned(run)
-        base = load_untrained(config, resolve_model(config.model.path))
-        sigmas = build_sigmas(config, tuned)
         seeds = list(range(seed, seed + images))
-        drawn = {
-            name: sample_images(policy, [prompt] * images, sigmas, seeds).float() / 255
-            for name, policy in (("base", base), ("tuned", tuned))
-        }
+        config, drawn = draw_both(run, prompt, seeds)
         marks = judge_marks(prompt, drawn) if config.model.path == "shapes" else None
         words = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
         path = out or run / "drawn" / f"{words}.png"
@@ -414,7 +406,7 @@ def chunks(
 
 def check_can_cut(config: Any, recipe: str) -> None:
     """Refuse recipes that would have no use for the chunks, before anything is measured."""
-    from chunkgrpo.config import ConfigError
+    from chunkgrpo.config import ConfigError, branches
 
     if config.objective.algorithm != "chunk_grpo":
         raise ConfigError(
@@ -423,8 +415,14 @@ def check_can_cut(config: Any, recipe: str) -> None:
         )
     if config.sampling.window.indices:
         raise ConfigError(
-            f"recipe {recipe!r} branches at chunks {list(config.sampling.window.indices)} of its "
+            f"recipe {recipe!r} branches at chunks {list(branches(config))} of its "
             "own plan, which new chunks would renumber; add --set sampling.window.indices=[]"
+        )
+    if config.objective.outer_weights == "implicit":
+        raise ConfigError(
+            f"recipe {recipe!r} trains single steps with the weights of chunks, and new chunks "
+            "would take their place; add --set objective.outer_weights=none --set "
+            "objective.implicit_sizes=null"
         )
 
 
@@ -621,7 +619,7 @@ def shapes_pretrain(
         int | None, typer.Option(min=1, help="Steps of the autoencoder. [default: 2400]")
     ] = None,
     transformer_steps: Annotated[
-        int | None, typer.Option(min=1, help="Steps of the transformer. [default: 15000]")
+        int | None, typer.Option(min=1, help="Steps of the transformer. [default: 13000]")
     ] = None,
     guidance_steps: Annotated[
         int | None,

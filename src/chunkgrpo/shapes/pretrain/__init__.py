@@ -20,8 +20,8 @@ class PretrainSettings:
         seed: Seed of scenes, weights and noise.
         num_scenes: Rendered scenes.
         wrong_captions: Share of captions wrong in one respect.
-        vae_steps, transformer_steps, guidance_steps: Optimizer steps of the stages; without steps
-            the last one, the distillation of guidance, is left out.
+        vae_steps, decoder_steps, transformer_steps, guidance_steps: Optimizer steps of the stages;
+            without steps the last one, the distillation of guidance, is left out.
         guidance: Scale that is distilled.
         size: Widths and depths.
         threads: CPU threads; 0 leaves torch's default.
@@ -31,7 +31,8 @@ class PretrainSettings:
     num_scenes: int = 80_000
     wrong_captions: float = 0.1
     vae_steps: int = 2400
-    transformer_steps: int = 15_000
+    decoder_steps: int = 500
+    transformer_steps: int = 13_000
     guidance_steps: int = 0
     guidance: float = 2.0
     size: PipelineSize = field(default_factory=PipelineSize)
@@ -53,7 +54,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
 
     from chunkgrpo.shapes.pretrain.data import make_world
     from chunkgrpo.shapes.pretrain.transformer import Scenes, distil_guidance, train_transformer
-    from chunkgrpo.shapes.pretrain.vae import encode_all, train_vae
+    from chunkgrpo.shapes.pretrain.vae import encode_all, train_decoder, train_vae
 
     settings = settings or PretrainSettings()
     if settings.threads:
@@ -73,6 +74,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
         print("encoding every scene once", flush=True)
         latents = encode_all(pipe.vae, images)
         torch.save(latents, encoded)
+    train_decoder(pipe.vae, images, latents, work, settings.decoder_steps, settings.seed)
     pipe.vae.register_to_config(
         scaling_factor=round(1 / latents.float().std().item(), 4),
         shift_factor=round(latents.float().mean().item(), 4),

@@ -219,7 +219,7 @@ def transformer_rounds(steps: int) -> tuple[Round, Round]:
     Small batches learn more from a scene while there is much to learn; large ones use the
     processor better and have less noise in their gradient.
     """
-    first = steps * 7 // 15
+    first = steps * 7 // 13
     return Round(first, fall=0.85), Round(steps - first, peak=0.7, fall=1.0, batch_size=128)
 
 

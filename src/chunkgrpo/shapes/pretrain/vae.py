@@ -112,6 +112,63 @@ def train_vae(
             save_state(checkpoint, state | {"step": step + 1})
 
 
+def train_decoder(
+    vae: Any,
+    images: Tensor,
+    latents: Tensor,
+    folder: Path,
+    steps: int,
+    seed: int,
+    batch_size: int = 24,
+) -> None:
+    """Train the decoder alone on codes that stay; resumes from ``folder/decoder.pt``.
+
+    The loss of ``train_vae``'s second half without its KL, from the mean of each code with noise of
+    up to 0.3 of the codes' spread. What the code says faintly, such as green on black, the decoder
+    learns to read, and the codes that the transformer is trained on do not change.
+
+    Args:
+        vae: Trained in place.
+        images: uint8 [S, H, W, 3].
+        latents: Their codes as ``encode_all`` returns them.
+        folder: For the checkpoint and the log.
+        steps, seed, batch_size: As in ``train_vae``.
+    """
+    decoder = vae.decoder
+    rounds = (Round(steps, peak=0.3, fall=1.0),)
+    optimizers = OptimizerPair(decoder.named_parameters(), 0.02, 2e-3, rounds, 24, ("conv_in",))
+    checkpoint, start = folder / "decoder.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        decoder.load_state_dict(state["model"])
+        optimizers.load_state_dict(state["optimizers"])
+        start = state["step"]
+    log = StageLog(folder / "pretrain.jsonl", "decoder", steps)
+    spread = latents.float().std()
+    for step in range(start, steps):
+        generator = torch.Generator().manual_seed((seed + 2) * 1_000_003 + step)
+        pick = torch.randint(len(images), (batch_size,), generator=generator)
+        batch, code = to_signed(images[pick]), latents[pick].float()
+        amount = 0.3 * spread * torch.rand(batch_size, 1, 1, 1, generator=generator)
+        code = code + amount * torch.randn(code.shape, generator=generator)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output = vae.decode(code).sample.float()
+        weight = contrast_weight(batch)
+        squared = (output - batch).pow(2)
+        l1 = (weight * (output - batch).abs()).mean()
+        loss = 4 * (weight * squared).mean() + l1 + edge_l1(output, batch, weight)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
+        optimizers.step(step)
+        decoder.zero_grad(set_to_none=True)
+        if step % 50 == 0 or step == steps - 1:
+            psnr = -10 * (squared.mean() / 4).log10().item()
+            log.write(step, loss=loss.item(), l1=l1.item(), psnr=psnr)
+        if step % 200 == 199 or step == steps - 1:
+            state = {"model": decoder.state_dict(), "optimizers": optimizers.state_dict()}
+            save_state(checkpoint, state | {"step": step + 1})
+
+
 def vae_rounds(steps: int) -> tuple[Round, Round]:
     """Cut the steps in two halves, the second at half the rate."""
     return Round(steps // 2), Round(steps - steps // 2, peak=0.5, fall=1.0)
