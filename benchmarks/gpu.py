@@ -9,12 +9,13 @@ networks go through the same code: a check, not a measurement.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import importlib.util
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -239,7 +240,8 @@ def measure(
     _, decoding = decoder_work(model.architecture, (size, size))
     pairs, phases = record["trained_pairs"], record["phase_seconds"]
     rolled = record["rollout_evaluations"] * work.sampling.forward
-    again = pairs / 2 * work.training.forward
+    # Ratios of the second update: a forward for each of its pairs, also those then found idle.
+    again = (pairs + record["idle_pairs"]) / 2 * work.training.forward
     trained = again + pairs * (work.training.forward + work.training.backward)
     total = rolled + trained + images * decoding.forward
     return Row(
@@ -267,11 +269,12 @@ def warm_up(policy: PipelinePolicy, batch: int) -> None:
 def fitting(run: Callable[[int], Row], batch: int) -> Row | None:
     """Halve the batch until it fits into memory; None where a single row does not."""
     while batch:
-        try:
+        with suppress(torch.cuda.OutOfMemoryError):
             return run(batch)
-        except torch.cuda.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            batch //= 2
+        # Not while the error is handled: its traceback holds the tensors that did not fit.
+        gc.collect()
+        torch.cuda.empty_cache()
+        batch //= 2
     return None
 
 

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 
-def sample(pipe: Any, prompts: list[str], noise: Tensor, arguments: dict) -> tuple[Tensor, Tensor]:
+def sample(
+    pipe: Any, prompts: list[str], noise: Tensor | None, arguments: dict
+) -> tuple[Tensor, Tensor]:
     """Call a pipeline as its users do; return the loop's last latents, and images.
+
+    Without noise it draws its own, from ``generator`` among the arguments.
 
     The latents are those that ``output_type="latent"`` returns, except for FLUX.2 klein, which
     returns them in the VAE's scale. One call yields both.
@@ -24,7 +28,7 @@ def sample(pipe: Any, prompts: list[str], noise: Tensor, arguments: dict) -> tup
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
         prompt=list(prompts),  # Z-Image writes into the caller's list
-        latents=noise.clone(),
+        latents=None if noise is None else noise.clone(),
         output_type="pt",
         callback_on_step_end=keep,
         callback_on_step_end_tensor_inputs=["latents"],

@@ -9,11 +9,13 @@ import shutil
 import pytest
 import torch
 
+import tiny_pipelines
 from chunkgrpo.config import Config, embedding_folder, parse_config
+from chunkgrpo.policies.architecture import read_architecture
 from chunkgrpo.policies.embeddings import EmbeddingCache, model_identity, text_encoder_names
-from chunkgrpo.policies.loading import load_policy
+from chunkgrpo.policies.loading import family, load_policy
 from chunkgrpo.policies.pipeline import Adaptation
-from chunkgrpo.runs import train_run
+from chunkgrpo.runs import encode_ahead, train_run
 from chunkgrpo.types import Conditioning
 
 PROMPTS = ["a red star", "two circles", "a cross"]
@@ -81,6 +83,25 @@ def test_the_text_encoders_are_called_once_a_prompt(tiny_pipeline_path, tmp_path
     assert len(calls) == 3  # one each encoder
 
 
+def test_a_run_says_what_it_encoded_and_what_it_found(tiny_pipeline_path, tmp_path):
+    said = []
+
+    def on_phase(text):
+        said.append(text)
+        return lambda done, total: said.append((done, total))
+
+    for texts in (PROMPTS[:2], PROMPTS, PROMPTS):
+        policy = load(tiny_pipeline_path, tmp_path)
+        encode_ahead(policy, [*texts, texts[0]], on_phase)
+        assert not policy.has_text_encoders
+    folder = policy.embeddings.folder
+    assert said == [
+        f"encoding 2 prompts into {folder}", (1, 2), (2, 2),
+        f"encoding 1 prompt into {folder}, 2 are there", (1, 1),
+        f"found 3 encoded prompts in {folder}, text encoders not loaded", (3, 3),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("cached", [True, False])
 def test_released_text_encoders_leave_what_was_encoded(tiny_pipeline_path, tmp_path, cached):
     policy = load(tiny_pipeline_path, tmp_path if cached else None)
@@ -119,6 +140,78 @@ def test_settings_and_models_do_not_share_rows(tiny_pipeline_path, tmp_path):
     assert noted["settings"] == {
         "guidance": 4.0, "guided": True, "negative_prompt": "", "max_sequence_length": 4,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "key", "values"),
+    [
+        (tiny_pipelines.lumina2, {"size": (32, 32)}, "system_prompt", ["Describe", "Generate"]),
+        (tiny_pipelines.sana, {"size": (32, 32)}, "instruction", [False, True]),
+        (
+            tiny_pipelines.flux2_klein,
+            {"size": (16, 16), "max_sequence_length": 32},
+            "text_encoder_out_layers",
+            [(1, 2, 3), (3, 2, 1)],
+        ),
+    ],
+    ids=["lumina2", "sana", "flux2_klein"],
+)
+def test_what_a_family_puts_before_prompts_tells_rows_apart(build, options, key, values, tmp_path):
+    """Two values over one cache, cold and warm: each finds its own rows, as without a cache."""
+    build().save_pretrained(tmp_path / "pipeline")
+
+    def encode(value, cache):
+        given = {"guidance": 1.0, "max_sequence_length": 300, **options, key: value}
+        policy = load(tmp_path / "pipeline", cache, **given)
+        return policy.encode(PROMPTS[:1]), policy.has_text_encoders
+
+    plain = [encode(value, None)[0] for value in values]
+    assert not equal(*plain)
+    for loaded in (True, False):
+        for value, expected in zip(values, plain, strict=True):
+            found, has_text_encoders = encode(value, tmp_path / "cache")
+            assert equal(found, expected)
+            assert has_text_encoders == loaded
+
+
+@pytest.fixture
+def hub(tiny_pipeline_path, tmp_path, monkeypatch):
+    """A hub whose one model, ``owner/name``, lies in a local folder; asks for files are noted."""
+    snapshot = tmp_path / "snapshots" / "0a1b2c"
+    shutil.copytree(tiny_pipeline_path, snapshot)
+    asked = []
+
+    def snapshot_download(model, allow_patterns=None, **_):
+        asked.append((model, allow_patterns))
+        return str(snapshot)
+
+    def hf_hub_download(model, file, **_):
+        asked.append((model, file))
+        return str(snapshot / file)
+
+    def load_config(model, **_):
+        asked.append((model, "model_index.json"))
+        return json.loads((snapshot / "model_index.json").read_text())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", hf_hub_download)
+    monkeypatch.setattr("diffusers.DiffusionPipeline.load_config", load_config)
+    return asked
+
+
+def test_a_hub_model_is_known_by_its_commit_and_fetches_one_small_file(hub):
+    assert model_identity("owner/name") == "owner/name@0a1b2c"
+    assert hub == [("owner/name", ["model_index.json"])]
+
+
+def test_a_hub_models_configurations_are_all_that_a_plan_fetches(hub, tiny_pipeline_path):
+    assert read_architecture("owner/name") == read_architecture(tiny_pipeline_path)
+    assert {model for model, _ in hub} == {"owner/name"}
+    assert {file for _, file in hub} == {
+        "model_index.json", "transformer/config.json", "vae/config.json",
+        *(f"{encoder}/config.json" for encoder in ENCODERS),
+    }  # fmt: skip
+    assert family("owner/name") == ("chunkgrpo.policies.sd3", "StableDiffusion3Policy")
 
 
 def test_large_files_are_told_apart_by_samples(tmp_path):
@@ -240,8 +333,13 @@ def test_a_run_is_the_same_with_and_without_the_cache(
         # Once to encode, once to be saved with the pipeline.
         times = {"plain": 1, "cold": 2, "warm": 1}[name]
         assert sorted(loads) == sorted(ENCODERS * times), name
-    encoding = [(name, text) for name, text in phases if text.startswith("encoding")]
-    assert [name for name, _ in encoding] == ["cold"]
+    # One line says what was done about prompts; nothing where there is no cache.
+    said = [(name, text) for name, text in phases if " prompts in" in text]
+    [folder] = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert said == [
+        ("cold", f"encoding 5 prompts into {folder}"),
+        ("warm", f"found 5 encoded prompts in {folder}, text encoders not loaded"),
+    ]
 
     def values(text):
         rows = [json.loads(line) for line in text.splitlines()]

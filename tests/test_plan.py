@@ -25,6 +25,7 @@ from chunkgrpo.plan import (
 from chunkgrpo.policies.architecture import (
     Architecture,
     build_network,
+    conditioning_bytes,
     decoder_work,
     network_inputs,
     network_work,
@@ -38,7 +39,8 @@ from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.runtime.memory import peak_memory
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj",
+           "to_add_out")  # fmt: skip
 
 
 def brightness(images, prompts):
@@ -322,6 +324,60 @@ def test_the_run_holds_what_was_planned_to_stay(tiny_pipeline_path):
     assert plan.resident["copy of the base"] == sizes["transformer"]
     # 6 images of 5 states of 4 x 4 x 4 numbers.
     assert plan.resident["trajectories"] == 6 * 5 * 64 * 4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_encoded_prompts_are_counted_as_a_rollout_holds_them(guidance, tiny_pipeline_path):
+    """A row for each image, and the negative prompt's beside it where guidance is on."""
+    config = settings(tiny_pipeline_path, model={"guidance": guidance})
+    policy = build_policy(config)
+    rows = policy.encode(["a star", "two circles"]).repeat_interleave(3)  # as rollout does
+    held = sum(tensor.nbytes for tensor in rows.tensors.values())
+    planned = make_plan(config)
+    assert planned.resident["encoded prompts"] == held > 0
+    assert planned.memory["rollout"] == (
+        sum(planned.resident.values()) + planned.network.sampling.peak
+    )
+
+
+def test_encoded_prompts_of_every_family_have_their_bytes():
+    """Text rows of width 24, pooled ones of 20, ids and masks; both halves with guidance."""
+    expected = {
+        "StableDiffusion3Pipeline": (77 + TEXT) * 24 + 20,  # CLIP's rows come first
+        "FluxPipeline": TEXT * (24 + 3) + 20,
+        "Flux2Pipeline": TEXT * (24 + 4),
+        "QwenImagePipeline": TEXT * 24,
+        "ZImagePipeline": TEXT * 24,
+        "SanaPipeline": TEXT * (24 + 1),
+        "Lumina2Pipeline": TEXT * (24 + 0.25),
+    }
+    for pipeline, config in FAMILIES.items():
+        architecture = Architecture(pipeline, config, VAE)
+        assert conditioning_bytes(architecture, TEXT) == 4 * expected[pipeline], pipeline
+        assert conditioning_bytes(architecture, TEXT, 2) == 8 * expected[pipeline]
+
+
+def test_images_are_decoded_as_many_at_once_as_the_settings_say(tiny_pipeline_path):
+    """At most a rollout's batch, and at most what the policy is told."""
+    _, one = decoder_work(read_architecture(tiny_pipeline_path), (32, 32), "fp32")
+
+    def images(model=None, **sampling):
+        plan = make_plan(settings(tiny_pipeline_path, model=model or {}, sampling=sampling))
+        return (plan.memory["decode"] - sum(plan.resident.values())) / one.peak
+
+    assert images() == 6  # all of them: batches hold 96
+    assert images(batch_size=4) == 4
+    assert images({"options": {"decode_batch": 2}}) == 2
+    assert images({"options": {"decode_batch": 5}}, batch_size=4) == 4
+    assert images({"options": {"decode_batch": 2}, "vae_slicing": True}) == 1
+
+
+def test_a_precision_that_can_not_train_is_refused(tiny_pipeline_path):
+    config = settings(tiny_pipeline_path, model={"precision": "fp16"})
+    with pytest.raises(ConfigError, match=r"'fp16' is for sampling alone: .* set it to 'bf16'"):
+        make_plan(config)
+    with pytest.raises(ConfigError, match="'fp16' is for sampling alone"):
+        build_policy(config)
 
 
 def build_pipeline_of_tests():

@@ -118,6 +118,8 @@ def test_a_run_trains_on_some_tasks_and_is_judged_by_all() -> None:
         ("p.csv", "task,prompt\nx,a\ny,\n", "line 3 has no prompt"),
         ("p.csv", "task,words\nx,a\n", "no prompt column: its columns are task, words"),
         ("p.csv", "prompt,x\na,1\nb,1,2\n", "line 3 has more cells than the header"),
+        ("p.csv", "prompt,x\na,1\nb\n", "line 3 has fewer cells than the header"),
+        ("p.csv", "x,prompt\n1,a\n2\n", "line 3 has fewer cells than the header"),
         ("p.csv", 'prompt\na\n"b\n', "line 3 is no CSV"),
         ("p.jsonl", '{"prompt": "a"}\n[1]\n', "line 2 is no JSON object"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": 3}\n', "line 2 has no prompt"),

@@ -57,7 +57,7 @@ class ModelConfig(Section):
     precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = Field(
         default="bf16",
         description="of the network's arithmetic; what is trained, transitions and densities are "
-        "float32 in all",
+        "float32 in all; 'fp16' is for sampling alone",
     )
     lower_frozen: bool = Field(
         default=True,
@@ -189,7 +189,17 @@ class WindowConfig(Section):
     decay: Literal["constant", "linear", "exponential"] = Field(
         default="constant", description="of kind 'sliding': how its stay shortens"
     )
-    indices: tuple[int, ...] = Field(default=(), description="of kind 'chunk'; all where empty")
+    rate: float = Field(
+        default=0.1, gt=0, description="of decay 'exponential': by which share, about, at each step"
+    )
+    after: int = Field(
+        default=13, ge=0, description="of decay 'exponential': last start whose stay is a whole one"
+    )
+    indices: tuple[int, ...] | Literal["merged"] = Field(
+        default=(),
+        description="of kind 'chunk': chunks to branch at, all where empty; 'merged': the steps "
+        "that sampling.merge or merge_entropy took together",
+    )
     prefix: Literal["ode", "sde"] = Field(default="ode", description="steps before the window")
     tail: Literal["euler", "dpm"] = Field(default="euler", description="steps after the window")
     tail_fraction: float = Field(
@@ -233,7 +243,9 @@ class SamplingConfig(Section):
     prompts: int = Field(default=16, ge=1, description="prompts a rollout")
     group_size: int = Field(default=12, ge=2, description="images a prompt")
     same_noise: bool = True
-    batch_size: int = Field(default=96, ge=1, description="most samples in one forward")
+    batch_size: int = Field(
+        default=96, ge=1, description="most samples in one forward, of evaluations too"
+    )
     store: StoreConfig = StoreConfig()
 
 
@@ -338,8 +350,13 @@ class ObjectiveConfig(Section):
     inner_weights: Literal["none", "equal_kappa"] = Field(
         default="none", description="of the steps inside a chunk's ratio"
     )
-    outer_weights: Literal["none", "noise_level", "inverse_dt"] = Field(
-        default="none", description="of the loss of a step or chunk"
+    outer_weights: Literal["none", "noise_level", "inverse_dt", "chunk_size", "implicit"] = Field(
+        default="none",
+        description="of the loss of a step or chunk; 'chunk_size' lets steps of unequal chunks "
+        "count alike, 'implicit' gives single steps the weights they would have in chunks",
+    )
+    implicit_sizes: tuple[int, ...] | None = Field(
+        default=None, description="of outer_weights 'implicit': sizes of the chunks imitated"
     )
     consistency: float = Field(
         default=0.0, ge=0, description="weight of the temporal consistency of chunks"
@@ -633,18 +650,78 @@ def check_plan(config: Config) -> None:
             "one of the two"
         )
     window, count = config.sampling.window, num_chunks(config)
+    if window.decay != "exponential" and (unread := changed(window, ("rate", "after"))):
+        raise ConfigError(
+            f"sampling.window: {', '.join(unread)} belongs to decay 'exponential', and "
+            f"sampling.window.decay is {window.decay!r}; set it to that, or leave the other out"
+        )
     if config.objective.consistency > 0 and (window.kind == "chunk" or count == 1):
         raise ConfigError(
             "objective.consistency keeps neighbouring chunks together, and an iteration has one "
             "chunk here; set it to 0, or cut chunks.plan into several"
         )
-    branches = window.indices if window.kind == "chunk" and count is not None else ()
-    if branches and not 0 <= min(branches) <= max(branches) < (count or 0):
-        raise ConfigError(
-            f"sampling.window.indices = {list(branches)}, but chunks.plan {c.plan!r} has "
-            f"chunks 0 to {(count or 0) - 1}; branch at these only"
-        )
+    check_branches(config)
     check_selection(config)
+    check_outer_weights(config)
+
+
+def check_branches(config: Config) -> None:
+    """Refuse branching at chunks that the plan does not have, or may not keep.
+
+    Raises:
+        ConfigError: With the rule and the fix.
+    """
+    c, window, count = config.chunks, config.sampling.window, num_chunks(config)
+    if window.kind != "chunk" or not window.indices:
+        return
+    if window.indices == "merged" and (count is None or count != num_trained(config)):
+        raise ConfigError(
+            f"sampling.window.indices 'merged' are sampler steps, and chunks.plan {c.plan!r} has "
+            "chunks of several; use plan 'steps', or list chunks"
+        )
+    found = branches(config)
+    if count is None and c.refresh:
+        raise ConfigError(
+            f"sampling.window.indices = {list(found)} lists chunks, whose number chunks.refresh = "
+            f"{c.refresh} may change; use plan 'optimal' with chunks.num_chunks, set "
+            "chunks.refresh to 0, or branch at all: indices []"
+        )
+    if count is not None and not 0 <= min(found) <= max(found) < count:
+        raise ConfigError(
+            f"sampling.window.indices = {list(found)}, but chunks.plan {c.plan!r} has "
+            f"chunks 0 to {count - 1}; branch at these only"
+        )
+
+
+def check_outer_weights(config: Config) -> None:
+    """Refuse weights from a cut of the steps that does not fit the steps.
+
+    Raises:
+        ConfigError: With the rule and the fix.
+    """
+    o, planned = config.objective, num_planned(config)
+    cut = o.outer_weights in ("chunk_size", "implicit")
+    if cut and config.sampling.window.kind == "chunk":
+        raise ConfigError(
+            f"objective.outer_weights {o.outer_weights!r} weighs chunks against one another, and "
+            "sampling.window.kind 'chunk' trains one an iteration; set the weights to 'none', or "
+            "use another window"
+        )
+    if o.outer_weights != "implicit":
+        return
+    sizes = o.implicit_sizes or ()
+    if not sizes or min(sizes) < 1 or sum(sizes) != planned:
+        raise ConfigError(
+            f"objective.implicit_sizes = {list(sizes)} must be the sizes of chunks that cover the "
+            f"{planned} trained steps, each at least 1 and {planned} in all, and they sum to "
+            f"{sum(sizes)}; name the sizes whose weights the steps are to have"
+        )
+    if num_chunks(config) != planned:
+        raise ConfigError(
+            "objective.outer_weights 'implicit' gives single steps the weights that chunks have "
+            f"anyhow, and chunks.plan is {config.chunks.plan!r}; use plan 'steps', or set the "
+            "weights to 'none'"
+        )
 
 
 def check_algorithm(config: Config) -> None:
@@ -711,22 +788,91 @@ def check_algorithm(config: Config) -> None:
                 "objective.forward belongs to objective.algorithm 'diffusion_nft' and 'awm', not "
                 "'chunk_grpo'; remove it or change the algorithm"
             )
+        check_unread(o)
         return
     wrong = []
     if config.chunks != ChunkConfig():
         wrong.append("chunks")
     if s.window != WindowConfig():
         wrong.append("sampling.window")
-    if o.credit != "trajectory":
-        wrong.append("objective.credit")
-    if (o.trust, o.ratio, o.inner_weights, o.outer_weights) != (
-        "clip", "per_dimension", "none", "none",
-    ):  # fmt: skip
-        wrong.append("objective.trust, ratio or weights")
+    wrong += [f"objective.{each}" for each in changed(o, CHUNK_SETTINGS)]
     if wrong:
         raise ConfigError(
             f"objective.algorithm {o.algorithm!r} trains on noised clean latents, not on a "
             f"trajectory, and has no use for {', '.join(wrong)}; remove it, or use 'chunk_grpo'"
+        )
+    check_forward(o)
+
+
+CHUNK_SETTINGS = (
+    "credit", "ratio", "trust", "trust_options", "kl_threshold", "inner_weights", "outer_weights",
+    "implicit_sizes", "consistency", "anchor", "kl_form", "old_kl",
+)  # fmt: skip
+"""Settings of the objective that 'chunk_grpo' alone reads.
+
+The clip range is not among them: the base of the recipes sets it for all, also for DiffusionNFT,
+which has none.
+"""
+
+FORWARD_SETTINGS = {
+    "diffusion_nft": ("fraction", "beta"),
+    "awm": ("times", "log_prob", "power", "mode", "advantage_max", "ema_weight"),
+}
+"""Settings of ``objective.forward`` that one of the two algorithms reads and the other does not."""
+
+
+def changed(section: Section, names: Sequence[str]) -> list[str]:
+    """Return, as ``name = value``, those of a section's settings that are not the defaults."""
+    fields = type(section).model_fields
+    values = {name: getattr(section, name) for name in names}
+    return [f"{k} = {v!r}" for k, v in values.items() if v != fields[k].get_default()]
+
+
+def check_unread(objective: ObjectiveConfig) -> None:
+    """Refuse settings of the chunk loss that belong to a choice which is not made.
+
+    Raises:
+        ConfigError: With the setting, the reason and the fix.
+    """
+    o = objective
+    own_trust = o.trust not in ("clip", "kl_mask", "none")
+    for name, read, owner in (
+        ("kl_threshold", o.trust == "kl_mask", "objective.trust 'kl_mask'"),
+        ("trust_options", own_trust, "an objective.trust of your own, package.module:factory"),
+        ("implicit_sizes", o.outer_weights == "implicit", "objective.outer_weights 'implicit'"),
+    ):
+        if not read and (unread := changed(o, (name,))):
+            raise ConfigError(
+                f"objective.{unread[0]} belongs to {owner}, which is not chosen, so that nothing "
+                "would read it; remove it, or choose that"
+            )
+
+
+def check_forward(objective: ObjectiveConfig) -> None:
+    """Refuse settings of an objective of the forward process that it does not read.
+
+    Raises:
+        ConfigError: With the setting, the reason and the fix.
+    """
+    o, f = objective, objective.forward
+    for algorithm, names in FORWARD_SETTINGS.items():
+        if algorithm != o.algorithm and (unread := changed(f, names)):
+            raise ConfigError(
+                f"objective.forward.{unread[0]} belongs to objective.algorithm {algorithm!r}, and "
+                f"{o.algorithm!r} does not read it; remove it, or change the algorithm"
+            )
+    if o.algorithm != "awm":
+        return
+    if f.old != "none" and not f.ema_weight:
+        raise ConfigError(
+            f"objective.forward.old = {f.old!r} is how the policy follows that "
+            "objective.forward.ema_weight pulls towards, and that weight is 0; raise it (1 "
+            "published), or set old to 'none'"
+        )
+    if f.log_prob != "ghuber" and (unread := changed(f, ("power",))):
+        raise ConfigError(
+            f"objective.forward.{unread[0]} belongs to objective.forward.log_prob 'ghuber', not "
+            f"{f.log_prob!r}; remove it, or change log_prob"
         )
 
 
@@ -757,6 +903,13 @@ def check_selection(config: Config) -> None:
         raise ConfigError(
             "chunks.usefulness 'reward' is measured on the samples of later updates, and "
             "objective.updates is 1; set it to 2 or more, or use 'gradient'"
+        )
+    kl = config.objective.kl
+    if c.selection == "learned" and c.usefulness == "gradient" and kl > 0:
+        raise ConfigError(
+            f"chunks.usefulness 'gradient' measures the gradient of each chunk's loss, and with "
+            f"objective.kl = {kl} that of the pull to the base would be in it; set objective.kl "
+            "to 0, or use 'reward'"
         )
     if c.refresh and not measured:
         raise ConfigError(
@@ -883,12 +1036,27 @@ def build_execution(model: ModelConfig, training: bool = True) -> Execution:
     )
 
 
+def check_precision(model: ModelConfig) -> None:
+    """Refuse to train in a precision that loses the gradient.
+
+    Raises:
+        ConfigError: With the precision to take instead.
+    """
+    if model.precision == "fp16":
+        raise ConfigError(
+            "model.precision 'fp16' is for sampling alone: in training small gradients become 0, "
+            "as there is no loss scaling; set it to 'bf16'"
+        )
+
+
 def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]:
     """Return the options of :class:`PipelinePolicy`, for sampling unless told otherwise."""
     from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS
 
     if (model.height is None) != (model.width is None):
         raise ConfigError("model.height and model.width must be given together")
+    if training:
+        check_precision(model)
     return {
         "precision": model.precision,
         "guidance": model.guidance,
@@ -1064,7 +1232,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     from chunkgrpo.core.credit import CONVENTIONS
     from chunkgrpo.core.dynamics import mean_curve
     from chunkgrpo.rewards import Scorer, make_reward
-    from chunkgrpo.rewards.scoring import is_groupwise
+    from chunkgrpo.rewards.scoring import check_prompts, is_groupwise
     from chunkgrpo.rollout import Store, measured_speed
     from chunkgrpo.runtime.optimizers import make_optimizer
     from chunkgrpo.train import Trainer, TrainSettings
@@ -1078,7 +1246,8 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         torch.set_num_threads(config.threads)
     rewards = [(make_reward(r.name, r.options), r.weight) for r in config.rewards]
     watched = [make_reward(r.name, r.options) for r in config.watched_rewards]
-    Scorer(rewards, watched)  # refuses rewards of one name before a model is loaded
+    # Refuses rewards of one name, and weights that do not fit, before a model is loaded.
+    Scorer(rewards, watched, config.scoring.combine)
     # Refuses what is not installed before a model is loaded.
     make_optimizer(opt.kind, [torch.zeros(1)], opt.learning_rate)
     build_trust(o)  # a wrong name shows before a model is loaded
@@ -1093,10 +1262,11 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
             "name another judge: evaluation.reward.name"
         )
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
-    judged = build_prompts(config, "final").texts
+    judged = build_prompts(config, "final")
     for reward in [*(r for r, _ in rewards), *watched, judge]:
-        if check := getattr(reward, "check_prompts", None):
-            check([*watch.texts, *judged, *(train.texts if reward is not judge else ())])
+        shown = [watch, judged] + ([train] if reward is not judge else [])
+        texts = [text for each in shown for text in each.texts]
+        check_prompts(reward, texts, [known for each in shown for known in each.metadata])
     policy = build_policy(config)
     sigmas = build_sigmas(config, policy)
     transition = build_transition(config)
@@ -1166,6 +1336,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
 def build_chunk_grpo(config: Config, plan: ChunkPlan, transition: Kernel) -> ChunkGRPO:
     """Return the chunk objective."""
     from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+    from chunkgrpo.core.chunks import ChunkPlan
 
     c, o = config.chunks, config.objective
     return ChunkGRPO(
@@ -1182,6 +1353,7 @@ def build_chunk_grpo(config: Config, plan: ChunkPlan, transition: Kernel) -> Chu
         ratio=o.ratio,
         inner_weights=o.inner_weights,
         outer_weights=o.outer_weights,
+        implicit=ChunkPlan(o.implicit_sizes) if o.implicit_sizes else None,
         consistency=o.consistency,
         group_by_chunk=c.selection == "learned" and c.usefulness == "gradient",
     )
@@ -1250,7 +1422,35 @@ def build_windows(config: Config, plan: ChunkPlan) -> WindowSchedule | None:
     from chunkgrpo.core.windows import ChunkWindow
 
     w = config.sampling.window
-    return ChunkWindow(plan, w.indices) if w.kind == "chunk" else moving_window(config)
+    return ChunkWindow(plan, branches(config)) if w.kind == "chunk" else moving_window(config)
+
+
+def branches(config: Config) -> tuple[int, ...]:
+    """Return the chunks that a window of kind 'chunk' draws from; all where empty.
+
+    Raises:
+        ConfigError: If they are to be the merged steps and there are none.
+    """
+    indices = config.sampling.window.indices
+    if indices != "merged":
+        return indices
+    sizes = merge_sizes(config)
+    # The last sampler step, merged or not, is never trained.
+    found = tuple(i for i, size in enumerate((sizes or ())[:-1]) if size > 1)
+    if found:
+        return found
+    s = config.sampling
+    if s.merge_entropy is not None:
+        raise ConfigError(
+            f"sampling.window.indices 'merged' trains merged steps, and no trained step of the "
+            f"{s.steps} needs a second one for an entropy of sampling.merge_entropy = "
+            f"{s.merge_entropy}; raise it"
+        )
+    raise ConfigError(
+        f"sampling.window.indices 'merged' trains merged steps, and sampling.merge = "
+        f"{list(sizes) if sizes else None} takes none of the trained steps together; set "
+        "sampling.merge_entropy, or list chunks"
+    )
 
 
 def moving_window(config: Config) -> FixedWindow | RandomWindow | SlidingWindow | None:
@@ -1267,7 +1467,7 @@ def moving_window(config: Config) -> FixedWindow | RandomWindow | SlidingWindow 
     if w.kind == "random":
         return windows.RandomWindow(w.size, trained, w.low, w.high)
     if w.kind == "sliding":
-        return windows.SlidingWindow(w.size, trained, w.every, w.stride, w.decay)
+        return windows.SlidingWindow(w.size, trained, w.every, w.stride, w.decay, w.rate, w.after)
     return None
 
 

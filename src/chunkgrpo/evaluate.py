@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.health import image_health
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.scoring import usable_scores
+from chunkgrpo.rewards.scoring import described_problem, usable_scores
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.types import ProgressHook
@@ -115,6 +116,8 @@ def evaluate(
     batch_size: int = 128,
     progress: ProgressHook | None = None,
     lenient: Collection[str] = (),
+    folder: Path | None = None,
+    label: str = "evaluation-",
 ) -> Evaluation:
     """Sample ``num_seeds`` images a prompt and score them.
 
@@ -128,16 +131,21 @@ def evaluate(
         batch_size: Images at once.
         progress: Called with (done, total) images.
         lenient: Names of rewards whose missing scores become NaN.
+        folder: Where the image concerned is saved if there is an error; nowhere where None.
+        label: Begins the name of a saved image.
 
     Raises:
-        RewardError: If a reward that is not lenient gives no usable score.
+        RewardError: If a reward that is not lenient gives no usable score; it names the reward, the
+            prompt and the saved image.
     """
     texts = [text for text in prompts.texts for _ in range(num_seeds)]
     seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
     images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
     metadata = [each for each in prompts.metadata for _ in range(num_seeds)]
     scores = {reward.name: [] for reward in rewards}
-    size = max(1, 512 // num_seeds) * num_seeds  # whole groups
+    # Whole groups, few enough to be held as floats. A remote reward sends them in smaller requests,
+    # each with a deadline of its own, so this size decides nothing there.
+    size = max(1, 512 // num_seeds) * num_seeds
     for start in range(0, len(texts), size):
         part = slice(start, start + size)
         for reward in rewards:
@@ -147,8 +155,9 @@ def evaluate(
             )
             if problems and reward.name not in lenient:
                 first = problems[0]
+                name = f"{label}{reward.name}-{start + first.index}.png"
                 raise RewardError(
-                    reward.name, f"{first.reason}; prompt {texts[start + first.index]!r}"
+                    reward.name, described_problem(first, pictures, texts[part], folder, name)
                 )
             scores[reward.name].append(found.numpy())
     shape = (len(prompts), num_seeds)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from chunkgrpo.config import (
     MEASURED_PLANS,
     Config,
+    branches,
     given_sizes,
     load_config,
     num_chunks,
@@ -99,7 +100,7 @@ def iteration_cost(config: Config) -> Cost:
     # Where an iteration's stochastic steps begin, how many they are, and how often that is so.
     places = [(start, num_planned(config), p) for start, p in window_places(config).items()]
     if window.kind == "chunk":
-        chosen = window.indices or tuple(range(len(sizes)))
+        chosen = branches(config) or tuple(range(len(sizes)))
         places = [(sum(sizes[:j]), sizes[j], 1 / len(chosen)) for j in chosen]
     size = sum(length * p for _, length, p in places)
     rollout = 0.0

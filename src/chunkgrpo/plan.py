@@ -18,6 +18,7 @@ from chunkgrpo.config import (
     ConfigError,
     check_algorithm,
     check_plan,
+    check_precision,
     embedding_folder,
     num_planned,
     num_trained,
@@ -156,17 +157,19 @@ def make_plan(config: Config) -> Plan:
         check_plan(config)
     if (m.height is None) != (m.width is None):
         raise ConfigError("model.height and model.width must be given together")
+    check_precision(m)
     a = arch.read_architecture(resolve_model(m.path))
     size, text = a.size(m.height, m.width), arch.text_rows(a, m.max_sequence_length)
     cost, images, steps = iteration_cost(config), s.prompts * s.group_size, num_trained(config) + 1
     pairs = math.ceil(cost.pairs / o.updates)
+    guidance_rows = arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0)))
     network = arch.network_work(
         a,
         size,
         text,
         sampling_rows=min(s.batch_size, images),
         training_rows=max(1, min(o.micro_batch, pairs)),
-        guidance_rows=arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0))),
+        guidance_rows=guidance_rows,
         method=m.method,
         rank=m.rank,
         targets=trained_modules(config, a.pipeline),
@@ -189,7 +192,8 @@ def make_plan(config: Config) -> Plan:
     looks = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + looks * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
-    resident, memory = _memory(config, network, decoding, vae_parameters, size, a)
+    prompts = images * arch.conditioning_bytes(a, text, guidance_rows)
+    resident, memory = _memory(config, network, decoding, vae_parameters, size, prompts, a)
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
 
 
@@ -211,6 +215,7 @@ def _memory(
     decoding: Work,
     vae_parameters: int,
     size: tuple[int, int],
+    prompts: int,
     architecture: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what stays in memory, and the peak of each phase, in bytes."""
@@ -249,15 +254,17 @@ def _memory(
         * network.trainable,
         "copy of the base": 0 if "reference" in away else copy,
         "trajectories": 0 if s.store.place == "host" and not on_cpu else stored,
+        "encoded prompts": prompts,  # a row for each image, on the device always
     }
     total = sum(resident.values())
-    batch = inspect.signature(PipelinePolicy.__init__).parameters["decode_batch"].default
-    batch = 1 if m.vae_slicing else batch
+    most = inspect.signature(PipelinePolicy.__init__).parameters["decode_batch"].default
+    most = 1 if m.vae_slicing else m.options.get("decode_batch", most)
+    batch = min(most, s.batch_size, images)
     visiting_copy = copy - resident["copy of the base"] if o.kl else 0
     memory = {
         "encode": resident["transformer"] + resident["VAE"] + encoders,
         "rollout": total + network.sampling.peak,
-        "decode": total + (vae - resident["VAE"]) + decoding.peak * min(batch, images),
+        "decode": total + (vae - resident["VAE"]) + decoding.peak * batch,
         "train": total + visiting_copy + network.training.peak,
     }
     return resident, memory

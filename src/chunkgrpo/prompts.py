@@ -251,6 +251,11 @@ def _csv_records(path: Path) -> Iterator[NumberedRecord]:
                 f"{path}, line {reader.line_num} has more cells than the header; quote cells that "
                 "hold commas"
             )
+        if None in row.values():
+            raise ValueError(
+                f"{path}, line {reader.line_num} has fewer cells than the header; end it with a "
+                "comma for each empty cell"
+            )
         yield reader.line_num, row
 
 

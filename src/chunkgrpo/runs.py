@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from chunkgrpo.config import (
     Config,
@@ -24,7 +26,7 @@ from chunkgrpo.config import (
     policy_options,
     resolve_model,
 )
-from chunkgrpo.evaluate import Evaluation, evaluate
+from chunkgrpo.evaluate import Evaluation, evaluate, sample_images
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
@@ -171,14 +173,25 @@ def train_run(
 def encode_ahead(
     policy: PipelinePolicy, texts: Sequence[str], on_phase: Callable[[str], ProgressHook]
 ) -> None:
-    """Encode every prompt a run will meet, onto the disk, and release the text encoders."""
+    """Encode every prompt a run will meet, onto the disk, and release the text encoders.
+
+    One line says what was done: how many were encoded, and how many were there.
+    """
     cache = policy.embeddings
     assert cache is not None
-    missing = [text for text in dict.fromkeys(texts) if text not in cache]
+    wanted = list(dict.fromkeys(texts))
+    missing = [text for text in wanted if text not in cache]
+    found = len(wanted) - len(missing)
     if missing:
-        hook = on_phase(f"encoding {len(missing)} prompts into {cache.folder}")
+        new = f"{len(missing)} prompt{'s' * (len(missing) > 1)}"
+        others = f", {found} are there" if found else ""
+        hook = on_phase(f"encoding {new} into {cache.folder}{others}")
         for number, _ in enumerate(policy.encode_new(missing), 1):
             hook(number, len(missing))
+    else:
+        unloaded = "" if policy.has_text_encoders else ", text encoders not loaded"
+        hook = on_phase(f"found {found} encoded prompts in {cache.folder}{unloaded}")
+        hook(found, found)
     policy.release_text_encoders()
 
 
@@ -347,6 +360,38 @@ def load_untrained(config: Config, path: str, lora: Path | None = None) -> Pipel
     return load_policy(path, Adaptation("none"), device_of(m), lora=lora, **policy_options(m))
 
 
+def draw_both(folder: Path, prompt: str, seeds: Sequence[int]) -> tuple[Config, dict[str, Tensor]]:
+    """Draw a prompt with the base and the tuned model of a finished run, one after the other.
+
+    The two need not fit into memory together: the first is released before the second is loaded.
+
+    Args:
+        folder: The run.
+        prompt: What to draw.
+        seeds: One an image; both models start from the same noise.
+
+    Returns:
+        The run's settings, and the images of ``"base"`` and ``"tuned"``, [len(seeds), 3, H, W] in
+        [0, 1].
+
+    Raises:
+        ConfigError: If the folder holds no run, or one that is not finished.
+    """
+    config, model, lora = find_tuned(folder)
+    drawn: dict[str, Tensor] = {}
+    base = resolve_model(config.model.path)
+    for name, path, adapter in (("base", base, None), ("tuned", model, lora)):
+        policy = load_untrained(config, path, adapter)
+        images = sample_images(
+            policy, [prompt] * len(seeds), build_sigmas(config, policy), seeds,
+            config.sampling.batch_size,
+        )  # fmt: skip
+        drawn[name] = images.float() / 255
+        del policy
+        gc.collect()  # with checkpointing the network and its policy hold each other
+    return config, drawn
+
+
 def evaluate_run(
     folder: Path, progress: ProgressHook, split: str | None = None
 ) -> tuple[Evaluation, Reward]:
@@ -364,5 +409,8 @@ def evaluate_run(
         prompts = shapes_prompts(split, e.final_prompts, e.seed)
     judge = make_reward(e.reward.name, e.reward.options)
     sigmas = build_sigmas(config, policy)
-    found = evaluate(policy, prompts, sigmas, [judge], e.final_seeds, e.seed, progress=progress)
+    found = evaluate(
+        policy, prompts, sigmas, [judge], e.final_seeds, e.seed,
+        batch_size=config.sampling.batch_size, progress=progress, folder=folder / "unscored",
+    )  # fmt: skip
     return found, judge

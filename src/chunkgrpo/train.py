@@ -30,7 +30,7 @@ from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
 from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards.overlap import PendingScores, ScoringQueue
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.scoring import Scorer, is_groupwise, is_share
+from chunkgrpo.rewards.scoring import Scorer, is_groupwise, is_share, jointly_kept
 from chunkgrpo.rewards.watch import RewardWatch
 from chunkgrpo.rollout import Store, Tail, rollout
 from chunkgrpo.runtime.checkpoints import (
@@ -56,7 +56,7 @@ class TrainSettings:
         num_prompts: P prompts a rollout.
         group_size: G images a prompt.
         same_noise: Start each group from one noise.
-        rollout_batch: Most samples in one rollout forward.
+        rollout_batch: Most samples in one forward of a rollout or an evaluation.
         advantage: Convention of the advantages (``core.credit.CONVENTIONS``).
         advantage_clip: Largest absolute advantage.
         credit: ``"trajectory"`` credits every chunk with the image's reward; ``"gain"`` each chunk
@@ -120,7 +120,8 @@ class Trainer:
         settings: See :class:`TrainSettings`.
         on_iteration: Called with every metrics record.
         windows: Which steps are stochastic and trained; all where None. With a ``ChunkWindow`` the
-            algorithm's plan covers all steps, else it covers the window.
+            algorithm's plan covers all steps, else it covers the window. A ``ChunkWindow`` has the
+            algorithm's plan, and gets each new one.
         prefix, tail: How the steps before and after the window are taken, see ``rollout``.
         replan: Measures the policy's dynamics and cuts them into chunks anew.
         refresh: Iterations between calls of ``replan``; 0 keeps the plan.
@@ -220,7 +221,7 @@ class Trainer:
         rows = self.rows_of(self.iteration)
         prompts = [self.prompts.texts[row] for row in rows]
         if self.replan and self.refresh and self.iteration and not self.iteration % self.refresh:
-            self.algorithm = with_plan(self.algorithm, self.replan())
+            self.adopt(self.replan())
         algorithm, window = self.plan_iteration(generator)
         observer = None
         if self.learned is not None:
@@ -263,7 +264,7 @@ class Trainer:
                 boundaries = self.boundaries(queue, trajectory, plan, repeated, label)
             rewards = pending.result()
             boundaries = [*(each.result() for each in boundaries), rewards]
-        kept = kept_of(boundaries)
+        kept = jointly_kept(boundaries)
         weights, num_prompts = self.scorer.weights, len(prompts)
         options = (weights, num_prompts, s.combine, s.advantage, s.advantage_clip, kept)
         advantages = combined_advantages(stacked(rewards), *options)
@@ -293,7 +294,9 @@ class Trainer:
         pairs = sum(len(d["sample"]) for d in parts if "sample" in d)
         idle = sum(len(d["idle"]) for d in parts if "idle" in d)
         record: dict[str, Any] = {
-            **self.watch.record(rewards, num_prompts, self.iteration + 1),
+            **self.watch.record(
+                replace(rewards, kept=kept), num_prompts, self.iteration + 1, boundaries[:-1]
+            ),
             "advantage_spread": advantages.spread.mean(),
             "zero_spread_groups": advantages.num_zero_spread,
             "loss": torch.stack(losses).sum(),
@@ -333,6 +336,12 @@ class Trainer:
         if algorithm.samples_old and algorithm.old is not None:
             return algorithm.old.applied(self.parameters)
         return nullcontext()
+
+    def adopt(self, plan: ChunkPlan) -> None:
+        """Cut the steps anew, for the algorithm and for a window that branches at chunks."""
+        self.algorithm = with_plan(self.algorithm, plan)
+        if isinstance(self.windows, ChunkWindow):
+            self.windows = replace(self.windows, plan=plan)
 
     def plan_iteration(self, generator: Generator) -> tuple[Algorithm, range | None]:
         """Choose the iteration's window, and the algorithm whose plan fits it."""
@@ -416,8 +425,10 @@ class Trainer:
         drop = self.settings.on_error == "drop"
         lenient = {reward.name for reward in unique} - {self.judge.name} if drop else set()
         return evaluate(
-            self.policy, prompts, self.sigmas, unique, num_seeds, seed, lenient=lenient, **kwargs
-        )
+            self.policy, prompts, self.sigmas, unique, num_seeds, seed,
+            batch_size=self.settings.rollout_batch, lenient=lenient,
+            folder=self.scorer.folder, label=f"{self.iteration:06d}-evaluation-", **kwargs,
+        )  # fmt: skip
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -471,7 +482,7 @@ class Trainer:
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
         self.ema.num_updates, self.seconds = info["ema_updates"], info["seconds"]
         if "chunks" in info:
-            self.algorithm = with_plan(self.algorithm, ChunkPlan(tuple(info["chunks"])))
+            self.adopt(ChunkPlan(tuple(info["chunks"])))
         if self.learned is not None:
             self.learned.load(info.get("learned", {}))
 
@@ -612,12 +623,6 @@ class PhaseClock:
 def stacked(rewards: RewardBatch) -> Tensor:
     """Return the trained rewards as [R, B]."""
     return torch.stack(list(rewards.raw.values()))
-
-
-def kept_of(batches: Sequence[RewardBatch]) -> Tensor | None:
-    """Return the samples that all batches keep, [B]; None where these are all."""
-    masks = [batch.kept for batch in batches if batch.kept is not None]
-    return torch.stack(masks).all(dim=0) if masks else None
 
 
 def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:

@@ -167,6 +167,16 @@ def test_keeps_the_contract(reward: Reward) -> None:
     torch.testing.assert_close(alone, together[[1, 3]], rtol=1e-3, atol=1e-4)
 
 
+def test_the_process_wide_choice_of_kernels_changes_no_bit(reward: Reward) -> None:
+    from chunkgrpo.runtime.attention import plain_attention
+
+    images, prompts = random_images(3, 64, 64), prompts_for(reward, 3)
+    alone = reward(images, prompts)
+    with plain_attention():  # as a policy that samples on a CPU while this scores
+        beside = reward(images, prompts)
+    assert torch.equal(alone, beside)
+
+
 def test_takes_half_precision_images(reward: Reward) -> None:
     image = torch.full((1, 3, 64, 64), 0.5, dtype=torch.bfloat16)
     prompts = prompts_for(reward, 1)

@@ -332,6 +332,25 @@ def test_advantages_of_each_reward_are_added_by_weight(convention):
     assert combined_advantages(TWO, WEIGHTS, 2, "advantage", convention, 0.5).values.max() == 0.5
 
 
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_groups_without_spread_stay_at_zero_when_the_batch_is_rescaled(convention):
+    # The first group is skewed, so that its median convention has a mean; the second is flat.
+    rewards = torch.tensor([[0.0, 0.0, 9.0, 4.0, 4.0, 4.0], [1.0, 1.0, 1.0, 2.0, 2.0, 2.0]])
+    parts = [group_advantages(row, 2, convention, None).values for row in rewards]
+    expected = (2 * parts[0] + 0.5 * parts[1]).tolist()
+    mean, deviation = statistics.fmean(expected), statistics.stdev(expected) + 1e-4
+    expected = [(x - mean) / deviation for x in expected]
+    if CONVENTIONS[convention].centres_groups:
+        expected[3:] = [0.0] * 3
+    found = combined_advantages(rewards, WEIGHTS, 2, "gdpo", convention, None)
+    assert found.values.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert int(found.num_zero_spread) == 1
+    if CONVENTIONS[convention].centres_groups:
+        assert found.values[3:].tolist() == [0.0] * 3
+    if convention == "group_std_median":  # else the flat group would be pushed down
+        assert mean > 0.1
+
+
 def test_by_reward_units_do_not_matter_and_in_a_sum_they_do():
     other = TWO * torch.tensor([[1000.0], [1.0]]) + 7
     for combination, same in (("advantage", True), ("gdpo", True), ("sum", False)):

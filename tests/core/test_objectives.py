@@ -13,13 +13,16 @@ from chunkgrpo.core.chunks import ChunkPlan, paper_plan, step_plan, whole_plan
 from chunkgrpo.core.objectives import (
     INNER_WEIGHTS,
     OUTER_WEIGHTS,
+    PLAN_WEIGHTS,
     Clip,
     KlMask,
     NoTrustRegion,
     chunk_log_ratio,
+    chunk_size_weights,
     clipped_surrogate,
     equal_kappa_weights,
     gradient_is_cut,
+    implicit_weights,
     inverse_dt_weights,
     k3_kl,
     k3_slope,
@@ -364,6 +367,33 @@ def test_weights_by_the_name_a_configuration_uses():
     assert torch.equal(OUTER_WEIGHTS["none"](std, dt), torch.ones(2).double())
     assert torch.equal(OUTER_WEIGHTS["noise_level"](std, dt), noise_level_weights(std))
     assert torch.equal(OUTER_WEIGHTS["inverse_dt"](std, dt), inverse_dt_weights(dt))
+
+
+def test_weights_of_a_cut_by_hand():
+    """Seven steps in chunks of 1, 2 and 4: C cs / N, and its inverse."""
+    plan = ChunkPlan((1, 2, 4))
+    sizes, implicit = chunk_size_weights(plan), implicit_weights(plan)
+    assert sizes.tolist() == pytest.approx([3 / 7] + [6 / 7] * 2 + [12 / 7] * 4)
+    assert implicit.tolist() == pytest.approx([7 / 3] + [7 / 6] * 2 + [7 / 12] * 4)
+    # Mean 1: the first over chunks, the second over steps.
+    assert plan.reduce(sizes).mean().item() == pytest.approx(1)
+    assert implicit.mean().item() == pytest.approx(1)
+    assert PLAN_WEIGHTS["chunk_size"](plan).equal(sizes)
+    assert PLAN_WEIGHTS["implicit"](plan).equal(implicit)
+    for equal in (ChunkPlan((1,) * 6), ChunkPlan((3, 3)), ChunkPlan((6,))):
+        assert torch.equal(chunk_size_weights(equal), torch.ones(6))
+        assert torch.equal(implicit_weights(equal), torch.ones(6))
+
+
+def test_chunk_size_weights_give_every_step_the_coefficient_1_over_n():
+    plan = ChunkPlan((1, 2, 4))
+    slope_BC = plan.reduce(chunk_size_weights(plan)[None])
+    mask_BC = torch.ones(1, 3, dtype=torch.bool)
+    coefficients = step_coefficients(mask_BC, slope_BC, plan, 3)
+    torch.testing.assert_close(coefficients, torch.full((1, 7), 1 / 7))
+    # Without them a step of the chunk of four counts a quarter of the first step.
+    plain = step_coefficients(mask_BC, torch.ones(1, 3), plan, 3)[0]
+    assert (plain[0] / plain[3:]).tolist() == pytest.approx([4.0] * 4)
 
 
 def test_equal_kappa_weights_do_equalise():

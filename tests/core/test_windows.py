@@ -119,6 +119,12 @@ def test_the_published_exponential_decay():
     assert found == sorted(found[:-25]) + [0] * 25
 
 
+def test_the_decay_may_begin_one_start_before_the_last():
+    """Start 13 is the last of 16 - 3: 25 iterations up to 12, then ceil(25 exp(-0.1)) = 23."""
+    schedule = SlidingWindow(3, 16, decay="exponential", after=12)
+    assert [schedule.stays(start) for start in schedule.starts()] == [25] * 13 + [23]
+
+
 @pytest.mark.parametrize(
     ("schedule", "iterations"),
     [
@@ -255,6 +261,16 @@ FITS = r"does not lie in the 16 trained steps; start must be in \[0, {}\]; shrin
         (
             lambda: SlidingWindow(4, 16, decay="cosine"),
             "decay is 'cosine'; known: constant, linear, exponential",
+        ),
+        (
+            lambda: SlidingWindow(4, 24, decay="exponential", rate=0.0),
+            r"rate of the exponential decay is 0\.0; it must be above 0, .*0\.1 is the published",
+        ),
+        # The last start is 13, and the stay at 13 is a whole one: nothing would ever shorten.
+        (
+            lambda: SlidingWindow(3, 16, decay="exponential"),
+            "at starts after step 13, and a window of 3 in 16 trained steps starts at 13 at the "
+            "latest, so nothing would decay; set after below 13",
         ),
         (
             lambda: ChunkWindow(ChunkPlan((2, 2)), (0, 2)),

@@ -208,6 +208,35 @@ def test_branching_trains_whole_chunks(tmp_path):
         assert record["rollout_evaluations"] == 3 * (start + 1) + 18 * (7 - start - 1)
 
 
+def test_branches_follow_new_boundaries_and_survive_an_interruption(tmp_path):
+    """The window is cut as the algorithm is, also where a checkpoint says how that was."""
+    settings = replace(SETTINGS, iterations=9)
+
+    def make(folder, settings, cycle):
+        windows = ChunkWindow(PLAN)
+        return make_trainer(tmp_path / folder, settings, windows=windows, replan=cycle, refresh=2)
+
+    whole = make("whole", settings, Cycle())
+    assert whole.run()
+    records = read_metrics(tmp_path / "whole" / "metrics.jsonl")
+    plans = [(1, 2, 3)] * 2 + [(1, 1, 4)] * 2 + [(2, 4)] * 2 + [(3, 3)] * 2 + [(1, 1, 4)]
+    for record, sizes in zip(records, plans, strict=True):
+        start, stop = record["window"]
+        assert (start, stop - start) in set(zip(ChunkPlan(sizes).starts, sizes, strict=True))
+        assert record["chunks"] == [stop - start]
+    # Some windows can only come from the new plans.
+    old = {(0, 1), (1, 3), (3, 6)}
+    assert any(tuple(record["window"]) not in old for record in records[2:])
+    cycle = Cycle()
+    assert make("half", replace(settings, iterations=5), cycle).run()
+    rest = make("half", settings, cycle)
+    assert rest.run()
+    assert rest.windows.plan == rest.algorithm.plan == ChunkPlan((1, 1, 4))
+    assert torch.equal(rest.parameters[0], whole.parameters[0])
+    again = read_metrics(tmp_path / "half" / "metrics.jsonl")
+    assert [r["window"] for r in again] == [r["window"] for r in records]
+
+
 def test_a_fixed_window_is_what_is_trained(tmp_path):
     trainer = make_trainer(tmp_path, plan=step_plan(2), windows=FixedWindow(1, 2, 6))
     assert trainer.run()

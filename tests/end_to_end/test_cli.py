@@ -6,9 +6,11 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +20,10 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
+from chunkgrpo import runs
 from chunkgrpo.cli import app
 from chunkgrpo.config import Config, ConfigError, known_keys, load_config, parse_config
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import recipe_names
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
@@ -112,6 +116,39 @@ def test_evaluate_repeats_the_final_score(finished) -> None:
     output = call("evaluate", str(folder))
     summary = json.loads((folder / "summary.json").read_text())
     assert f"{100 * summary['tuned']:.1f} % over 12 prompts" in " ".join(output.split())
+
+
+def test_models_are_drawn_one_after_the_other_in_batches_of_the_run(
+    finished, tmp_path: Path, monkeypatch
+) -> None:
+    """Memory is that of one model, and of as many images at once as the run's own rollout."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["sampling"]["batch_size"] = 5
+    config["model"]["precision"] = "fp32"
+    config["model"]["gradient_checkpointing"] = True  # network and policy hold each other
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    rows, alive, policies = [], [], []
+    velocity, load = PipelinePolicy.velocity, runs.load_untrained
+
+    def counted(self, x, sigma, conditioning):
+        rows.append(len(x))
+        return velocity(self, x, sigma, conditioning)
+
+    def loaded(*arguments):
+        alive.append(sum(policy() is not None for policy in policies))
+        policies.append(weakref.ref(policy := load(*arguments)))
+        return policy
+
+    monkeypatch.setattr(PipelinePolicy, "velocity", counted)
+    monkeypatch.setattr(runs, "load_untrained", loaded)
+    call("sample", str(folder), "a red square", "--images", "7", "--out", str(tmp_path / "a.png"))
+    assert alive == [0, 0]
+    steps = config["sampling"]["steps"]
+    assert rows == 2 * ([5] * steps + [2] * steps)
+    rows.clear()
+    call("evaluate", str(folder))  # 12 prompts, two images each
+    assert rows == [5] * 4 * steps + [4] * steps
 
 
 def test_what_is_saved_loads_in_stock_diffusers(finished, small_model: Path) -> None:
@@ -296,6 +333,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["chunks", "step-level", "--recipe", "demo"], "both recipes; name one"),
         (["chunks", "awm"], "on noised clean latents, and has no chunks"),
         (["chunks", "e-grpo"], "--set sampling.window.indices=[]"),
+        (["chunks", "step-level-reweighted"], "--set objective.outer_weights=none"),
         (["chunks", "demo", "--set", "sampling.window.start=7"], "does not lie in the 9 trained"),
         (["chunks", "--rule", "best"], "known: optimal"),
         (["chunks", "--rule", "paper"], "needs 16 trained steps"),
@@ -480,6 +518,7 @@ def test_a_model_prompts_and_a_reward_are_enough(small_model: Path, tmp_path: Pa
     assert "brightness score on 3 held-out prompts" in " ".join(text.split())
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["name"] == "paper" and config["model"]["method"] == "lora"
+    assert config["model"]["gradient_checkpointing"]  # without it FLUX.1-dev fits no GPU
     assert [reward["name"] for reward in config["rewards"]] == ["brightness"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     rewards = [json.loads(line)["reward_mean"] for line in lines]

@@ -2,12 +2,32 @@
 """Every method is a valid recipe, says what it needs, and costs what it says."""
 
 import math
+import re
 
 import pytest
+import torch
 
-from chunkgrpo.config import ConfigError, load_config
+from chunkgrpo.config import (
+    ConfigError,
+    branches,
+    build_chunk_grpo,
+    build_forward,
+    build_sigmas,
+    build_transition,
+    build_windows,
+    given_sizes,
+    load_config,
+    merge_sizes,
+    moving_window,
+    window_places,
+)
+from chunkgrpo.core import ChunkPlan, group_advantages, step_plan
 from chunkgrpo.methods import iteration_cost, read_method, read_methods
 from chunkgrpo.recipes import method_names, recipe_path
+from chunkgrpo.rollout import rollout
+from chunkgrpo.runtime.old_policy import DECAY_SCHEDULES
+from chunkgrpo.types import Experience
+from oracles import close, collect, seeded, shift, toy
 
 
 def test_every_method_is_complete():
@@ -44,8 +64,12 @@ def test_costs_are_counted_by_hand():
     cost = read_method("tempflow-grpo").cost
     assert (cost.rollout, cost.pairs, cost.trained) == (16 * 5 + 192 * 5, 192, 2 * 16)
     assert read_method("stepwise-gain").cost.rewards == 192 * 10
-    # Cut into four chunks by a measurement, two of which are trained.
+    # Cut into four chunks by a measurement, two of which are trained; or into an unknown number.
+    assert read_method("chunk-grpo-optimal").cost.pairs == 192 * 9 // 2
     assert read_method("chunk-grpo-adaptive").cost.pairs == 192 * 9 // 2
+    # Nine steps of the merged grid, branching at the third to the sixth: 4.5 + 1 shared ones.
+    cost = read_method("e-grpo").cost
+    assert (cost.rollout, cost.pairs) == (16 * 4.5 + 192 * 4.5, 192)
     # Neighbouring chunks, two rows a pair, in the second update.
     plain = iteration_cost(load_config("chunk-grpo"))
     pulled = iteration_cost(load_config("chunk-grpo", ["objective.consistency=1"]))
@@ -63,11 +87,82 @@ def test_costs_follow_where_a_window_is():
     assert decayed.rollout == round(16 * (start + 1) + 192 * (9 - start))
 
 
+def test_branches_are_the_merged_steps():
+    """Whatever the threshold: the grid's steps that were taken together, the last one aside."""
+    for settings, sizes, merged in (
+        ([], (1, 1, 2, 2, 3, 4, 1, 1, 1), (2, 3, 4, 5)),
+        (["sampling.merge_entropy=0.2"], (1,) * 7 + (2,) * 3 + (1,) * 3, (7, 8, 9)),
+        (
+            ["sampling.merge_entropy=null", "sampling.merge=[1, 3, 2, 4, 6]"],
+            (1, 3, 2, 4, 6),
+            (1, 2, 3),
+        ),
+    ):
+        config = load_config("e-grpo", settings)
+        assert merge_sizes(config) == sizes and branches(config) == merged
+        windows = build_windows(config, step_plan(len(sizes) - 1))
+        drawn = {windows(i, seeded(i)) for i in range(40)}
+        assert drawn == {range(i, i + 1) for i in merged}
+    listed = load_config("e-grpo", ["sampling.window.indices=[0, 1]"])
+    assert branches(listed) == (0, 1)
+
+
+def test_the_exponential_decay_is_what_is_set():
+    """ceil(6 exp(-0.5 relu(l - 1))) iterations at each start of a window of 4 in 9 steps."""
+    names = ("decay=exponential", "rate=0.5", "after=1", "every=6")
+    config = load_config("mixgrpo", [f"sampling.window.{each}" for each in names])
+    window = moving_window(config)
+    stays = [6, 6, 4, 3, 2, 1]
+    assert [window.stays(start) for start in range(6)] == stays
+    assert window_places(config) == pytest.approx({i: n / 22 for i, n in enumerate(stays)})
+
+
+def test_the_averaged_policy_of_awm_is_wired():
+    """The recipe's published pull, and its schedule, reach the algorithm."""
+    algorithm = build_forward(load_config("awm"), toy())
+    assert (algorithm.ema_coefficient, algorithm.kl_coefficient) == (1.0, 1e-3)
+    assert algorithm.old is not None and algorithm.old.schedule == "awm"
+    assert [DECAY_SCHEDULES["awm"](step) for step in (0, 100, 1000)] == [0.0, 0.1, 0.3]
+    half = build_forward(load_config("awm", ["objective.forward.ema_weight=0.5"]), toy())
+    assert half.ema_coefficient == 0.5
+    settings = ["objective.forward.ema_weight=0", "objective.forward.old=none"]
+    off = build_forward(load_config("awm", settings), toy())
+    assert off.ema_coefficient == 0 and off.old is None
+
+
+def test_published_values_of_recipes():
+    """Those that differ from the library's defaults, or did."""
+    assert load_config("paper").optimizer.max_grad_norm == 0.01
+    kappa = load_config("chunk-grpo-kappa").objective
+    assert (kappa.inner_weights, kappa.outer_weights) == ("equal_kappa", "chunk_size")
+    assert load_config("chunk-grpo-adaptive").chunks.plan == "adaptive"
+    assert load_config("chunk-grpo-optimal").chunks.plan == "optimal"
+
+
+def test_step_level_reweighted_has_the_demos_gradient_at_ratio_one():
+    """Two recipes, one gradient before the policy moves, its KL to the base included."""
+    found = {}
+    for name in ("demo", "step-level", "step-level-reweighted"):
+        config = load_config(name, ["objective.updates=1"])
+        policy, transition = toy(), build_transition(config)
+        sigmas, window = build_sigmas(config, policy), range(3, 6)
+        shift(0.1)(policy)  # away from the base, so that the KL pulls
+        trajectory = rollout(policy, "abc", transition, sigmas, 8, seeded(1), window=window)
+        rewards = torch.randn(24, generator=seeded(2))
+        experience = Experience(trajectory, group_advantages(rewards, 3).values)
+        plan = ChunkPlan(given_sizes(config))
+        algorithm = build_chunk_grpo(config, plan, transition)
+        ((_, found[name], _),) = collect(algorithm, policy, experience)
+    close(found["step-level-reweighted"], found["demo"], 1e-6)
+    assert (found["step-level"] - found["demo"]).norm() > 0.05 * found["demo"].norm()
+
+
 def test_costs_of_forward_objectives():
     cost = read_method("diffusion-nft").cost  # 5 of 10 times; old policy and reference
     assert (cost.rollout, cost.trained, cost.measured) == (1920, 960, 2 * 960)
     cost = read_method("awm").cost
-    assert (cost.rollout, cost.trained, cost.measured) == (1920, 192 * 6, 192 * 3)
+    # Ratios of the second update; the reference and the averaged policy for every pair.
+    assert (cost.rollout, cost.trained, cost.measured) == (1920, 192 * 6, 192 * (3 + 6 + 6))
 
 
 @pytest.mark.parametrize(
@@ -86,7 +181,80 @@ def test_costs_of_forward_objectives():
         ("awm", "chunks.plan=steps", "has no use for chunks"),
         ("awm", "sampling.window.kind=random", "has no use for sampling.window"),
         ("diffusion-nft", "objective.credit=gain", "has no use for objective.credit"),
-        ("diffusion-nft", "objective.ratio=guard", "ratio or weights"),
+        ("diffusion-nft", "objective.ratio=guard", "no use for objective.ratio = 'guard'"),
+        ("awm", "objective.consistency=1", r"no use for objective.consistency = 1\.0; remove it"),
+        ("awm", "objective.old_kl=1", r"no use for objective.old_kl = 1\.0; remove it, or use"),
+        ("awm", "objective.kl_form=rate", "no use for objective.kl_form = 'rate'"),
+        ("diffusion-nft", "objective.anchor=replay", "no use for objective.anchor = 'replay'"),
+        ("diffusion-nft", "objective.kl_threshold=1e-3", "objective.kl_threshold = 0.001; remove"),
+        ("awm", "objective.forward.ema_weight=0", "old = 'awm' is .* that weight is 0; raise it"),
+        ("diffusion-nft", "objective.forward.times=9", "forward.times = 9 belongs to .*'awm', and"),
+        ("diffusion-nft", "objective.forward.ema_weight=1", "ema_weight = 1.0 belongs to .*'awm'"),
+        ("diffusion-nft", "objective.forward.log_prob=t", "log_prob = 't' belongs to .*'awm'"),
+        ("awm", "objective.forward.beta=2", "beta = 2.0 belongs to .*'diffusion_nft', and 'awm'"),
+        ("awm", "objective.forward.fraction=1", "fraction = 1.0 belongs to .*'diffusion_nft'"),
+        (
+            "awm",
+            "objective.forward.log_prob=huber objective.forward.power=0.5",
+            "power = 0.5 belongs to .*'ghuber', not 'huber'",
+        ),
+        ("demo", "objective.kl_threshold=1e-3", "belongs to objective.trust 'kl_mask', which is"),
+        ("demo", "objective.trust_options={a: 1}", r"\{'a': 1\} belongs to an objective.trust of"),
+        ("demo", "objective.implicit_sizes=[1, 2]", "belongs to objective.outer_weights 'implic"),
+        (
+            "chunk-grpo-learned",
+            "objective.kl=0.01",
+            "objective.kl = 0.01 that of the pull.*set objective.kl to 0, or use 'reward'",
+        ),
+        # Weights that come from a cut of the steps.
+        (
+            "step-level",
+            "objective.outer_weights=implicit",
+            r"implicit_sizes = \[\] must be .* the 3 ",
+        ),
+        ("step-level-reweighted", "objective.implicit_sizes=[1, 3]", "3 in all, and they sum to 4"),
+        ("step-level-reweighted", "objective.implicit_sizes=[0, 3]", "each at least 1"),
+        (
+            "step-level-reweighted",
+            "chunks.plan=whole",
+            "weights that chunks have anyhow, and chunks.plan is 'whole'; use plan 'steps', or set",
+        ),
+        ("step-level-reweighted", "chunks.plan=adaptive", "chunks.plan is 'adaptive'; use"),
+        (
+            "tempflow-grpo",
+            "objective.outer_weights=chunk_size",
+            "'chunk_size' weighs chunks against one another, and .* trains one an iteration",
+        ),
+        # Exponential decay: the published 13 lies beyond the last of the embedded model's starts.
+        (
+            "mixgrpo",
+            "sampling.window.decay=exponential",
+            "starts after step 13, and a window of 4 in 9 .* starts at 5 .*; set after below 5",
+        ),
+        ("mixgrpo", "sampling.window.rate=0.2", "rate = 0.2 belongs to decay 'exponential', and"),
+        ("mixgrpo", "sampling.window.after=2", "after = 2 belongs to .*decay is 'constant'; set"),
+        # Branches.
+        (
+            "e-grpo",
+            "sampling.merge_entropy=-5",
+            "needs a second one for an entropy of .*; raise it",
+        ),
+        (
+            "e-grpo",
+            "sampling.merge_entropy=null",
+            "sampling.merge = None takes none of the trained",
+        ),
+        (
+            "e-grpo",
+            "sampling.merge_entropy=null sampling.merge=[1,1,1,1,1,1,1,1,1,1,1,1,1,3]",
+            "takes none of the trained steps together",
+        ),
+        ("e-grpo", "chunks.plan=whole", "'merged' are sampler steps, and chunks.plan 'whole'"),
+        (
+            "chunk-grpo-branching",
+            "sampling.window.indices=[0] chunks.plan=adaptive chunks.refresh=2",
+            "whose number chunks.refresh = 2 may change",
+        ),
         ("demo", "objective.forward.beta=2", "belongs to objective.algorithm"),
         ("mixgrpo", "chunks.plan=optimal", "steps that stay.*'sliding' moves"),
         ("demo", "sampling.window.start=7", "steps from step 7 does not lie in the 9 trained"),
@@ -98,7 +266,7 @@ def test_costs_of_forward_objectives():
     ],
 )
 def test_pairs_that_do_not_go_together_are_refused(name, setting, message, tmp_path):
-    settings = setting.split(" ") if " sampling." in setting or " obj" in setting else [setting]
+    settings = re.split(r" (?=\w+\.)", setting)
     with pytest.raises(ConfigError, match=message):
         load_config(name, settings)
 

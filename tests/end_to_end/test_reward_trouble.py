@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards in a run: that misbehave, that are several, that are watched, that take their time."""
 
+import json
 import logging
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from PIL import Image
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.config import build_trainer, load_config
 from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
@@ -29,6 +32,11 @@ SETTINGS = TrainSettings(
     iterations=4, num_prompts=2, group_size=3, learning_rate=1e-2, evaluate_every=0,
     checkpoint_every=2,
 )  # fmt: skip
+TINY_RUN = [
+    "iterations=2", "sampling.prompts=2", "sampling.group_size=4", "sampling.steps=5",
+    "sampling.window.kind=all", "chunks.sizes=[1,3]", "chunks.indices=[0]", "evaluation.every=0",
+    "model.precision=fp32", "model.max_sequence_length=4",
+]  # fmt: skip
 TIMES = ("seconds", "phase_seconds", "images_per_second")
 
 
@@ -168,6 +176,74 @@ def test_a_failed_evaluation_loses_nothing(tmp_path):
     assert_same(resumed, finish(make_trainer(tmp_path / "whole")))
 
 
+@pytest.mark.parametrize("on_error", ["stop", "drop"])
+def test_an_evaluation_without_a_score_shows_the_image(tmp_path, on_error):
+    def judging(images, prompts):
+        judged.append(images.clone())
+        scores = brightness(images, prompts)
+        images.zero_()  # what is saved is the image, not what the judge made of it
+        scores[1] = float("nan")
+        return scores
+
+    judged = []
+    trainer = make_trainer(tmp_path / "run", evaluate_every=2, on_error=on_error)
+    trainer.judge = FunctionReward("judge", judging)
+    with pytest.raises(RewardError) as caught:
+        trainer.run()
+    picture = tmp_path / "run" / "unscored" / "000002-evaluation-judge-1.png"
+    assert (
+        "reward 'judge' returned nan; scores must be finite; prompt 'two circles' (image "
+        in str(caught.value)
+    )
+    assert f"(image saved as {picture}); all 2 finished" in str(caught.value)
+    with Image.open(picture) as saved:
+        expected = (judged[0][1] * 255).round().permute(1, 2, 0).numpy()
+        assert np.array_equal(np.asarray(saved), expected) and expected.std() > 0
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[-1].name == "000002"
+
+
+def signed(images, prompts):
+    """Below zero for the third image of its third call."""
+    signed.calls += 1
+    scores = brightness(images, prompts)
+    if signed.calls == 3:
+        scores[2] = -0.25
+    return scores
+
+
+def test_a_negative_score_in_a_product_stops_the_run_and_loses_nothing(tmp_path):
+    signed.calls = 0
+    rewards = [(BRIGHTNESS, 1.0), (FunctionReward("signed", signed), 0.5)]
+    with pytest.raises(RewardError) as caught:
+        make_trainer(tmp_path, rewards, combine="product").run()
+    said = str(caught.value)
+    assert said.startswith(
+        "reward 'signed' returned -0.25; in a product scores may not be negative"
+    )
+    assert f"(image saved as {tmp_path}/unscored/000003-signed-2.png); all 2 finished" in said
+    assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "000002"
+    resumed = finish(make_trainer(tmp_path, rewards, combine="product"))
+    signed.calls = 10
+    whole = finish(make_trainer(tmp_path / "whole", rewards, combine="product"))
+    assert_same(resumed, whole)
+
+
+def test_a_negative_score_in_a_product_is_dropped_and_counted(tmp_path):
+    signed.calls = 0
+    rewards = [(BRIGHTNESS, 1.0), (FunctionReward("signed", signed), 0.5)]
+    _, records = finish(make_trainer(tmp_path, rewards, combine="product", on_error="drop"))
+    assert [r["dropped"]["signed"] for r in records] == [0, 0, 1, 0]
+    assert [r["dropped_samples"] for r in records] == [0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("combine", ["product", "minimum"])
+def test_weights_that_a_combination_can_not_take_are_refused_before_loading(combine):
+    settings = [f"scoring.combine={combine}", "model.path=/nowhere"]
+    settings += ["rewards=[{name: brightness}, {name: jpeg_compressibility, weight: -1}]"]
+    with pytest.raises(ValueError, match="weight of reward 'jpeg_compressibility' is -1; comb"):
+        build_trainer(load_config("demo", settings), Path("nowhere"))
+
+
 # --- dropping -----------------------------------------------------------------------------------
 
 
@@ -202,6 +278,52 @@ def test_an_iteration_without_any_score_stops_even_so(tmp_path):
     with pytest.raises(RewardError, match="there is nothing to learn"):
         make_trainer(tmp_path, reward, on_error="drop").run()
     assert list_checkpoints(tmp_path / "checkpoints")[-1].name == "000003"
+
+
+def by_boundary(*lost):
+    """Brightness without a score for the images ``lost[i]`` at the i-th boundary of an iteration.
+
+    The first call of an iteration is for the finished images, which are the last boundary.
+    """
+    calls = []
+
+    def reward(images, prompts):
+        scores = brightness(images, prompts)
+        boundary = (len(calls) - 1) % len(lost)
+        calls.append(boundary)
+        scores[list(lost[boundary])] = float("nan")
+        return scores
+
+    return FunctionReward("patchy", reward)
+
+
+def test_what_is_dropped_at_any_chunk_boundary_is_counted(tmp_path):
+    # Two chunks: image 1 has no score where the first begins, images 1 and 4 where the second does.
+    reward = by_boundary([1], [1, 4], [])
+    trainer = make_trainer(tmp_path, reward, credit="gain", on_error="drop", iterations=2)
+    seen = []
+    losses = trainer.algorithm.losses
+
+    def spied(policy, experience, generator):
+        seen.append(experience.advantages)
+        return losses(policy, experience, generator)
+
+    object.__setattr__(trainer.algorithm, "losses", spied)
+    _, records = finish(trainer)
+    for record, advantages in zip(records, seen, strict=True):
+        assert record["dropped"] == {"patchy": 2} and record["dropped_samples"] == 2
+        assert (advantages == 0).all(dim=1).tolist() == [False, True, False, False, True, False]
+
+
+def test_boundaries_that_together_drop_everything_stop_the_run(tmp_path):
+    reward = by_boundary([0, 1, 2], [3, 4], [5])
+    trainer = make_trainer(tmp_path, reward, credit="gain", on_error="drop")
+    with pytest.raises(RewardError, match="'patchy' and the others left no image with a usable sc"):
+        trainer.run()
+    # One image less is lost, and there is something to learn from.
+    reward = by_boundary([0, 1, 2], [3], [5])
+    _, records = finish(make_trainer(tmp_path, reward, credit="gain", on_error="drop"))
+    assert [record["dropped_samples"] for record in records] == [5] * 4
 
 
 def test_what_a_watched_reward_can_not_score_is_trained_on(tmp_path):
@@ -255,6 +377,24 @@ def test_drowned_and_flat_rewards_are_reported_once(tmp_path, caplog):
         assert shares["left"] == pytest.approx(shares["small"], rel=1e-3)
 
 
+def test_a_reward_that_works_in_place_spoils_nothing(tmp_path):
+    def vandal(images, prompts):
+        scores = images[:, 0].mean((1, 2))
+        images.fill_(7)
+        return scores
+
+    def polite(images, prompts):
+        return images[:, 0].mean((1, 2))
+
+    first, second = (
+        finish(
+            make_trainer(tmp_path / str(i), [(FunctionReward("red", f), 1.0), (BRIGHTNESS, 1.0)])
+        )
+        for i, f in enumerate((vandal, polite))
+    )
+    assert_same(first, second)
+
+
 def test_two_rewards_of_one_name_are_refused(tmp_path):
     with pytest.raises(ValueError, match="two rewards are named 'brightness'"):
         make_trainer(tmp_path, watched=[BRIGHTNESS]).run()
@@ -278,6 +418,83 @@ def test_groupwise_rewards_see_whole_groups_whatever_the_batch(tmp_path):
     assert all(len(set(prompts)) == 1 for _, prompts, _ in seen)
     assert together[1][0]["reward_mean"] == pytest.approx(1 / 3)
     assert apart[1][0]["reward_mean"] == pytest.approx(1 / 3)
+
+
+# --- rewards that need to know more than the prompt ---------------------------------------------
+
+
+GENEVAL_LINES = [
+    {"tag": "single_object", "include": [{"class": "star", "count": 1}], "prompt": "a star"},
+    {"tag": "counting", "include": [{"class": "circle", "count": 2}],
+     "exclude": [{"class": "circle", "count": 3}], "prompt": "two circles"},
+    {"tag": "colors", "include": [{"class": "cross", "count": 1, "color": "red"}],
+     "prompt": "a red cross"},
+]  # fmt: skip
+
+
+def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_path, monkeypatch):
+    """As ``chunkgrpo train --prompts FILE --reward geneval``, with stand-ins for the models."""
+    from chunkgrpo.cli import chosen
+    from chunkgrpo.rewards import geneval
+
+    class Finder:
+        classes = frozenset({"star", "circle", "cross"})
+
+        def __init__(self, model, floor, precision, device):
+            assert model == "PekingU/rtdetr_r101vd_coco_o365" and floor == 0.3
+
+        def __call__(self, images, labels):
+            """Find as many of what is asked for as the image is bright, at most three."""
+            asked.extend(labels)
+            numbers = (images.mean((1, 2, 3)) * 6 - 2).round().clamp(0, 3).int().tolist()
+            box = (2.0, 2.0, 30.0, 30.0)
+            return [
+                [geneval.Detection(label, 0.95, box) for label in each for _ in range(number)]
+                for each, number in zip(labels, numbers, strict=True)
+            ]
+
+    class Namer:
+        def __init__(self, model, precision, device):
+            pass
+
+        def __call__(self, image, detections):
+            return ["red"] * len(detections)
+
+    asked = []
+    monkeypatch.setattr(geneval, "TransformersDetector", Finder)
+    monkeypatch.setattr(geneval, "ClipColorNamer", Namer)
+    path = tmp_path / "geneval.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in GENEVAL_LINES))
+    settings = chosen(str(tiny_pipeline_path), str(path), ["geneval"], False)
+    settings += TINY_RUN
+    trainer = build_trainer(load_config("demo", settings), tmp_path / "run")
+    trainer.policy.decode = spread_out(trainer.policy.decode)
+    assert trainer.judge is trainer.rewards[0][0] and trainer.judge.name == "geneval"
+    _, records = finish(trainer)
+    scores = [record["rewards"]["geneval"] for record in records]
+    assert len(scores) == 2 and all(0 < score < 1 for score in scores)
+    assert {tuple(each) for each in asked} == {("star",), ("circle",), ("cross",)}
+
+    for line, says in [
+        ({"prompt": "a star"}, "'a star' demands: its record has no tag and no include"),
+        (
+            {**GENEVAL_LINES[0], "include": [{"class": "pear", "count": 1}]},
+            "ask for 'pear', which the detector can not find: it knows 3 classes, such as circle",
+        ),
+    ]:
+        path.write_text("\n".join(json.dumps(each) for each in [*GENEVAL_LINES[1:], line]))
+        with pytest.raises(ValueError, match=f"reward 'geneval': .*{says}"):
+            build_trainer(load_config("demo", settings), tmp_path / "refused")
+
+
+def spread_out(decode):
+    """Add to each image's brightness, by its place in the batch: random weights draw all alike."""
+
+    def decoded(latents):
+        images = decode(latents)
+        return images * 0.2 + torch.linspace(0.2, 0.8, len(images))[:, None, None, None]
+
+    return decoded
 
 
 # --- scoring while sampling ---------------------------------------------------------------------

@@ -355,6 +355,24 @@ def test_the_average_is_used_only_where_asked(tmp_path):
         assert torch.equal(policy.mean.detach(), trained)
 
 
+def test_an_evaluation_takes_no_more_at_once_than_a_rollout(tiny_policy, tmp_path):
+    """Its first forward is a run's first act, and must fit where the rollout fits."""
+    policy, rows, scores = tiny_policy(), [], []
+    velocity = policy.velocity
+
+    def counted(x, sigma, conditioning):
+        rows.append(len(x))
+        return velocity(x, sigma, conditioning)
+
+    policy.velocity = counted
+    for size, expected in ((3, [3] * 8 + [2] * 4), (96, [8] * 4)):
+        rows.clear()
+        trainer = make_trainer(policy, tmp_path, quiet(rollout_batch=size))
+        scores.append(trainer.evaluate(HELD_OUT, 4, seed=1).scores["brightness"])
+        assert rows == expected  # 8 images, 4 steps
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)  # up to one grey level of some pixels
+
+
 def test_the_seed_decides_the_run(tmp_path):
     means = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):

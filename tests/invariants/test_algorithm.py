@@ -21,6 +21,7 @@ from chunkgrpo.core import (
     UniformSelection,
     group_advantages,
     make_sigmas,
+    policy_gradient_scale,
     step_plan,
     whole_plan,
 )
@@ -172,6 +173,65 @@ def test_chunks_of_one_are_step_level_grpo():
     close(grad, policy.mean.grad, 1e-6)
 
 
+@pytest.mark.parametrize("network", [False, True], ids=["toy", "network"])
+def test_chunks_of_one_are_step_level_grpo_to_the_last_bit(tiny_policy, network):
+    """A loop over steps as published code has it: log-probability, ratio, clip, mean, backward.
+
+    It goes through the rows in the same order and batches, as sums of floating-point numbers depend
+    on both; on the network, where a row's bits depend on its batch, one by one. It trains 2^n pairs
+    an update, so that dividing by their number rounds nothing.
+    """
+    prompts = ["a star", "two circles"]
+    if network:
+        policy, group, steps, clip, far, micro_batch = tiny_policy(), 8, 4, 1e-4, 0.03, 1
+        shift(0.05)(policy)
+    else:
+        policy, group, steps, clip, far, micro_batch = toy(), 16, 8, 2e-3, 0.02, 7
+    experience = make_experience(policy, prompts, group, sigmas=make_sigmas(steps + 1))
+    t, advantages = experience.trajectory, experience.advantages
+    plan = step_plan(steps)
+    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2, micro_batch)
+    parameters, number, update, signs = (
+        policy.parameters(),
+        len(prompts) * group * steps // 2,
+        0,
+        [],
+    )
+    found = [torch.zeros_like(p) for p in parameters]
+    expected = [torch.zeros_like(p) for p in parameters]
+
+    def add(sums, loss):
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        for total, gradient in zip(sums, gradients, strict=True):
+            total += 0 if gradient is None else gradient
+
+    for part in algorithm.losses(policy, experience, seeded(3)):
+        b, i = part.diagnostics["sample"], part.diagnostics["step"]
+        v = policy.velocity(t.states[b, i], t.sigmas[i], t.conditioning[b])
+        step = FLOW(t.states[b, i], v, t.sigmas[i], t.sigmas[i + 1])
+        new = step.log_prob_per_dim(t.states[b, i + 1]).float()
+        old = new.detach() if update == 0 else t.old_log_prob[b, i]
+        ratio, A = (new - old).exp(), advantages[b]
+        loss = torch.maximum(-A * ratio, -A * ratio.clamp(1 - clip, 1 + clip)).sum() / number
+        add(expected, loss)
+        add(found, part.loss)
+        outside = (ratio - 1).abs() > clip
+        signs += [(s > 0, r > 1) for s, r in zip(A[outside], ratio[outside], strict=True)]
+        if part.ends_update:
+            for a, e in zip(found, expected, strict=True):
+                assert torch.equal(a, e)
+            assert any(bool((a != 0).any()) for a in found)
+            for sums in (found, expected):
+                for total in sums:
+                    total.zero_()
+            update += 1
+            shift(far)(policy)
+    # Both signs leave the range on both sides: cut, and kept on the wrong side.
+    assert update == 2 and {(bool(s), bool(r)) for s, r in signs} == {
+        (s, r) for s in (False, True) for r in (False, True)
+    }
+
+
 def test_one_chunk_of_all_steps_has_the_sequence_level_ratio():
     policy, value, grad, new, old, advantages = moved(whole_plan(7))
     dim = 12
@@ -237,6 +297,80 @@ def test_at_ratio_one_steps_weigh_as_the_inverse_of_their_chunk():
     step_level.backward()
     close(grad, policy.mean.grad, 1e-6)
     assert value.item() == pytest.approx(-experience.advantages.mean().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("anchor", ["rollout", "replay"])
+def test_implicit_weights_make_step_level_the_chunks_at_ratio_one(anchor):
+    """What the sizes of chunks do, without chunks: the two gradients are one."""
+    policy = toy()
+    experience = make_experience(policy)
+
+    def gradient(plan, **options):
+        algorithm = ChunkGRPO(
+            plan, FLOW, UniformSelection(1.0), num_updates=1, anchor=anchor, **options
+        )
+        return collect(algorithm, policy, experience)[0]
+
+    value, chunks, _ = gradient(PLAN)
+    same_value, steps, _ = gradient(step_plan(7), outer_weights="implicit", implicit=PLAN)
+    close(steps, chunks, 1e-6)
+    assert same_value.item() == pytest.approx(value.item(), abs=1e-6)
+    _, even, _ = gradient(step_plan(7))
+    assert (even - chunks).norm() > 0.1 * chunks.norm()
+    # And chunks that count by their size are the plain steps.
+    close(gradient(PLAN, outer_weights="chunk_size")[1], even, 1e-6)
+
+
+def test_equal_kappa_and_chunk_sizes_give_every_step_the_same_gradient():
+    """Before the policy moves, chunks of 1, 2 and 4: |dL/dv| = C / (S M N D mean(1/kappa)) |A e|.
+
+    e is the noise that was drawn in the step. The derivative with respect to the velocity is
+    -A lambda a kappa e / (S M cs D), and lambda a kappa / cs is one number for all steps.
+    """
+    policy = Asked(toy().mean.detach(), 0.5)
+    experience = make_experience(policy)
+    t = experience.trajectory
+    algorithm = ChunkGRPO(
+        PLAN, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=10**6,
+        inner_weights="equal_kappa", outer_weights="chunk_size",
+    )  # fmt: skip
+
+    def sizes(algorithm):
+        """[B, N]: derivatives with respect to the velocity, without A and the step's noise."""
+        policy.answers.clear()
+        (part,) = algorithm.losses(policy, experience, seeded(3))
+        part.loss.backward()
+        (v,), b, i = policy.answers, part.diagnostics["sample"], part.diagnostics["step"]
+        step = FLOW(t.states[b, i], v.detach(), t.sigmas[i], t.sigmas[i + 1])
+        noise = (t.states[b, i + 1] - step.mean) / step.std
+        found = torch.zeros(24, 7, dtype=torch.float64)
+        found[b, i] = v.grad.norm(dim=1) / (experience.advantages[b].abs() * noise.norm(dim=1))
+        return found
+
+    kappa = policy_gradient_scale(SIGMAS[:-1].double(), FLOW.diffusion)
+    expected = 1 / (24 * 7 * 12) / (1 / kappa).mean()
+    torch.testing.assert_close(
+        sizes(algorithm), expected.expand(24, 7), rtol=1e-4, atol=0, check_dtype=False
+    )
+    # Equal kappa alone leaves 1 / cs: the steps of each chunk are alike, and 1 : 1/2 : 1/4.
+    plain = sizes(replace(algorithm, outer_weights="none")).mean(0)
+    ratios = [7 / 3] + [7 / 6] * 2 + [7 / 12] * 4
+    assert (plain / expected).tolist() == pytest.approx(ratios, rel=1e-4)
+
+
+class Asked(GaussianPolicy):
+    """The toy, which keeps its answers and their gradients."""
+
+    def __init__(self, mean, std):
+        super().__init__(mean, std)
+        self.answers = []
+
+    def velocity(self, x, sigma, conditioning):
+        v = super().velocity(x, sigma, conditioning)
+        if v.requires_grad:
+            v.retain_grad()
+            self.answers.append(v)
+        return v
 
 
 def test_drawing_chunks_keeps_these_weights_in_expectation():
@@ -400,6 +534,16 @@ def test_what_can_not_work_is_refused():
         ChunkGRPO(PLAN, FLOW, num_updates=0)
     with pytest.raises(ValueError, match="must be at least 1, got 2 and 0"):
         ChunkGRPO(PLAN, FLOW, micro_batch=0)
+    with pytest.raises(ValueError, match=r"unknown outer weighting 'size'; known: .*chunk_size"):
+        ChunkGRPO(PLAN, FLOW, outer_weights="size")
+    with pytest.raises(ValueError, match=r"'implicit' with implicit None: .* give both"):
+        ChunkGRPO(step_plan(7), FLOW, outer_weights="implicit")
+    with pytest.raises(ValueError, match=r"'none' with implicit \[1, 2, 4\]: .* give both"):
+        ChunkGRPO(step_plan(7), FLOW, implicit=PLAN)
+    with pytest.raises(ValueError, match=r"the plan is \[1, 2, 4\]; use chunks of one"):
+        ChunkGRPO(PLAN, FLOW, outer_weights="implicit", implicit=PLAN)
+    with pytest.raises(ValueError, match="sum to 7, but this schedule has 6 trained steps"):
+        ChunkGRPO(step_plan(6), FLOW, outer_weights="implicit", implicit=PLAN)
 
 
 # --- does it learn? -----------------------------------------------------------------------------

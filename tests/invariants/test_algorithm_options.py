@@ -92,7 +92,13 @@ def direct(policy, experience, algorithm, samples, mask):
         kappa = policy_gradient_scale(t.sigmas, a.transition.diffusion)
         kappa = kappa[t.offset : t.offset + t.num_trained]
         step = step * (1 / kappa) / (1 / kappa).mean()
-    outer = {"none": torch.ones_like(dt), "noise_level": std / std.mean(), "inverse_dt": 1 / dt}
+    sizes = [size for size in a.plan.sizes for _ in range(size)]
+    outer = {
+        "none": torch.ones_like(dt),
+        "noise_level": std / std.mean(),
+        "inverse_dt": 1 / dt,
+        "chunk_size": torch.tensor(sizes) * a.plan.num_chunks / a.plan.num_steps,
+    }
     losses = []
     weights = a.selection.loss_weights(a.plan, t.dynamics, None)[samples]
     A = experience.advantages[samples]
@@ -138,6 +144,7 @@ OPTIONS = {
     "reference KL": {"kl_coefficient": 0.5},
     "reference KL as a rate": {"kl_coefficient": 0.5, "kl_form": "rate"},
     "consistency": {"consistency": 50.0},
+    "chunk size": {"outer_weights": "chunk_size"},
     "weighted selection": {"selection": Doubling(0.67)},
     "all at once": {
         "ratio": "guard",
@@ -150,6 +157,9 @@ OPTIONS = {
         "selection": Doubling(0.67),
     },
 }
+
+
+NEVER_CUT = {"KL mask that drops nothing", "no trust region", "k3 to the sampling policy"}
 
 
 @pytest.mark.parametrize("micro_batch", [7, 1000])
@@ -166,6 +176,13 @@ def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
     updates = collect(algorithm, policy, experience, move=shift(0.05))
     with torch.no_grad():
         policy.mean.copy_(kept)
+    # Advantages of both signs lose their gradient and keep it, or the comparison would show little.
+    later = [parts[-1].diagnostics for _, _, parts in updates[1:]]
+    positive = torch.cat([d["chunk_advantage"] > 0 for d in later])
+    cut = torch.cat([d["cut"] for d in later])
+    seen = set(zip(positive.tolist(), cut.tolist(), strict=True))
+    kinds = (False,) if name in NEVER_CUT else (False, True)
+    assert seen == set(itertools.product((False, True), kinds))
     for value, gradient, parts in updates:
         samples = torch.cat([p.diagnostics["sample"] for p in parts if "sample" in p.diagnostics])
         samples = samples.unique()

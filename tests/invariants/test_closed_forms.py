@@ -32,15 +32,18 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
+import numpy as np
 import pytest
 import torch
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from chunkgrpo.core import (
     ChunkPlan,
     CpsTransition,
     DanceDiffusion,
     FlowDiffusion,
+    KlMask,
     ListedSelection,
     OdeDiffusion,
     Transition,
@@ -605,6 +608,7 @@ UNBIASED = {
         ALL, RISING, {"selection": ListedSelection((1,))}, weights_of(RISING, chunks=[1]),
     ),
     "true density ratio": (ALL, HALVES, {"ratio": "full"}, DIM * EVEN),
+    "KL mask before the policy moves": (ALL, HALVES, {"trust": KlMask(1e-5)}, EVEN),
     "drawn by speed, corrected": (
         ALL, PAIRS, {"selection": WeightedSelection(0.34, correction=True)}, EVEN,
     ),
@@ -799,3 +803,106 @@ def test_gain_credit_is_biased_by_what_a_prediction_does_not_show_yet(plan):
         assert means.item() == pytest.approx(share, rel=1e-9)
         assert turns.item() == pytest.approx(share**2, rel=1e-9)
     assert torch.allclose(expected[steps], true[steps])
+
+
+# --- objectives of the forward process ----------------------------------------------------------
+
+
+def image_moments(setting=ALL):
+    """Of the images rolled out: mean less the policy's m, covariance C, C g, and C Q C.
+
+    g = Q (t - mean) is the mean slope of the reward. By Stein's identity Cov(r, x0) = C g, and by
+    Isserlis' theorem Cov(r, z z') = -C Q C for the images' z about their mean.
+    """
+    policy = StepwiseGaussian()
+    mean, covariance = (each.detach() for each in propagate(setting, policy))
+    slope = covariance @ CURVATURE @ (TARGET - mean)
+    return mean - policy.mean[0].detach(), covariance, slope, covariance @ CURVATURE @ covariance
+
+
+def forward_estimates(algorithm):
+    """Gradients of one update on images credited with their reward, one a portion: [M, K, 6]."""
+    policy, found = StepwiseGaussian(), []
+    for index, trajectory in enumerate(portions(rolled_out(ALL))):
+        experience = Experience(trajectory, image_credit(trajectory, None).float())
+        ((_, gradient, _),) = collect(algorithm, policy, experience, seed=index)
+        mean, turn = gradient.split([NUM_STEPS * DIM, NUM_STEPS * DIM**2])
+        found.append(flat((mean.view(NUM_STEPS, DIM), turn.view(NUM_STEPS, DIM, DIM))))
+    return -GROUP / (GROUP - 1) * torch.stack(found)
+
+
+def reach(sigma):
+    """k and q of the error v - (e - x0) = k (x0 - m) + q e of the policy's velocity."""
+    slope = (sigma - (1 - sigma) * STD**2) / variance_of(sigma)
+    return slope * (1 - sigma) + 1, slope * sigma - 1
+
+
+@pytest.mark.parametrize(("log_prob", "power"), [("uniform", 0), ("t", 1), ("t2", 2)])
+def test_awm_estimates_the_policy_gradient_times_the_images_covariance(log_prob, power):
+    r"""Not the gradient of the expected reward in m, Q (t - mean), but C times that.
+
+    On-policy the loss is A w(sigma) times the matching error, whose derivatives with respect to m
+    and H are :math:`-\tfrac{2k}{D}(k y + q e)` and
+    :math:`\tfrac{2}{D}(k y + q e)((1-\sigma) y + \sigma e)'` with y = x0 - m. What is left of them
+    in the mean is what goes with the reward: :math:`E[A y] = C g` and
+    :math:`E[A y y'] = -C Q C + d (C g)' + (C g) d'`, d the distance of the images' mean from m. The
+    direction is the same at every noise level.
+    """
+    algorithm = AWM(
+        log_prob=log_prob, num_times=6, advantage_clip=1e3, advantage_max=1e3, micro_batch=10**6
+    )
+    away, _, slope, turned = image_moments()
+    outer = away[:, None] * slope
+    second = -turned + outer + outer.T
+    expected = torch.zeros(NUM_STEPS, 6, dtype=torch.float64)
+    # Six strata of the six times below pure noise: each is drawn once a sample.
+    for i in range(1, NUM_STEPS):
+        sigma = SIGMAS.double()[i].item()
+        k, _ = reach(sigma)
+        scale = 2 / DIM * k * sigma**power / 6
+        expected[i] = scale * torch.cat([k * slope, -(1 - sigma) * second.flatten()])
+    assert_unbiased(forward_estimates(algorithm), expected)
+
+
+def nft_mean(sigma, away, covariance, slope, turned):
+    r"""[D]: E[A e / w] of two elements by quadrature, w = (|e_1| + |e_2|) / 2, e = k y + q noise.
+
+    Given e the reward's mean is quadratic, as image and e are jointly normal:
+    :math:`E[A | e] = k h'(C g) - \tfrac{k^2}{2}(h' C Q C h - tr(S^{-1} C Q C))` with
+    :math:`h = S^{-1}(e - k d)` and :math:`S = k^2 C + q^2 I`. Polar coordinates, one quadrant after
+    another: e / w has kinks on the axes.
+    """
+    k, q = reach(sigma)
+    spread = k**2 * covariance + q**2 * torch.eye(DIM).double()
+    inverse = torch.linalg.inv(spread)
+    nodes, weights = (torch.from_numpy(each) for each in np.polynomial.legendre.leggauss(60))
+    far = 10 * spread.diagonal().max().sqrt() + k * away.norm()
+    radius, dr = (nodes + 1) / 2 * far, weights / 2 * far
+    total = torch.zeros(DIM, dtype=torch.float64)
+    for quadrant in range(4):
+        angle, da = (nodes + 1 + 2 * quadrant) * math.pi / 4, weights * math.pi / 4
+        unit = torch.stack([angle.cos(), angle.sin()], 1)
+        e = radius[:, None, None] * unit
+        h = (e - k * away) @ inverse
+        density = (-((e - k * away) * h).sum(-1) / 2).exp() / (2 * math.pi * spread.det().sqrt())
+        curved = (h @ turned * h).sum(-1) - (inverse * turned).sum()
+        credit = k * h @ slope - k**2 / 2 * curved
+        share = credit * density * (dr * radius)[:, None] * da
+        total += (share.sum(0)[:, None] * unit / unit.abs().mean(1, keepdim=True)).sum(0)
+    return total
+
+
+def test_nft_estimates_a_bounded_form_of_the_same():
+    """On-policy, b = 1: the mean of A times the error over the error's own absolute mean.
+
+    The error of the predicted image is sigma e, of which the norm leaves no more than sigma; each
+    of the K times has the share 1 / K of the pairs.
+    """
+    algorithm = DiffusionNFT(
+        advantage_clip=100.0, fraction=1.0, micro_batch=10**6, kl_coefficient=0.0
+    )
+    expected = torch.zeros(NUM_STEPS, DIM, dtype=torch.float64)
+    for i, sigma in enumerate(SIGMAS.double()[:-1].tolist()):
+        pull = nft_mean(sigma, *image_moments())
+        expected[i] = 2 / DIM * reach(sigma)[0] * sigma / NUM_STEPS * pull
+    assert_unbiased(forward_estimates(algorithm)[..., :DIM], expected)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -263,6 +264,61 @@ def test_open_clip_weights_convert_exactly(tmp_path: Path) -> None:
     options = {"weights": str(tmp_path / "open_clip.pt"), "model": str(folder)}
     scores = make_reward("hpsv2", options)(images, PROMPTS)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-5)
+
+
+def fitted(image: Any, side: int) -> Tensor:
+    """HPSv2's preparation of one PIL image, from its description: [3, side, side]."""
+    from PIL import Image
+
+    scale = side / max(image.size)
+    width, height = (round(length * scale) for length in image.size)
+    black = Image.new("RGB", (side, side))
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    black.paste(resized, ((side - width) // 2, (side - height) // 2))
+    mean = np.array([0.48145466, 0.4578275, 0.40821073])
+    std = np.array([0.26862954, 0.26130258, 0.27577711])
+    values = (np.asarray(black) / 255 - mean) / std
+    return torch.from_numpy(values).permute(2, 0, 1).float()
+
+
+@pytest.mark.parametrize(
+    "height, width", [(64, 48), (48, 64), (90, 71), (20, 30), (32, 20), (32, 32), (64, 64)]
+)
+def test_hpsv2_fits_whole_images_into_a_black_square(
+    height: int, width: int, clip_folder: Path
+) -> None:
+    images = random_images(2, height, width)
+    preprocess = Preprocess.from_source("hpsv2", clip_folder).padded_to(32)
+    theirs = torch.stack([fitted(image, 32) for image in pil_images(images)])
+    ours = preprocess(images)
+    assert ours.shape == theirs.shape == (2, 3, 32, 32)
+    level = 1 / 255 / min(preprocess.std)  # where PIL rounds the other way
+    assert (ours - theirs).abs().max() <= 1.01 * level
+    assert (ours - theirs).abs().mean() <= 0.01 * level
+    if height == width:  # nothing is padded: CLIP-H's own processor does the same
+        torch.testing.assert_close(ours, Preprocess.from_source("hpsv2", clip_folder)(images))
+
+
+def test_hpsv2_scores_rectangles_by_all_that_they_show(tmp_path: Path) -> None:
+    folder = save_clip(tmp_path / "clip", act="gelu")
+    tokenizer = save_tokenizer(tmp_path / "tokens", length=24)
+    original: Any = randomize(OpenClip(len(tokenizer)), seed=5)
+    for name, parameter in original.named_parameters():
+        if ".ln_" in f".{name}" and name.endswith("weight"):
+            parameter.data += 1
+    torch.save(original.state_dict(), tmp_path / "open_clip.pt")
+    images = random_images(4, 48, 32)
+    images[1] = images[0]
+    images[1, :, :8] = images[1, :, -8:] = 0.9  # what a crop to the centre would cut off
+    pixels = torch.stack([fitted(image, 32) for image in pil_images(images)])
+    tokens = tokenizer(["a cat"] * 4, return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        expected = F.cosine_similarity(original.visual(pixels), original.encode_text(tokens))
+    options = {"weights": str(tmp_path / "open_clip.pt"), "model": str(folder)}
+    scores = make_reward("hpsv2", options)(images, ["a cat"] * 4)
+    torch.testing.assert_close(scores, expected, rtol=0, atol=5e-4)
+    assert (scores[0] - scores[1]).abs() > 0.02
+    assert scores.std() > 0.02
 
 
 def test_weights_of_another_model_are_refused(clip_folder: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from chunkgrpo.rewards.geneval import (
     Detection,
     Rules,
     TransformersDetector,
+    demands,
     judge,
     overlap,
     read_metadata,
@@ -244,6 +245,164 @@ def test_reward_reads_demands_by_prompt(tmp_path: Path) -> None:
         reward(images[:1], ["a cat"])
 
 
+def scene_reader(scenes: Sequence[Scene], classes: set[str] | None = None) -> Any:
+    """A detector that finds the scene whose number is the image's level of grey in per cent."""
+
+    def number(image: Tensor) -> int:
+        return round(image.mean().item() * 100)
+
+    class Reader:
+        def __call__(self, images: Tensor, labels: Sequence[Sequence[str]]) -> list[Scene]:
+            return [scenes[number(image)] for image in images]
+
+        def colors(self, image: Tensor, detections: Sequence[Detection]) -> list[str]:
+            return [scenes[number(image)].colors[detection.box] for detection in detections]
+
+    reader = Reader()
+    reader.classes = classes  # type: ignore[attr-defined]
+    return reader
+
+
+def grey(*levels: int) -> Tensor:
+    return torch.tensor(levels).view(-1, 1, 1, 1).expand(-1, 3, 4, 4) / 100
+
+
+def test_demands_come_with_the_prompts(tmp_path: Path) -> None:
+    """A prompt file in GenEval's form is all that is needed."""
+    from chunkgrpo.prompts import read_prompts
+    from chunkgrpo.rewards import Scorer
+    from chunkgrpo.rewards.scoring import check_prompts
+
+    path = tmp_path / "geneval.jsonl"
+    path.write_text(
+        "\n".join(json.dumps({**line, "prompt": f"prompt {i}"}) for i, line in enumerate(LINES))
+    )
+    prompts = read_prompts(path)
+    scenes = [right_scene(line) for line in LINES]
+    scenes[2].append(replace(scenes[2][0]))  # a fourth cup
+    reader = scene_reader(scenes)
+    reward: Any = make_reward("geneval", {"detector": reader, "color_model": reader.colors})
+    assert reward.needs_metadata and reward.share
+    check_prompts(reward, prompts.texts, prompts.metadata)
+    metadata = dict(zip(prompts.texts, prompts.metadata))
+    scorer = Scorer([(reward, 1.0)], metadata=metadata)
+    scores = scorer(grey(*range(9)), prompts.texts).total
+    assert scores.tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1]
+    # Each image is judged by its own prompt's demands.
+    swapped = scorer(grey(1, 0, 3), prompts.texts[:3]).total
+    assert swapped.tolist() == [1, 0, 0]
+
+
+@pytest.mark.needs_data
+def test_the_published_prompts_bring_their_demands() -> None:
+    from chunkgrpo.prompts import read_prompts
+    from chunkgrpo.rewards.scoring import check_prompts
+
+    folder = os.environ.get("CHUNKGRPO_DATA")
+    if not folder or not (Path(folder) / "geneval.jsonl").is_file():
+        pytest.skip("set CHUNKGRPO_DATA to a folder with GenEval's metadata as geneval.jsonl")
+    prompts = read_prompts(Path(folder) / "geneval.jsonl")
+    lines = list(dict(zip(prompts.texts, prompts.metadata)).items())
+    assert len(lines) == 553
+    for start in range(0, len(lines), 90):  # levels of grey name the scenes of one batch
+        part = lines[start : start + 90]
+        scenes = [right_scene(dict(known)) for _, known in part]
+        reader = scene_reader(scenes)
+        reward: Any = make_reward("geneval", {"detector": reader, "color_model": reader.colors})
+        check_prompts(reward, prompts.texts, prompts.metadata)
+        texts, metadata = [text for text, _ in part], [known for _, known in part]
+        assert reward(grey(*range(len(part))), texts, metadata).all()
+        scenes[0].clear()
+        assert reward(grey(0), texts[:1], metadata[:1]).tolist() == [0]
+
+
+def test_tables_store_what_is_absent_as_none() -> None:
+    entry = {"class": "cup", "count": 1, "color": None, "position": None}
+    known = {"tag": "single_object", "include": [entry], "exclude": None, "id": 3}
+    line = demands("a cup", known)
+    assert line == {
+        "tag": "single_object", "prompt": "a cup", "include": [{"class": "cup", "count": 1}],
+    }  # fmt: skip
+    scene = right_scene(line)
+    assert verdict(line, scene) and not verdict(line, Scene())
+
+
+@pytest.mark.parametrize(
+    "known, message",
+    [
+        ({}, "nothing says what the prompt 'a cup' demands: its record has no tag and no include"),
+        ({"tag": "colors"}, r"has no include; train on a .jsonl file .*\(--prompts FILE\)"),
+        ({"tag": "shape", "include": []}, "demands of the prompt 'a cup' are wrong: .*'shape'"),
+        ({"tag": "colors", "include": [{"class": "cup"}]}, "'a cup' are wrong: KeyError.*count"),
+        ({"tag": "colors", "include": ["cup"]}, "'a cup' are wrong: AttributeError"),
+    ],
+)
+def test_prompts_without_demands_are_refused(known: dict[str, Any], message: str) -> None:
+    reward: Any = make_reward("geneval", {"detector": scene_reader([Scene()])})
+    for ask in (reward.check_prompts, lambda *given: reward(grey(0), *given)):
+        with pytest.raises(ValueError, match=f"reward 'geneval': .*{message}"):
+            ask(["a cup"], [known])
+
+
+def test_one_prompt_can_not_demand_two_things() -> None:
+    reward: Any = make_reward("geneval", {"detector": scene_reader([Scene()])})
+    reward.check_prompts(["a bowl"] * 2, [LINES[0], {**LINES[0], "id": 7}])
+    with pytest.raises(ValueError, match="the prompt 'a bowl' appears with two demands"):
+        reward.check_prompts(["a bowl"] * 2, LINES[:2])
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_classes_that_the_detector_can_not_find_are_named(from_file: bool, tmp_path: Path) -> None:
+    """It would never find them: include would always fail, exclude always pass."""
+    lines = [
+        {**LINES[0], "prompt": "a bowl"},
+        {**LINES[0], "prompt": "no yeti", "exclude": [{"class": "yeti", "count": 1}]},
+        {"tag": "single_object", "prompt": "a dodo", "include": [{"class": "dodo", "count": 1}]},
+    ]
+    path = tmp_path / "lines.jsonl"
+    path.write_text("\n".join(json.dumps(line) for line in lines))
+    reader = scene_reader([right_scene(LINES[0])], {"bowl", "cup"})
+    options = {"detector": reader} | ({"metadata": path} if from_file else {})
+    reward: Any = make_reward("geneval", options)
+    texts = [line["prompt"] for line in lines]
+    known = [] if from_file else [lines]
+    reward.check_prompts(texts[:1], *([lines[:1]] if known else []))
+    message = "'geneval': prompts ask for 'yeti', 'dodo', which the detector can not find: it knows"
+    with pytest.raises(ValueError, match=f"{message} 2 classes, such as bowl, cup; leave these"):
+        reward.check_prompts(texts, *known)
+    with pytest.raises(ValueError, match=message):
+        reward(grey(0, 0, 0), texts, *known)
+    reader.classes = None  # finds whatever it is asked for
+    assert reward(grey(0, 0, 0), texts, *known).tolist() == [1, 1, 0]
+
+
+def test_detectors_say_what_they_can_find(tmp_path: Path) -> None:
+    from tiny_rewards import save_detr, save_owlvit
+
+    fixed = TransformersDetector(str(save_detr(tmp_path / "fixed")))
+    assert fixed.classes == {"N/A", "cup", "computer mouse", "dog"}  # by GenEval's names
+    assert TransformersDetector(str(save_owlvit(tmp_path / "any"))).classes is None
+    reward: Any = make_reward("geneval", {"detector": str(tmp_path / "fixed")})
+    good = {"tag": "single_object", "include": [{"class": "computer mouse", "count": 1}]}
+    reward.check_prompts(["a mouse"], [good])
+    with pytest.raises(ValueError, match="prompts ask for 'mouse', which the detector can not"):
+        reward.check_prompts(["a"], [{**good, "include": [{"class": "mouse", "count": 1}]}])
+
+
+def test_the_color_model_is_loaded_with_the_first_color(tmp_path: Path) -> None:
+    from tiny_rewards import save_clip
+
+    options = {"detector": scene_reader([Scene()]), "color_model": str(save_clip(tmp_path))}
+    reward: Any = make_reward("geneval", options)
+    reward.check_prompts(["a bowl"], LINES[:1])
+    assert reward.colors is None
+    reward.check_prompts(["a purple cup"], LINES[3:4])
+    assert isinstance(reward.colors, ClipColorNamer)
+    missing: Any = make_reward("geneval", {**options, "color_model": str(tmp_path / "none")})
+    with pytest.raises(FileNotFoundError, match="none"):
+        missing.check_prompts(["a purple cup"], LINES[3:4])
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -336,6 +495,22 @@ def test_zero_shot_detector(tmp_path: Path) -> None:
         best = output.logits[0].max(-1)
         assert [d.score for d in ours] == pytest.approx(best.values.sigmoid().tolist(), abs=1e-4)
         assert [d.label for d in ours] == [labels[i][j] for j in best.indices]
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_the_process_wide_choice_of_kernels_moves_no_box(zero_shot: bool, tmp_path: Path) -> None:
+    from chunkgrpo.runtime.attention import plain_attention
+    from tiny_rewards import random_images, save_detr, save_owlvit
+
+    folder = (save_owlvit if zero_shot else save_detr)(tmp_path)
+    detector = TransformersDetector(str(folder), floor=0.0)
+    images, labels = random_images(2, 32, 32), [["cup", "dog"]] * 2
+    alone = detector(images, labels)
+    with plain_attention():  # as a policy that samples in another thread
+        beside = detector(images, labels)
+    seen = [[[(d.label, d.score, d.box) for d in each] for each in run] for run in (alone, beside)]
+    assert seen[0] == seen[1] and len(seen[0][0]) > 3
+    assert detector.model.config._attn_implementation == "eager"
 
 
 def test_colors_are_named_by_clip(tmp_path: Path) -> None:

@@ -126,6 +126,22 @@ def test_hpsv3_keeps_its_rotary_frequencies_in_half_precision(
     assert reward(random_images(1, 32, 32), ["x"]).isfinite().all()
 
 
+def test_the_process_wide_choice_of_kernels_changes_no_bit_of_hpsv3(
+    qwen: tuple[Path, Any, Any, Any],
+) -> None:
+    from chunkgrpo.runtime.attention import plain_attention
+
+    reward = make_reward("hpsv3", options(qwen[0]))
+    images = random_images(3, 32, 32)
+    alone = reward(images, PROMPTS)
+    with plain_attention():  # as a policy that samples in another thread
+        beside = reward(images, PROMPTS)
+    assert torch.equal(alone, beside)
+    config = reward.model.config  # type: ignore[attr-defined]
+    for part in (config, config.text_config, config.vision_config):
+        assert part._attn_implementation == "eager"
+
+
 @pytest.mark.parametrize("height, width", [(32, 32), (64, 64), (50, 90), (20, 28), (16, 64)])
 def test_hpsv3_patches_are_those_of_transformers(height: int, width: int) -> None:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil

@@ -51,6 +51,18 @@ def test_reads_at_other_sizes(size: int, height: int, reward: Reward) -> None:
     assert reward(image, ['a door with "Kitchen" on it']) < 0.5
 
 
+def test_unsure_lines_are_left_out(reward: Reward) -> None:
+    """By default below 0.5, as PaddleOCR, with which Flow-GRPO reads, does by itself."""
+    image = rendered("HELLO")
+    array = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    output = reward.engine(array[..., ::-1].copy())  # type: ignore[attr-defined]
+    (sure,) = output.scores
+    assert 0.5 < sure < 1 and reward.engine.text_score == 0.5  # type: ignore[attr-defined]
+    for least, score in ((0.0, 1), (sure - 1e-4, 1), (1.0, 0)):
+        picky = make_reward("ocr", {"threads": 1, "min_confidence": least})
+        assert picky(image[None], ['a sign that says "Hello"']) == score
+
+
 def test_two_lines_and_extra_text_are_read(reward: Reward) -> None:
     image = rendered("Step Goal\nAchieved", 256, 36)[None]
     assert reward(image, ['a watch displaying "Step Goal Achieved"']) == 1

@@ -31,7 +31,7 @@ from chunkgrpo.rewards.server import Limits, Refused, create_app, parse_request,
 
 TOKEN = "a long secret"
 SERVED = """
-import time
+import os, pathlib, signal, time
 import torch
 
 def probe(images, prompts):
@@ -44,6 +44,20 @@ def probe(images, prompts):
         return scores[:-1]
     scores[[prompt == "nan" for prompt in prompts]] = float("nan")
     return scores
+
+def rank(images, prompts, group_size):
+    levels = images.mean((1, 2, 3)).view(-1, group_size)
+    return (levels[:, :, None] > levels[:, None, :]).float().mean(2).flatten()
+rank.groupwise = True
+
+def mortal(images, prompts):
+    # Killed in the middle of the call whose number is written down; a later process goes on.
+    note = pathlib.Path(__file__).with_name("calls")
+    calls, last = map(int, note.read_text().split())
+    note.write_text(f"{calls + 1} {last}")
+    if calls + 1 == last:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return images.mean((1, 2, 3))
 """
 # What a server must not do, chosen by the first part of the path; no model, so it starts at once.
 LIAR = """
@@ -66,7 +80,9 @@ class Liar(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     def do_GET(self):
         kind = self.path.split("/")[1]
-        info = {"stranger": {"hello": "world"}, "half": {"protocol": 1}}.get(kind, INFO)
+        info = {"stranger": {"hello": "world"}, "half": {"protocol": 1},
+                "never": INFO | {"seconds": 0}, "patient": INFO | {"seconds": 400},
+                "silent": {k: v for k, v in INFO.items() if k != "seconds"}}.get(kind, INFO)
         self.answer(200, json.dumps(info))
     def do_POST(self):
         self.rfile.read(int(self.headers["content-length"]))
@@ -89,6 +105,9 @@ class Liar(BaseHTTPRequestHandler):
             self.end_headers()
         elif kind == "hangs":
             time.sleep(60)
+        elif kind == "slow":
+            time.sleep(0.4)
+            self.answer(200, '{"scores": [0.25, 0.5]}')
         elif kind == "trickles":
             self.send_response(200)
             self.end_headers()
@@ -134,11 +153,13 @@ def started(arguments: list[str], environment: dict[str, str]) -> tuple[subproce
     return child, "http://" + line.split("http://")[1].split(";")[0].strip()
 
 
-def start_reward(folder: Path, port: int = 0) -> tuple[subprocess.Popen[str], str]:
+def start_reward(
+    folder: Path, port: int = 0, name: str = "probe"
+) -> tuple[subprocess.Popen[str], str]:
     (folder / "served.py").write_text(SERVED)
     source = str(Path(__file__).resolve().parents[2] / "src")
     paths = os.pathsep.join([str(folder), source, os.environ.get("PYTHONPATH", "")])
-    arguments = ["-m", "chunkgrpo.cli", "serve-reward", "served:probe", "--port", str(port)]
+    arguments = ["-m", "chunkgrpo.cli", "serve-reward", f"served:{name}", "--port", str(port)]
     limits = ["--max-batch", "4", "--max-megabytes", "1", "--max-pixels", "65536"]
     return started([*arguments, *limits], {"PYTHONPATH": paths, "CHUNKGRPO_REWARD_TOKEN": TOKEN})
 
@@ -264,6 +285,25 @@ def test_it_hangs(server, liar) -> None:
         assert time.monotonic() - begun < 20
     # The real one is busy with what nobody waits for any more, and then goes on.
     assert RemoteReward(server[1])(some_images(1), ["a"]).shape == (1,)
+
+
+def test_the_server_gives_up_first(liar) -> None:
+    """It says why; a client that gives up before sends the same request again, behind the first."""
+    for kind, timeout, deadline in (("few", 20, 300), ("patient", 410, 820), ("silent", 130, 300)):
+        remote = RemoteReward(f"{liar}/{kind}")
+        assert (remote.timeout, remote.deadline) == (timeout, deadline)
+    chosen = RemoteReward(f"{liar}/few", timeout=2.5, deadline=7)
+    assert (chosen.timeout, chosen.deadline) == (2.5, 7)
+    with pytest.raises(RewardError, match="no reward server of this version"):
+        RemoteReward(f"{liar}/never")
+
+
+def test_the_deadline_is_that_of_a_request_however_many_there_are(liar) -> None:
+    remote = RemoteReward(f"{liar}/slow", batch=2)
+    remote.deadline = 1.5
+    begun = time.monotonic()
+    assert remote(some_images(10), ["a"] * 10).tolist() == [0.25, 0.5] * 5
+    assert time.monotonic() - begun > 1.9
 
 
 @pytest.mark.parametrize(
@@ -516,6 +556,84 @@ def test_groupwise_rewards_can_be_served() -> None:
     assert answer.json() == {"name": "rank", "scores": [1, 0, 2, 2, 1, 0]}
     answer = post(app, json.dumps(values | {"group_size": 4}).encode(), headers)
     assert answer.status_code == 422
+
+
+def test_groups_arrive_whole_at_a_served_reward(tmp_path) -> None:
+    child, address = start_reward(tmp_path, name="rank")  # takes at most 4 images a request
+    try:
+        remote = make_reward(address)
+        assert isinstance(remote, RemoteReward) and remote.groupwise and remote.name == "rank"
+        levels = torch.tensor([0.2, 0.1, 0.3, 0.9, 0.7, 0.7, 0.4, 0.6, 0.5])
+        images = levels.view(9, 1, 1, 1).expand(9, 3, 2, 2)
+        expected = torch.tensor([1, 0, 2, 2, 0, 0, 0, 2, 1]) / 3
+        prompts = ["a"] * 3 + ["b"] * 3 + ["c"] * 3
+        torch.testing.assert_close(Scorer([(remote, 1.0)])(images, prompts, 3).total, expected)
+        alone = Scorer([(remote, 1.0)])(images[:8], ["a"] * 4 + ["b"] * 4, 2).total
+        assert alone.tolist() == [0.5, 0, 0, 0.5, 0, 0, 0, 0.5]
+        with pytest.raises(RewardError, match="which 9 images of 4 pixels may exceed; raise --max"):
+            remote(images, ["a"] * 9, 9)
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_run_outlives_its_reward_server(tmp_path, tiny_pipeline_path) -> None:
+    """Killed while it scores an iteration, and started again: the run ends as if nothing was."""
+    from chunkgrpo.cli import chosen
+    from chunkgrpo.config import build_trainer, load_config
+    from chunkgrpo.report.metrics import read_metrics
+    from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint
+
+    listed = tmp_path / "prompts.txt"
+    listed.write_text("a red star\ntwo circles\na blue cross\n")
+
+    def trained(folder: Path, last_call: int):
+        folder.mkdir()
+        (folder / "calls").write_text(f"0 {last_call}")
+        servers = [start_reward(folder, name="mortal")]
+        address = servers[0][1]
+        port = int(address.rsplit(":", 1)[1])
+
+        def revive() -> None:
+            servers[0][0].wait()
+            if not over.is_set():
+                servers.append(start_reward(folder, port, "mortal"))
+
+        over, keeper = threading.Event(), threading.Thread(target=revive)
+        keeper.start()
+        try:
+            settings = chosen(str(tiny_pipeline_path), str(listed), [address], False)
+            settings += [
+                "iterations=3", "sampling.prompts=2", "sampling.group_size=4", "sampling.steps=5",
+                "sampling.window.kind=all", "chunks.sizes=[1,3]", "chunks.indices=[0]",
+                "evaluation.every=2", "model.precision=fp32", "model.max_sequence_length=4",
+            ]  # fmt: skip
+            trainer = build_trainer(load_config("demo", settings), folder / "run")
+            assert trainer.run()
+        finally:
+            over.set()
+            for child, _ in servers:
+                child.kill()
+            keeper.join()
+            for child, _ in servers:
+                child.kill()
+                child.wait()
+        records = read_metrics(folder / "run" / "metrics.jsonl")
+        for record in records:
+            for name in ("seconds", "phase_seconds", "images_per_second"):
+                del record[name]
+        tensors, _ = load_checkpoint(list_checkpoints(folder / "run" / "checkpoints")[-1])
+        calls = int((folder / "calls").read_text().split()[0])
+        return records, tensors, calls, len(servers)
+
+    # 8 images are two requests of 4 an iteration, and 3 prompts one in the evaluation after two.
+    records, tensors, calls, servers = trained(tmp_path / "calm", 0)
+    assert (calls, servers, len(records)) == (7, 1, 3)
+    again, others, calls, servers = trained(tmp_path / "killed", 4)
+    assert (calls, servers) == (8, 2)  # what was being scored is scored again
+    assert again == records and len({record["reward_mean"] for record in records}) == 3
+    assert others.keys() == tensors.keys()
+    assert [name for name in tensors if not torch.equal(tensors[name], others[name])] == []
 
 
 def test_what_is_known_of_a_prompt_travels_along(tmp_path) -> None:

@@ -19,6 +19,7 @@ from chunkgrpo.core.chunks import ChunkPlan, Selection, UniformSelection, chosen
 from chunkgrpo.core.objectives import (
     INNER_WEIGHTS,
     OUTER_WEIGHTS,
+    PLAN_WEIGHTS,
     RATIO_FORMS,
     Clip,
     TrustRegion,
@@ -75,7 +76,11 @@ class ChunkGRPO:
         ratio: Form of the ratio, see :func:`~chunkgrpo.core.objectives.ratio_scale`.
         inner_weights: ``"equal_kappa"`` weights the steps inside a chunk's ratio.
         outer_weights: ``"noise_level"`` or ``"inverse_dt"`` weights the loss of a step; of a chunk,
-            with the mean over its steps.
+            with the mean over its steps. ``"chunk_size"`` weights that of a chunk by its size
+            (:func:`~chunkgrpo.core.objectives.chunk_size_weights`), and ``"implicit"`` that of a
+            step as ``implicit`` would (:func:`~chunkgrpo.core.objectives.implicit_weights`).
+        implicit: The plan that ``outer_weights`` ``"implicit"`` takes the steps' weights from; it
+            covers the same steps as ``plan``, whose chunks are then single steps.
         consistency: Weight of the temporal consistency term. For neighbouring chunks with first
             steps i < k it is the mean square of how far the update has moved the two clean-image
             predictions apart,
@@ -104,6 +109,7 @@ class ChunkGRPO:
     ratio: str = "per_dimension"
     inner_weights: str = "none"
     outer_weights: str = "none"
+    implicit: ChunkPlan | None = None
     consistency: float = 0.0
     group_by_chunk: bool = False
 
@@ -122,7 +128,7 @@ class ChunkGRPO:
             ("KL form", self.kl_form, KL_FORMS),
             ("ratio form", self.ratio, RATIO_FORMS),
             ("inner weighting", self.inner_weights, INNER_WEIGHTS),
-            ("outer weighting", self.outer_weights, OUTER_WEIGHTS),
+            ("outer weighting", self.outer_weights, OUTER_WEIGHTS | PLAN_WEIGHTS),
         ):
             if value not in known:
                 raise ValueError(f"unknown {name} {value!r}; known: {', '.join(known)}")
@@ -131,6 +137,19 @@ class ChunkGRPO:
                 f"num_updates and micro_batch must be at least 1, got {self.num_updates} and "
                 f"{self.micro_batch}"
             )
+        if (self.outer_weights == "implicit") != (self.implicit is not None):
+            raise ValueError(
+                f"outer weighting {self.outer_weights!r} with implicit {self.implicit}: weights "
+                "'implicit' need the plan they are taken from, and nothing else reads it; give "
+                "both or none"
+            )
+        if self.implicit is not None:
+            self.implicit.validate_for(self.plan.num_steps)
+            if max(self.plan.sizes) > 1:
+                raise ValueError(
+                    f"outer weighting 'implicit' gives single steps the weights that chunks have "
+                    f"anyhow, and the plan is {self.plan}; use chunks of one, or no weights"
+                )
 
     @property
     def region(self) -> TrustRegion:
@@ -306,9 +325,14 @@ class _Scales:
         kappa_N = transition_scale(algorithm.transition, sigmas)
         inner_N = ratio_scale(algorithm.ratio, std_N, num_elements)
         inner_N = inner_N * INNER_WEIGHTS[algorithm.inner_weights](kappa_N)
-        outer_N = OUTER_WEIGHTS[algorithm.outer_weights](std_N, dt_N)
+        if algorithm.outer_weights in PLAN_WEIGHTS:
+            # Of the steps that are cut into chunks, which are those of the window.
+            cut = algorithm.implicit or plan
+            outer_N = PLAN_WEIGHTS[algorithm.outer_weights](cut).to(std_N)
+        else:
+            outer_N = OUTER_WEIGHTS[algorithm.outer_weights](std_N, dt_N)[window]
         kl_N = dt_N if algorithm.kl_form == "rate" else torch.ones_like(dt_N)
-        return _Scales(inner_N[window], plan.reduce(outer_N[None, window])[0], kl_N[window])
+        return _Scales(inner_N[window], plan.reduce(outer_N[None])[0], kl_N[window])
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ To learn Chunk-GRPO (arXiv:2510.21583) from the code, read the files in this ord
 5. :mod:`.learned`: a choice of chunks that adapts while training.
 6. :mod:`.credit`: from rewards to advantages.
 7. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
-5. :mod:`.credit`: from rewards to advantages.
-6. :mod:`.objectives`: one importance ratio per chunk, its clipped loss, and its gradient.
-7. :mod:`.forward`: the relatives that train finished images, noised again, and no steps at all.
+8. :mod:`.windows`: noise and training in some of the steps only.
+9. :mod:`.forward`: the relatives that train finished images, noised again, and no steps at all.
 
 Nothing here reads files, moves tensors between devices or draws from global random state.
 """
@@ -76,15 +75,18 @@ from .learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from .objectives import (
     INNER_WEIGHTS,
     OUTER_WEIGHTS,
+    PLAN_WEIGHTS,
     RATIO_FORMS,
     Clip,
     KlMask,
     NoTrustRegion,
     TrustRegion,
     chunk_log_ratio,
+    chunk_size_weights,
     clipped_surrogate,
     equal_kappa_weights,
     gradient_is_cut,
+    implicit_weights,
     inverse_dt_weights,
     k3_kl,
     k3_slope,
@@ -141,6 +143,7 @@ __all__ = [
     "INNER_WEIGHTS",
     "OUTER_WEIGHTS",
     "PAPER_SIZES",
+    "PLAN_WEIGHTS",
     "PSEUDO_LOG_PROBS",
     "RATIO_FORMS",
     "TIMESTEP_ROUNDINGS",
@@ -181,6 +184,7 @@ __all__ = [
     "combined_chunk_advantages",
     "combined_rewards",
     "chunk_log_ratio",
+    "chunk_size_weights",
     "chunk_weights",
     "clipped_surrogate",
     "cosine_distance",
@@ -198,6 +202,7 @@ __all__ = [
     "weighted_minimum",
     "weighted_product",
     "weighted_sum",
+    "implicit_weights",
     "importance_weights",
     "inverse_dt_weights",
     "k3_kl",

@@ -561,7 +561,9 @@ def combined_advantages(
               A^{gdpo}_b = \frac{A_b - \bar A}{s_{B-1} + 10^{-4}}
 
     so weights say what they seem to, whatever the rewards' units; else those of the combined
-    reward. The clamp is applied to the result.
+    reward. Under a convention that centres groups, a group in which no reward has any spread keeps
+    advantage exactly 0, also where the batch's mean is not 0 (``group_std_median`` of skewed
+    rewards). The clamp is applied to the result.
 
     Args:
         rewards_RB: [R, B], finite where kept.
@@ -592,9 +594,13 @@ def combined_advantages(
         if len(rest_B) > 1:
             scaled_B = (values_B - rest_B.mean()) / (rest_B.std() + SMALL)
             values_B = scaled_B if kept_B is None else scaled_B.masked_fill(~kept_B, 0.0)
+    flat_P = torch.stack([part.spread == 0 for part in each]).all(dim=0)
+    if rule.rescaled and CONVENTIONS[convention].centres_groups:
+        # The batch's mean is 0 only where each group's is; a group that teaches nothing stays at 0.
+        values_PG = values_B.reshape(num_prompts, -1).masked_fill(flat_P[:, None], 0.0)
+        values_B = values_PG.flatten()
     if clip is not None:
         values_B = values_B.clamp(-clip, clip)
-    flat_P = torch.stack([part.spread == 0 for part in each]).all(dim=0)
     return Advantages(values_B, whole.spread, flat_P.sum())
 
 

@@ -283,7 +283,9 @@ def equal_kappa_weights(kappa_N: Tensor) -> Tensor:
 
     kappa (:func:`policy_gradient_scale`) grows by more than an order of magnitude towards low
     noise, and with it the part of the update that the last steps decide. The weights multiply the
-    steps' log-ratios inside a chunk.
+    steps' log-ratios inside a chunk. They make steps of *one* chunk, or of equal chunks, alike; a
+    chunk's ratio is a mean over its steps, so across unequal chunks a step also counts 1 / cs,
+    which :func:`chunk_size_weights` undo.
 
     Args:
         kappa_N: [N] > 0.
@@ -328,6 +330,47 @@ def inverse_dt_weights(dt_N: Tensor) -> Tensor:
     return 1 / at_least_float32(dt_N)
 
 
+def chunk_size_weights(plan: ChunkPlan) -> Tensor:
+    r"""Weights of chunks in proportion to their size, with mean 1 over chunks.
+
+    .. math:: w_i = \frac{C\,cs_j}{N} \quad (i \in ch_j)
+
+    They multiply the loss of a chunk, which is a mean over its steps: where chunks are chosen
+    uniformly, every step then has the coefficient 1 / N, whatever the sizes
+    (:func:`step_coefficients`). Without them steps of long chunks count less.
+
+    Args:
+        plan: Partition of the N steps.
+
+    Returns:
+        [N] > 0 float32, on the CPU; one value within a chunk, 1 where chunks are equal.
+
+    Reference: none; a choice of this library.
+    """
+    sizes_C = torch.tensor(plan.sizes, dtype=torch.float32)
+    return plan.expand(sizes_C * plan.num_chunks / plan.num_steps)
+
+
+def implicit_weights(plan: ChunkPlan) -> Tensor:
+    r"""Weights of steps as a chunk plan has them by its construction, with mean 1 over steps.
+
+    .. math:: w_i = \frac{N}{C\,cs_j} \quad (i \in ch_j)
+
+    They multiply the losses of *single* steps. With all ratios at 1 and uniform choices, the
+    expected gradient of step-level GRPO is then that of the chunk loss with this plan: what is
+    left between the two is the ratio's unit. The inverse of :func:`chunk_size_weights`.
+
+    Args:
+        plan: The partition of the N steps whose weights are wanted.
+
+    Returns:
+        [N] > 0 float32, on the CPU.
+
+    Reference: none; follows from Chunk-GRPO, arXiv:2510.21583, eq. 14 and 15, at ratio 1.
+    """
+    return 1 / chunk_size_weights(plan)
+
+
 INNER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": torch.ones_like,
     "equal_kappa": equal_kappa_weights,
@@ -340,6 +383,12 @@ OUTER_WEIGHTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "inverse_dt": lambda std_N, dt_N: inverse_dt_weights(dt_N),
 }
 """Weights of a step's loss by name: (std_N, dt_N) -> [N]."""
+
+PLAN_WEIGHTS: dict[str, Callable[[ChunkPlan], Tensor]] = {
+    "chunk_size": chunk_size_weights,
+    "implicit": implicit_weights,
+}
+"""Weights of a loss that come from a cut of the steps and not from the schedule: plan -> [N]."""
 
 
 def region_slope(

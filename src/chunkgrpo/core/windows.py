@@ -136,8 +136,8 @@ class SlidingWindow:
         every: tau >= 1, iterations at the first position.
         stride: Steps that it moves by.
         decay: One of the three names above.
-        rate: k of the exponential decay.
-        after: l_0 of the exponential decay.
+        rate: k > 0 of the exponential decay; 0.1 published.
+        after: l_0 of the exponential decay, before the last start; 13 published, of 25 steps.
 
     Reference: MixGRPO, arXiv:2507.21802, section 4 ("progressive", "decay"). Published code lets
     the window run over the end, where it shrinks and may become empty; this one stops there.
@@ -162,6 +162,20 @@ class SlidingWindow:
         if self.decay not in ("constant", "linear", "exponential"):
             raise ValueError(
                 f"the window's decay is {self.decay!r}; known: constant, linear, exponential"
+            )
+        if self.decay != "exponential":
+            return
+        if not self.rate > 0:
+            raise ValueError(
+                f"the rate of the exponential decay is {self.rate}; it must be above 0, or the "
+                "stays do not shorten; 0.1 is the published one"
+            )
+        if self.starts()[-1] <= self.after:
+            raise ValueError(
+                f"the exponential decay shortens the stays at starts after step {self.after}, and "
+                f"a window of {self.size} in {self.num_trained} trained steps starts at "
+                f"{self.starts()[-1]} at the latest, so nothing would decay; set after below "
+                f"{self.starts()[-1]}"
             )
 
     def stays(self, start: int) -> int:

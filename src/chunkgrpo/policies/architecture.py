@@ -232,6 +232,9 @@ TEXT_ROWS = {"SD3Transformer2DModel": 256, "SanaTransformer2DModel": 300,
              "Lumina2Transformer2DModel": 256}  # fmt: skip
 """Text rows where a configuration leaves them to the pipeline; 512 for the others."""
 
+OF_THE_IMAGE = ("hidden_states", "x", "timestep", "t", "guidance", "img_ids", "img_shapes")
+"""Inputs that are not encoded prompts."""
+
 EMBEDDED_GUIDANCE = ("FluxPipeline", "Flux2Pipeline")
 """Pipelines whose guidance is an input of the network and costs no second row."""
 
@@ -280,6 +283,26 @@ def network_inputs(
         )
     height, width = (side // architecture.vae_factor for side in size)
     return INPUTS[name](architecture, rows, height, width, text)
+
+
+def conditioning_bytes(architecture: Architecture, text: int, guidance_rows: int = 1) -> int:
+    """Return the bytes of an encoded prompt: what of the transformer's inputs is not the image's.
+
+    Args:
+        architecture: The model.
+        text: Text rows.
+        guidance_rows: 2 where classifier-free guidance keeps the negative prompt beside each.
+    """
+    with torch.device("meta"):
+        side = 2 * architecture.vae_factor  # a size that divides; the image does not count
+        inputs = network_inputs(architecture, 1, (side, side), text)
+    tensors = [
+        tensor
+        for name, value in inputs.items()
+        if name not in OF_THE_IMAGE and value is not None
+        for tensor in (value if isinstance(value, list) else [value])
+    ]
+    return guidance_rows * sum(tensor.nbytes for tensor in tensors)
 
 
 def materialise(network: torch.nn.Module) -> None:

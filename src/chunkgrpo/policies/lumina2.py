@@ -37,6 +37,10 @@ class Lumina2Policy(PipelinePolicy):
         self.system_prompt = system_prompt
         super().__init__(pipe, adaptation, **options)
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """What is put before each prompt, too."""
+        return {**super().encoding_settings(), "system_prompt": self.system_prompt}
+
     def schedule_options(self, num_steps: int) -> dict[str, Any]:
         """As elsewhere, but the pipeline takes the channels for the number of tokens."""
         return super().schedule_options(num_steps) | {"mu": self.linear_mu(self.latent_channels)}

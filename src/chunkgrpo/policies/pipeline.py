@@ -102,10 +102,10 @@ class PipelinePolicy:
     Args:
         pipe: The loaded pipeline; it becomes the policy's own and is changed.
         adaptation: Which weights are trained; these are float32 in every precision.
-        precision: Precision of the network's arithmetic: autocast to ``bf16`` or ``fp16``,
-            ``fp32``, or ``bf16-pure``, which also keeps what lies between the matrix products in
-            bfloat16 (gradients still reach float32 weights); on CPUs a third faster in training.
-            Velocities, transitions and log-densities are float32 in all of them.
+        precision: Precision of the network's arithmetic: autocast to ``bf16`` or, for sampling
+            alone, ``fp16``; ``fp32``; or ``bf16-pure``, which also keeps what lies between the
+            matrix products in bfloat16 (gradients still reach float32 weights); on CPUs a third
+            faster in training. Velocities, transitions and log-densities are float32 in all.
         guidance: The number the stock pipeline's own argument takes; classifier-free guidance is
             on above ``guided_above``, which is 1 for most families.
         negative_prompt: Text of the unconditional half of guidance.
@@ -122,9 +122,9 @@ class PipelinePolicy:
             before it is used.
 
     Raises:
-        ValueError: If the precision is unknown or does not go with checkpointing or compilation,
-            if the size does not divide, if nothing would be trained, or if the pipeline can not
-            do what ``execution`` asks.
+        ValueError: If the precision is unknown or does not go with training, checkpointing or
+            compilation, if the size does not divide, if nothing would be trained, or if the
+            pipeline can not do what ``execution`` asks.
     """
 
     latent_shape: tuple[int, ...]
@@ -153,6 +153,11 @@ class PipelinePolicy:
         self.adaptation = adaptation or Adaptation()
         if precision not in DTYPES:
             raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+        if precision == "fp16" and self.adaptation.method != "none":
+            raise ValueError(
+                "precision 'fp16' is for sampling alone (method 'none'): in training small "
+                "gradients become 0, as there is no loss scaling; choose 'bf16'"
+            )
         self.dtype = DTYPES[precision]
         self.pure = precision == "bf16-pure"
         if self.pure and gradient_checkpointing:
@@ -496,9 +501,14 @@ class PipelinePolicy:
         present = self.pipe.components
         return {n: module for n, module in present.items() if n.startswith("text_encoder")}
 
+    @property
+    def has_text_encoders(self) -> bool:
+        """Whether a text encoder is loaded."""
+        return any(module is not None for module in self._text_encoders.values())
+
     def _load_text_encoders(self) -> None:
         """Load the text encoders that the pipeline was loaded without, or that were released."""
-        if any(module is not None for module in self._text_encoders.values()):
+        if self.has_text_encoders:
             return
         found = self._stored_text_encoders()
         for module in found.values():

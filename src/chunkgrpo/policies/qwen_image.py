@@ -48,13 +48,14 @@ class QwenImagePolicy(PipelinePolicy):
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
         """Call the network; like the pipeline, by way of thousandths."""
         step = self.size_step
-        length = int(texts["mask"].sum(1).max())  # the longest text of these rows
-        mask = texts["mask"][:, :length]
+        # The host waits for the device once for both lengths.
+        shortest, longest = torch.stack(texts["mask"].sum(1).aminmax()).tolist()
+        mask = texts["mask"][:, :longest]
         return self.network(
             hidden_states=x,
             timestep=1000 * sigma / 1000,
-            encoder_hidden_states=texts["joint"][:, :length],
-            encoder_hidden_states_mask=None if mask.all() else mask,
+            encoder_hidden_states=texts["joint"][:, :longest],
+            encoder_hidden_states_mask=None if shortest == longest else mask,
             img_shapes=[[(1, self.size[0] // step, self.size[1] // step)]] * len(x),
         )
 

@@ -37,6 +37,10 @@ class SanaPolicy(PipelinePolicy):
         self.instruction = instruction
         super().__init__(pipe, adaptation, **options)
 
+    def encoding_settings(self) -> dict[str, Any]:
+        """Whether the instruction comes before each prompt, too."""
+        return {**super().encoding_settings(), "instruction": self.instruction}
+
     @property
     def size_step(self) -> int:
         """The pipeline's rule."""

@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import PipelinePolicy, with_negative
+from chunkgrpo.policies.pipeline import BOTH_STREAMS, PipelinePolicy, with_negative
 from chunkgrpo.types import Conditioning
 
 
 class StableDiffusion3Policy(PipelinePolicy):
     """The network predicts +v from latents [B, C, h, w] and a timestep of 1000 sigma."""
+
+    lora_targets = BOTH_STREAMS
 
     @property
     def size_step(self) -> int:

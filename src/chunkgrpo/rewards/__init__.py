@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
 from torch import Tensor
@@ -75,16 +76,47 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         name, options = "remote", {"url": name, **(options or {})}
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name]
-        try:
-            return getattr(import_module(module), attribute)(**(options or {}))
-        except TypeError as error:
-            raise ValueError(f"reward {name!r} does not take these options: {error}") from error
+        return constructed(name, getattr(import_module(module), attribute), options or {})
     if ":" in name:
         return imported_reward(name, options or {})
     known = ", ".join(BUILT_IN)
     raise ValueError(
         f"unknown reward {name!r}; known: {known}, package.module:function or http://host:port"
     )
+
+
+def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
+    """Call a reward's class with its options.
+
+    Raises:
+        ValueError: If there is an option that it does not take, or it lacks one that it needs; the
+            message names the options and says how to give them.
+    """
+    try:
+        parameters = signature(kind).parameters.values()
+    except (TypeError, ValueError):  # a class of an extension says nothing of itself
+        parameters = ()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters)
+    surplus = [option for option in options if option not in {p.name for p in named}]
+    if surplus and not takes_any:
+        raise ValueError(
+            f"reward {name!r} does not take these options: {', '.join(surplus)}; it takes "
+            f"{', '.join(p.name for p in named) or 'none'}"
+        )
+    missing = [p.name for p in named if p.default is p.empty and p.name not in options]
+    if missing:
+        example = ", ".join(f"{option}: {option.upper()}" for option in missing)
+        raise ValueError(
+            f"reward {name!r} needs the option{'s' * (len(missing) > 1)} {' and '.join(missing)}; "
+            f"give {'them' if len(missing) > 1 else 'it'} in a recipe, or by --set "
+            f"'rewards=[{{name: {name}, options: {{{example}}}}}]' (and evaluation.reward likewise "
+            "if it is to judge); to serve it: --option NAME=VALUE"
+        )
+    try:
+        return kind(**options)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r} does not take these options: {error}") from error
 
 
 def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
@@ -101,10 +133,7 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward {path!r} can not be imported: {error}") from error
     if isinstance(found, type):
-        try:
-            found = found(**options)
-        except TypeError as error:
-            raise ValueError(f"reward {path!r} does not take these options: {error}") from error
+        found = constructed(path, found, options)
     elif options:
         raise ValueError(
             f"reward {path!r} is no class and takes no options, but has {', '.join(options)}; make "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunkgrpo.rewards.images import check_batch
-from chunkgrpo.rewards.loading import freeze, load, place
+from chunkgrpo.rewards.loading import fix_attention, freeze, load, place
 from chunkgrpo.rewards.preprocess import Preprocess
 
 
@@ -48,9 +48,7 @@ class DualEncoder:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
         self.model = model
-        # Its result must not depend on which kernels the process has chosen meanwhile, as a policy
-        # that samples while this scores does on CPUs.
-        model.set_attn_implementation("eager")
+        fix_attention(model)
         freeze(model)
         self.tokenizer: Any = None
         if hasattr(model, "text_model"):

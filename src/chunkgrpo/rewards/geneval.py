@@ -8,7 +8,7 @@ Three parts: the rules (:func:`judge`), which see detections only; what finds ob
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from chunkgrpo.rewards.images import check_batch, rounded
-from chunkgrpo.rewards.loading import check_source, dtype_of, freeze, load, load_model, place
+from chunkgrpo.rewards.loading import (
+    check_source,
+    dtype_of,
+    fix_attention,
+    freeze,
+    load,
+    load_model,
+    place,
+)
 
 COLORS = (
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white",
@@ -60,7 +68,12 @@ class Detection:
 
 
 class Detector(Protocol):
-    """Finds objects in images."""
+    """Finds objects in images.
+
+    A detector that can find certain classes only may say which, by GenEval's names, in an attribute
+    ``classes``; prompts that demand others are then refused. Without it, or where it is None, the
+    detector is taken to find whatever it is asked for.
+    """
 
     def __call__(
         self, images: Tensor, labels: Sequence[Sequence[str]]
@@ -270,9 +283,9 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = without_empty(json.loads(text))
             _check_line(line)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}, line {number}: {error!r}") from error
         if lines.setdefault(line["prompt"], line) != line:
             raise ValueError(
@@ -282,6 +295,51 @@ def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
     if not lines:
         raise ValueError(f"{file} holds no lines")
     return lines
+
+
+def without_empty(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line without fields that are None, as tables store what a record does not have."""
+    cleaned = {name: value for name, value in line.items() if value is not None}
+    for name in ("include", "exclude"):
+        if isinstance(cleaned.get(name), list):
+            cleaned[name] = [
+                {k: v for k, v in entry.items() if v is not None} for entry in cleaned[name]
+            ]
+    return cleaned
+
+
+def demands(prompt: str, known: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the demands of a prompt, in the form of a line, from what its source says of it.
+
+    Args:
+        prompt: The text.
+        known: With ``tag``, ``include`` and perhaps ``exclude``, as in a line of GenEval's
+            ``evaluation_metadata.jsonl``.
+
+    Raises:
+        ValueError: If something is missing or unknown, naming the prompt.
+    """
+    fields = {name: known.get(name) for name in ("tag", "include", "exclude")}
+    missing = [name for name in ("tag", "include") if fields[name] is None]
+    if missing:
+        raise ValueError(
+            f"nothing says what the prompt {prompt!r} demands: its record has no "
+            f"{' and no '.join(missing)}; train on a .jsonl file with lines as in GenEval's "
+            "evaluation_metadata.jsonl (--prompts FILE), or name one with demands for your prompts "
+            "as option metadata"
+        )
+    try:
+        line = without_empty({**fields, "prompt": prompt})
+        _check_line(line)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the demands of the prompt {prompt!r} are wrong: {error!r}") from error
+    return line
+
+
+def entries(line: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the entries of a line, of ``include`` and of ``exclude``."""
+    yield from line["include"]
+    yield from line.get("exclude", ())
 
 
 def _check_line(line: Mapping[str, Any]) -> None:
@@ -305,12 +363,18 @@ def _check_line(line: Mapping[str, Any]) -> None:
             raise ValueError(f"{entry} needs a class and a count of 1 or more")
 
 
+def geneval_name(label: str) -> str:
+    """Return GenEval's name of a detector's class."""
+    return COCO_TO_GENEVAL.get(label, label)
+
+
 class TransformersDetector:
     """Finds objects with a detection model of transformers.
 
     Models with fixed classes (DETR, RT-DETR, ...) find what they were trained on; COCO's names
     are translated to GenEval's. Zero-shot models that take a list of texts (OWL-ViT, OWLv2) are
-    asked for the classes that matter for the image, as "a photo of a ...".
+    asked for the classes that matter for the image, as "a photo of a ...". Either finds boxes, not
+    masks, so colours are named by all of a box, background included.
 
     Args:
         model: Checkpoint folder or hub id.
@@ -354,7 +418,15 @@ class TransformersDetector:
             self.tokenizer = load("geneval", model, AutoTokenizer.from_pretrained)
         self.model = load_model("geneval", model, kind, dtype_of(precision))
         self.processor = load("geneval", model, AutoImageProcessor.from_pretrained)
+        fix_attention(self.model)
         freeze(self.model)
+
+    @property
+    def classes(self) -> frozenset[str] | None:
+        """GenEval's names of the classes it can find; None for any."""
+        if self.zero_shot:
+            return None
+        return frozenset(geneval_name(name) for name in self.model.config.id2label.values())
 
     @torch.no_grad()
     def __call__(self, images: Tensor, labels: Sequence[Sequence[str]]) -> list[list[Detection]]:
@@ -384,9 +456,7 @@ class TransformersDetector:
             ):
                 found.append(
                     [
-                        Detection(
-                            COCO_TO_GENEVAL.get(names[label], names[label]), score, tuple(box)
-                        )
+                        Detection(geneval_name(names[label]), score, tuple(box))
                         for label, score, box in zip(
                             result["labels"].tolist(),
                             result["scores"].tolist(),
@@ -473,17 +543,20 @@ class ClipColorNamer:
 class GenEvalReward:
     """1 where an image holds what its prompt demands by GenEval's rules, else 0.
 
-    The demands come from a file that has a line for every prompt: GenEval's
-    ``evaluation_metadata.jsonl``, or lines like it. Official scores are Mask2Former's; with
-    another detector they are not comparable to published ones, and the thresholds want adjusting
-    (a zero-shot model is rarely 0.9 sure of anything).
+    The demands are those of the prompts' own source: train on GenEval's
+    ``evaluation_metadata.jsonl``, or on lines like it. For prompts from elsewhere, ``metadata`` is
+    a file that has such a line for every prompt.
+
+    Official scores are Mask2Former's, whose masks also take the background out of what colours are
+    named by; with another detector they are not comparable to published ones, and the thresholds
+    want adjusting (a zero-shot model is rarely 0.9 sure of anything).
 
     Args:
-        metadata: Path of the file.
+        metadata: Path of a file of lines; None takes each prompt's own record.
         detector: Folder or hub id of a detection model (:class:`TransformersDetector`), or a
             :class:`Detector` of your own.
         color_model: Folder or hub id of the CLIP that names colours, or a :class:`ColorNamer` of
-            your own; not loaded where no prompt names a colour.
+            your own; loaded with the first prompt that names a colour.
         confidence: Objects must be found with more confidence than this.
         counting_confidence: The same for prompts of the task ``counting``.
         max_objects: Objects of a class that are looked at, the surest first.
@@ -505,7 +578,7 @@ class GenEvalReward:
 
     def __init__(
         self,
-        metadata: str | Path,
+        metadata: str | Path | None = None,
         detector: str | Detector = "PekingU/rtdetr_r101vd_coco_o365",
         color_model: str | ColorNamer = "openai/clip-vit-large-patch14",
         confidence: float = 0.3,
@@ -521,51 +594,117 @@ class GenEvalReward:
         self.rules = Rules(
             confidence, counting_confidence, max_objects, max_overlap, position_margin
         )
-        self.metadata = read_metadata(metadata)
+        self.needs_metadata = metadata is None
+        self.metadata = {} if metadata is None else read_metadata(metadata)
         if isinstance(detector, str):
             check_source(name, detector)
             floor = min(confidence, counting_confidence)
             detector = TransformersDetector(detector, floor, precision, device)
         self.detector: Detector = detector
+        self.color_model, self.precision, self.device = color_model, precision, device
         self.colors: ColorNamer | None = None
-        if any("color" in entry for line in self.metadata.values() for entry in line["include"]):
-            if isinstance(color_model, str):
-                color_model = ClipColorNamer(color_model, precision, device)
-            self.colors = color_model
+        self._load_colors(self.metadata.values())
 
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the file does not know.
+    def _load_colors(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Load what names colours, if a line names one and nothing is loaded yet."""
+        if self.colors is None and any("color" in e for line in lines for e in line["include"]):
+            model = self.color_model
+            if isinstance(model, str):
+                model = ClipColorNamer(model, self.precision, self.device)
+            self.colors = model
+
+    def lines(
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[dict[str, Any]]:
+        """Return the demands of each prompt, as lines of GenEval's metadata.
+
+        Args:
+            prompts: B texts.
+            metadata: What their source says of each; not looked at where there is a file.
 
         Raises:
-            ValueError: Naming the first one.
+            ValueError: If a prompt has no demands or wrong ones, or the detector can not find what
+                it demands.
         """
-        for prompt in prompts:
-            if prompt not in self.metadata:
+        if self.needs_metadata:
+            try:
+                pairs = zip(prompts, metadata or [{}] * len(prompts), strict=True)
+                lines = [demands(prompt, known) for prompt, known in pairs]
+            except ValueError as error:
+                raise ValueError(f"reward {self.name!r}: {error}") from error
+        else:
+            lines = []
+            for prompt in prompts:
+                if prompt not in self.metadata:
+                    raise ValueError(
+                        f"reward {self.name!r}: the metadata has no line for the prompt "
+                        f"{prompt!r}; add one with its tag, include and exclude"
+                    )
+                lines.append(self.metadata[prompt])
+        known = getattr(self.detector, "classes", None)
+        if known is not None:
+            wanted = dict.fromkeys(entry["class"] for line in lines for entry in entries(line))
+            strange = [label for label in wanted if label not in known]
+            if strange:
                 raise ValueError(
-                    f"reward {self.name!r}: the metadata has no line for the prompt {prompt!r}; "
-                    "add one with its tag, include and exclude"
+                    f"reward {self.name!r}: prompts ask for {', '.join(map(repr, strange))}, which "
+                    f"the detector can not find: it knows {len(known)} classes, such as "
+                    f"{', '.join(sorted(known)[:3])}; leave these prompts out, or name another "
+                    "detector as option detector (zero-shot ones, as OWLv2, find any class)"
                 )
+        return lines
 
-    def judgements(self, images: Tensor, prompts: Sequence[str]) -> list[Judgement]:
+    def check_prompts(
+        self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
+    ) -> None:
+        """Refuse prompts without demands, with contradictory ones, or that can not be judged.
+
+        Raises:
+            ValueError: Naming the first one; see :meth:`lines`.
+        """
+        lines = self.lines(prompts, metadata)
+        by_prompt: dict[str, dict[str, Any]] = {}
+        for line in lines:
+            if by_prompt.setdefault(line["prompt"], line) != line:
+                raise ValueError(
+                    f"reward {self.name!r}: the prompt {line['prompt']!r} appears with two "
+                    "demands; one prompt can have one meaning only"
+                )
+        self._load_colors(lines)
+
+    def judgements(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> list[Judgement]:
         """Judge images [B, 3, H, W] in [0, 1], with reasons.
 
         Raises:
-            ValueError: If the file has no line for a prompt.
+            ValueError: See :meth:`lines`.
         """
         check_batch(images, prompts)
-        self.check_prompts(prompts)
-        lines = [self.metadata[prompt] for prompt in prompts]
-        labels = [
-            list(dict.fromkeys(e["class"] for e in (*line["include"], *line.get("exclude", ()))))
-            for line in lines
-        ]
+        lines = self.lines(prompts, metadata)
+        self._load_colors(lines)
+        labels = [list(dict.fromkeys(entry["class"] for entry in entries(line))) for line in lines]
         found = self.detector(images, labels)
         return [
             judge(image, detections, line, self.colors, self.rules)
             for image, detections, line in zip(images.detach(), found, lines)
         ]
 
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B], 0 or 1."""
-        judged = self.judgements(images, prompts)
+    def __call__(
+        self,
+        images: Tensor,
+        prompts: Sequence[str],
+        metadata: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Tensor:
+        """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B], 0 or 1.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            prompts: B texts.
+            metadata: What their source says of each, B mappings; needed where no file was given.
+        """
+        judged = self.judgements(images, prompts, metadata)
         return torch.tensor([float(judgement.correct) for judgement in judged])

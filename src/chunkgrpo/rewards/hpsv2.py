@@ -97,8 +97,9 @@ class HpsV2Reward:
     """Cosine of HPSv2's embeddings, a CLIP-H trained on people's rankings of images.
 
     Scores are about 0.2 to 0.3. The published checkpoint is in open_clip's format and is
-    converted exactly (:func:`clip_from_open_clip`). Images that are not square are cropped to
-    their centre.
+    converted exactly (:func:`clip_from_open_clip`). Images are prepared as HPSv2 does: scaled until
+    the longer side fits the model, and padded with black to a square. Nothing is cut off, where
+    CLIP-H's own image processor would crop to the centre.
 
     Args:
         weights: open_clip ``state_dict``: a file, or ``owner/repository:file`` on the hub.
@@ -133,6 +134,8 @@ class HpsV2Reward:
         fill(name, network, converted)
         network.to(dtype_of(precision))
         self.encoder = DualEncoder(name, network, model, device, batch_size)
+        side = int(network.config.vision_config.image_size)
+        self.encoder.preprocess = self.encoder.preprocess.padded_to(side)
 
     def __call__(self, images: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """Score images [B, 3, H, W] in [0, 1] against B prompts; return float32 [B]."""

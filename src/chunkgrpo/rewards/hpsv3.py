@@ -15,7 +15,7 @@ from torch import Tensor
 
 from chunkgrpo.rewards.aesthetic import linear_chain
 from chunkgrpo.rewards.images import check_batch, rounded
-from chunkgrpo.rewards.loading import dtype_of, freeze, load, place, state_dict
+from chunkgrpo.rewards.loading import dtype_of, fix_attention, freeze, load, place, state_dict
 from chunkgrpo.rewards.preprocess import resized_levels
 
 REWARD_TOKEN = "<|Reward|>"
@@ -216,8 +216,10 @@ class HpsV3Reward:
                 f"reward {name!r}: {weights} does not fit {model}: {len(wrong)} tensors are "
                 f"missing or of another shape, such as {wrong[0]}"
             )
+        fix_attention(self.model)
         freeze(self.model)
-        # The published head is Linear, ReLU, Dropout, Linear, ReLU, Linear: no ReLU after layer 3.
+        # The published head is Linear, ReLU, Dropout, Linear, ReLU, Linear: layers 0, 3 and 5 have
+        # weights, and dropout does nothing here.
         linear = linear_chain(name, tensors, HEAD)
         layers = list(linear)  # type: ignore[call-overload]
         if len(layers) != 3:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from chunkgrpo.rewards.aesthetic import linear_chain
 from chunkgrpo.rewards.images import check_batch
-from chunkgrpo.rewards.loading import dtype_of, fill, freeze, load, place, state_dict
+from chunkgrpo.rewards.loading import (
+    dtype_of,
+    fill,
+    fix_attention,
+    freeze,
+    load,
+    place,
+    state_dict,
+)
 from chunkgrpo.rewards.preprocess import Preprocess
 
 # The published model's own: the mean and deviation of its raw scores, the longest text it reads,
@@ -161,6 +169,8 @@ class ImageRewardReward:
         dtype = dtype_of(precision)
         self.vision.to(dtype)
         self.text.to(dtype)
+        for part in (self.vision, self.text):
+            fix_attention(part)
         for part in (self.vision, self.text, self.head):
             freeze(part)
         self.preprocess = Preprocess(

@@ -168,6 +168,16 @@ def freeze(module: nn.Module) -> None:
     module.requires_grad_(False)
 
 
+def fix_attention(model: Any) -> None:
+    """Make a model of transformers compute attention by the same operations at any time.
+
+    The default leaves the choice to torch, whose choice is a setting of the whole process: a policy
+    that samples in another thread changes it on CPUs, and a score its last bits with it. A model
+    that offers no choice (transformers warns of it) is left as it is.
+    """
+    model.set_attn_implementation("eager")
+
+
 def place(module: nn.Module, device: str | None, images: Tensor) -> torch.device:
     """Move a module to ``device``, or to the images' where that is None; return where it is."""
     target = torch.device(device) if device is not None else images.device

@@ -79,7 +79,9 @@ class OcrReward:
         limit_side_len: Images whose shorter side is below this many pixels are enlarged to it
             before text is looked for. 160 reads words in images of 64 to 512 pixels several times
             faster than RapidOCR's own 736; raise it if small print matters.
-        min_confidence: Lines read with less confidence than this are left out.
+        min_confidence: Lines read with less confidence than this are left out; 0 keeps all. The
+            default is what PaddleOCR, the reader of Flow-GRPO, leaves out by itself, before
+            Flow-GRPO keeps all with a confidence above 0.
         threads: Threads of the recogniser; -1 lets it choose.
         name: What metrics are filed under.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def resized_levels(levels: Tensor, height: int, width: int, mode: str) -> Tensor
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Resize, centre crop and normalise, as an image processor of transformers does.
+    """Resize, centre crop or pad, and normalise, as an image processor of transformers does.
 
     Differs from the processor on PIL images by at most one 8-bit level where PIL's fixed-point
     resampling rounds the other way; without resizing, by float rounding alone.
@@ -47,6 +47,9 @@ class Preprocess:
             ``size`` rules.
         size: (height, width) after resizing, ratio not kept; None for no such resizing.
         crop: (height, width) cut from the centre; None for no crop.
+        padded: Side of the square that the whole image is fitted into, its ratio kept and its
+            longer side as long as the square's; what remains on both sides is black. It rules alone
+            where given; None for no padding.
         mode: Resampling, ``"bilinear"`` or ``"bicubic"``.
     """
 
@@ -55,6 +58,7 @@ class Preprocess:
     shortest_edge: int | None = None
     size: tuple[int, int] | None = None
     crop: tuple[int, int] | None = None
+    padded: int | None = None
     mode: str = "bicubic"
 
     @classmethod
@@ -117,8 +121,15 @@ class Preprocess:
             mode=mode,
         )
 
+    def padded_to(self, side: int) -> Preprocess:
+        """Return the same normalisation after fitting whole images into a square of ``side``."""
+        return replace(self, shortest_edge=None, size=None, crop=None, padded=side)
+
     def resized_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return (height, width) after resizing, before the crop."""
+        """Return (height, width) after resizing, before the crop or the padding."""
+        if self.padded is not None:
+            scale = self.padded / max(height, width)
+            return max(1, round(height * scale)), max(1, round(width * scale))
         if self.size is not None:
             return self.size
         if self.shortest_edge is None:
@@ -146,6 +157,12 @@ class Preprocess:
                 )
             top, left = (rows - height) // 2, (columns - width) // 2
             levels = levels[..., top : top + height, left : left + width]
+        if self.padded is not None:
+            rows, columns = (self.padded - length for length in levels.shape[-2:])
+            # An odd remainder goes to the right and to the bottom. open_clip pads only what it has
+            # resized; an image whose longer side fits already would not fit its model.
+            edges = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+            levels = F.pad(levels, edges)
         mean = torch.tensor(self.mean, device=levels.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, device=levels.device).view(1, -1, 1, 1)
         return (levels / 255 - mean) / std

@@ -41,7 +41,7 @@ class Reward(Protocol):
     - score each image on its own: a score must not depend on the rest of the batch;
     - give the same score for the same image and prompt, within floating-point error;
     - return finite numbers, also for images of nothing in particular;
-    - leave its arguments unchanged and take no gradient.
+    - leave its arguments unchanged and take no gradient (a run hands out copies all the same).
 
     The scale is the reward's own; where rewards are combined, their weights balance it.
 
@@ -49,7 +49,7 @@ class Reward(Protocol):
     source says of each prompt: B mappings, such as GenEval's ``include`` and ``exclude``. With
     ``share = True`` its scores are shares of what was asked, in [0, 1], and shown in per cent. A
     method ``check_prompts(prompts)`` that raises ValueError refuses prompts it could never score
-    before anything is drawn.
+    before anything is drawn; with ``needs_metadata`` it is ``check_prompts(prompts, metadata)``.
 
     Attributes:
         name: Short, of lower-case letters, digits and underscores; metrics are filed under it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import random
 import time
@@ -26,6 +27,11 @@ from chunkgrpo.rewards.scoring import eight_bit
 PROTOCOL = 1
 TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"
 LONGEST_PAUSE = 8.0
+# What is assumed of a server that does not tell how long a request may take.
+SERVER_SECONDS = 120.0
+CONNECT_SECONDS = 10.0  # a host that is gone must not use up the time of one that works long
+MARGIN = 10.0  # seconds that the client waits longer than the server works
+DEADLINE = 300.0
 LARGEST_ANSWER = 1 << 24
 
 
@@ -44,14 +50,18 @@ class RemoteReward:
 
     Requests share a pool of connections. One that fails to connect, is cut off or times out, and
     one answered with a 5xx status, is tried again after a pause that doubles each time, until the
-    deadline; any other answer that is not a score for each image is final.
+    deadline; any other answer that is not a score for each image is final. A call with more images
+    than fit into a request makes several, one after the other, each with a deadline of its own: how
+    many images there are does not decide whether they can be scored.
 
     Args:
         url: ``http://host:port`` or ``https://...``; asked for its name and limits at once.
         name: Of the metrics; the served reward's where None.
         batch: Most images a request; never more than the server's limit.
-        timeout: Seconds without a sign of life after which a request has failed.
-        deadline: Seconds after which a call has failed, all requests and pauses included.
+        timeout: Seconds without a sign of life after which a request has failed; the server's own
+            limit and 10 more where None, so that the server gives up first and says why.
+        deadline: Seconds after which a request is given up, its repetitions and pauses included;
+            where None 300, or two timeouts where these are longer.
         token_variable: Environment variable that holds the server's token, so that no token is
             written into a run's settings.
 
@@ -64,8 +74,8 @@ class RemoteReward:
         url: str,
         name: str | None = None,
         batch: int | None = None,
-        timeout: float = 60.0,
-        deadline: float = 300.0,
+        timeout: float | None = None,
+        deadline: float | None = None,
         token_variable: str = TOKEN_VARIABLE,
     ) -> None:
         try:
@@ -79,7 +89,7 @@ class RemoteReward:
         for what, value in (("timeout", timeout), ("deadline", deadline), ("batch", batch)):
             if value is not None and not value > 0:
                 raise ValueError(f"{what} of {url} is {value}; it must be above 0")
-        self.timeout, self.deadline = timeout, deadline
+        self.timeout = SERVER_SECONDS + MARGIN if timeout is None else timeout
         token = os.environ.get(token_variable)
         headers = {"authorization": f"Bearer {token}"} if token else {}
         # A proxy of the environment has no business between two processes of one machine.
@@ -87,7 +97,7 @@ class RemoteReward:
         self._client = httpx.Client(headers=headers, trust_env=not local)
         # Pauses of its own random stream: nobody else's numbers change.
         self._random = random.Random()
-        info = self._ask("GET", "/info", None, time.monotonic() + min(deadline, 30.0))
+        info = self._ask("GET", "/info", None, time.monotonic() + min(deadline or 30.0, 30.0))
         try:
             if info["protocol"] != PROTOCOL:
                 raise ValueError
@@ -97,11 +107,17 @@ class RemoteReward:
             self.share = bool(info.get("share", False))
             limit = int(info["max_batch"])
             self.max_pixels, self.max_body = int(info["max_pixels"]), int(info["max_body"])
+            seconds = float(info.get("seconds", SERVER_SECONDS))
+            if not 0 < seconds < math.inf:
+                raise ValueError
         except (KeyError, TypeError, ValueError, AttributeError):
             raise RewardError(
                 self.name, "is no reward server of this version; check the address"
             ) from None
         self.batch = min(batch or limit, limit)
+        if timeout is None:
+            self.timeout = seconds + MARGIN
+        self.deadline = max(DEADLINE, 2 * self.timeout) if deadline is None else deadline
 
     def __call__(self, images: Tensor, prompts: Sequence[str], *more: Any) -> Tensor:
         """Score images [B, 3, H, W] in [0, 1].
@@ -116,10 +132,9 @@ class RemoteReward:
             float32 [B], NaN where the server's reward gave no finite score.
 
         Raises:
-            RewardError: If the server can not be reached within the deadline, or answers with
-                anything but a number or null for each image.
+            RewardError: If the server does not answer a request within the deadline, or answers
+                with anything but a number or null for each image.
         """
-        deadline = time.monotonic() + self.deadline
         rest = list(more)
         group_size = rest.pop(0) if self.groupwise and rest else None
         metadata = rest.pop(0) if self.needs_metadata and rest else None
@@ -134,6 +149,7 @@ class RemoteReward:
             }
             if metadata is not None:
                 body["metadata"] = [dict(each) for each in metadata[part]]
+            deadline = time.monotonic() + self.deadline
             answer = self._ask("POST", "/score", json.dumps(body).encode(), deadline)
             scores += self._scores(answer, len(body["prompts"]))
         return torch.tensor(scores, dtype=torch.float32)
@@ -208,7 +224,9 @@ class RemoteReward:
         import httpx
 
         left = max(deadline - time.monotonic(), 0.05)
-        timeout = httpx.Timeout(min(self.timeout, left))
+        timeout = httpx.Timeout(
+            min(self.timeout, left), connect=min(CONNECT_SECONDS, self.timeout, left)
+        )
         headers = {"content-type": "application/json"} if body is not None else None
         with self._client.stream(
             method, self.url + path, content=body, headers=headers, timeout=timeout

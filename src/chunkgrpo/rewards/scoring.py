@@ -11,8 +11,9 @@ Axis names: B samples, prompt-major.
 from __future__ import annotations
 
 import logging
+import math
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.core.credit import combined_rewards
+from chunkgrpo.core.credit import COMBINATIONS, combined_rewards
 from chunkgrpo.rewards.protocol import Reward, RewardBroken, RewardError
 from chunkgrpo.types import RewardBatch
 
@@ -48,6 +49,8 @@ def scores_of(
 ) -> Tensor:
     """Call a reward, without gradient, and check the form of its answer.
 
+    The reward gets copies: one that works in place must not change what the next one sees.
+
     Args:
         reward: Called with the images and prompts, and with the group size if it is groupwise.
         images: [B, 3, H, W] in [0, 1].
@@ -73,10 +76,10 @@ def scores_of(
             )
         more.append(group_size)
     if getattr(reward, "needs_metadata", False):
-        more.append([{}] * len(prompts) if metadata is None else metadata)
+        more.append([dict(each) for each in metadata or [{}] * len(prompts)])
     try:
         with torch.no_grad():
-            answer = reward(images, prompts, *more)
+            answer = reward(images.clone(), list(prompts), *more)
     except RewardError:
         raise
     except Exception as error:
@@ -112,6 +115,28 @@ def as_scores(answer: Any, name: str) -> Tensor:
         raise RewardError(
             name, f"returned {answer!r:.80}, which is no list of numbers ({error})"
         ) from error
+
+
+def check_prompts(
+    reward: Reward, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
+) -> None:
+    """Let a reward refuse prompts that it could never score, if it has a way to.
+
+    Args:
+        reward: Whose ``check_prompts`` is called; with the metadata too if it ``needs_metadata``.
+        prompts: B texts.
+        metadata: What the prompts' source says of each, B mappings.
+
+    Raises:
+        ValueError: The reward's, naming a prompt.
+    """
+    check = getattr(reward, "check_prompts", None)
+    if check is None:
+        return
+    if getattr(reward, "needs_metadata", False):
+        check(prompts, metadata)
+    else:
+        check(prompts)
 
 
 @dataclass(frozen=True)
@@ -160,12 +185,17 @@ class Scorer:
         combine: How rewards become one (``core.credit.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
             ``"drop"`` drops the image from its group and counts it. What a watched reward can not
-            score is missing from its mean only.
+            score is missing from its mean only. A negative score of a trained reward is not usable
+            in a product.
         folder: Where the image concerned is saved; nowhere where None.
         quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
             behind a server see the same pixels.
         metadata: What the prompts' source says of a prompt, by its text; for rewards whose
             ``needs_metadata`` is true.
+
+    Raises:
+        ValueError: If ``combine`` or ``on_error`` is unknown, two rewards have one name, or a
+            weight is not finite, or not positive where the combination needs that.
     """
 
     rewards: Sequence[tuple[Reward, float]]
@@ -186,6 +216,22 @@ class Scorer:
                 raise ValueError(
                     f"two rewards are named {name!r}, and metrics are filed by name; give one "
                     "another name, e.g. options: {name: ...}"
+                )
+        if self.combine not in COMBINATIONS:
+            raise ValueError(
+                f"the combination of rewards is {self.combine!r}; it must be one of "
+                f"{', '.join(COMBINATIONS)}"
+            )
+        for reward, weight in self.rewards:
+            if not math.isfinite(weight):
+                raise ValueError(
+                    f"the weight of reward {reward.name!r} is {weight}; it must be finite"
+                )
+            if COMBINATIONS[self.combine].positive and weight <= 0:
+                raise ValueError(
+                    f"the weight of reward {reward.name!r} is {weight:g}; combination "
+                    f"{self.combine!r} needs weights above 0; leave the reward out, or subtract it "
+                    "by combination 'sum' or 'advantage'"
                 )
 
     @property
@@ -223,14 +269,20 @@ class Scorer:
         """
         metadata = [self.metadata.get(prompt, {}) for prompt in prompts]
         scores, problems = usable_scores(reward, images, prompts, group_size, metadata)
+        if self.combine == "product" and any(reward is trained for trained, _ in self.rewards):
+            # A power of it may not exist, and the product of two bad scores would be a good one.
+            for i in (scores < 0).nonzero().flatten().tolist():
+                reason = f"returned {scores[i].item():g}; in a product scores may not be negative: "
+                reason += "shift the reward, or combine by 'advantage'"
+                problems.append(Problem(i, reason))
+            scores = scores.masked_fill(scores < 0, float("nan"))
         if not problems:
             return scores
         first = problems[0]
         if self.on_error == "drop" and reward.name in self._told:
             return scores
-        path = self.save_image(images[first.index], f"{label}{reward.name}-{first.index}.png")
-        saved = f" (image saved as {path})" if path else ""
-        reason = f"{first.reason}; prompt {prompts[first.index]!r}{saved}"
+        name = f"{label}{reward.name}-{first.index}.png"
+        reason = described_problem(first, images, prompts, self.folder, name)
         if self.on_error == "stop":
             raise RewardError(reward.name, reason)
         self._told.add(reward.name)
@@ -239,18 +291,6 @@ class Scorer:
             reward.name, reason, len(problems), len(prompts),
         )  # fmt: skip
         return scores
-
-    def save_image(self, image: Tensor, name: str) -> Path | None:
-        """Save one image [3, H, W] as a PNG in the folder, if there is one."""
-        if self.folder is None:
-            return None
-        from PIL import Image
-
-        plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / plain
-        Image.fromarray(eight_bit(image).permute(1, 2, 0).cpu().numpy()).save(path)
-        return path
 
     def __call__(
         self,
@@ -285,6 +325,60 @@ class Scorer:
             )
         total = combined_rewards(rewards_RB, self.weights, self.combine, kept)
         return RewardBatch(raw, total, None if kept.all() else kept, watched)
+
+
+def described_problem(
+    problem: Problem, images: Tensor, prompts: Sequence[str], folder: Path | None, name: str
+) -> str:
+    """Save the image that a problem is about; return the problem with its prompt and the path."""
+    path = saved_image(images[problem.index], folder, name)
+    saved = f" (image saved as {path})" if path else ""
+    return f"{problem.reason}; prompt {prompts[problem.index]!r}{saved}"
+
+
+def saved_image(image: Tensor, folder: Path | None, name: str) -> Path | None:
+    """Save one image [3, H, W] in [0, 1] as a PNG in the folder, if there is one."""
+    if folder is None:
+        return None
+    from PIL import Image
+
+    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / plain
+    Image.fromarray(eight_bit(image).permute(1, 2, 0).cpu().numpy()).save(path)
+    return path
+
+
+def jointly_kept(batches: Sequence[RewardBatch]) -> Tensor | None:
+    """Return the samples that every one of several scorings of the same samples keeps.
+
+    Args:
+        batches: E.g. of the images predicted at each chunk boundary, B samples each.
+
+    Returns:
+        [B]; None where these are all.
+
+    Raises:
+        RewardError: If no sample is left.
+    """
+    masks = [batch.kept for batch in batches if batch.kept is not None]
+    if not masks:
+        return None
+    kept = torch.stack(masks).all(dim=0)
+    if not kept.any():
+        lost = {name: num_unscored(batch.raw[name] for batch in batches) for name in batches[0].raw}
+        worst = max(lost, key=lambda name: lost[name])
+        raise RewardError(
+            worst,
+            "and the others left no image with a usable score at every chunk boundary; there is "
+            "nothing to learn",
+        )
+    return kept
+
+
+def num_unscored(columns: Iterable[Tensor]) -> int:
+    """Return for how many samples any of several columns [B] of scores holds no usable one."""
+    return int(torch.stack([~column.isfinite() for column in columns]).any(dim=0).sum())
 
 
 def score(

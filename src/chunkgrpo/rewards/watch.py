@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from chunkgrpo.core.credit import group_advantages, group_correlation, reward_shares
-from chunkgrpo.rewards.scoring import Scorer
+from chunkgrpo.rewards.scoring import Scorer, num_unscored
 from chunkgrpo.types import RewardBatch
 
 DROWNED = 0.05
@@ -31,8 +32,21 @@ class RewardWatch:
         self.scorer, self.convention = scorer, convention
         self._told: set[tuple[str, str]] = set()
 
-    def record(self, batch: RewardBatch, num_prompts: int, iteration: int) -> dict[str, Any]:
+    def record(
+        self,
+        batch: RewardBatch,
+        num_prompts: int,
+        iteration: int,
+        earlier: Sequence[RewardBatch] = (),
+    ) -> dict[str, Any]:
         """Return the metrics of a batch.
+
+        Args:
+            batch: Of the finished images; its ``kept`` are the samples that are trained on.
+            num_prompts: P.
+            iteration: For messages.
+            earlier: Of the same samples before they were finished, where these are scored too: a
+                sample dropped there is counted as well.
 
         Returns:
             ``reward_mean`` and ``reward_std`` of what the rewards combine to, kept samples only;
@@ -59,8 +73,9 @@ class RewardWatch:
                 for watched, values in batch.watched.items()
             }
         if self.scorer.on_error == "drop":
-            everything = {**batch.raw, **batch.watched}
-            record["dropped"] = {n: int((~v.isfinite()).sum()) for n, v in everything.items()}
+            every = [*earlier, batch]
+            record["dropped"] = {n: num_unscored(b.raw[n] for b in every) for n in batch.raw}
+            record["dropped"] |= {n: num_unscored([v]) for n, v in batch.watched.items()}
             record["dropped_samples"] = 0 if batch.kept is None else int((~batch.kept).sum())
         return record
 
