@@ -61,6 +61,8 @@ CLIP = {"clip_low": 2e-3, "clip_high": 3e-3}
 # of noisy steps, and a whole trajectory averages; guarded ratios and those of squared errors are
 # log-ratios times a standard deviation or two variances.
 FEW, FORMS = 0.05, {"guard": 0.1, "squared_error": 0.3}
+# And where long or early chunks, or a LoRA, move less in one update.
+MILD = {"paper": 0.002, "chunk-grpo-adaptive": 0.02, "chunk-grpo-weighted": 0.1}
 KL_THRESHOLD = 1e-6
 
 COUNTS = ("trained_pairs", "idle_pairs", "rollout_evaluations", "chunks", "window", "clip_fraction")
@@ -75,7 +77,7 @@ def settings_of(name):
     objective = config.objective
     if objective.algorithm == "chunk_grpo" and objective.trust == "clip":
         few = config.sampling.window.kind != "all" or config.chunks.plan == "whole"
-        scale = (FEW if few else 1) * FORMS.get(objective.ratio, 1)
+        scale = (FEW if few else 1) * FORMS.get(objective.ratio, 1) * MILD.get(name, 1)
         changes |= {f"objective.{side}": width * scale for side, width in CLIP.items()}
     elif objective.trust == "kl_mask":
         changes["objective.kl_threshold"] = KL_THRESHOLD
@@ -92,8 +94,9 @@ def watched(losses, updates):
             if "log_ratio" in part.diagnostics:
                 ratios.append(part.diagnostics["log_ratio"].detach().abs().flatten())
             if part.ends_update:
-                ratio = float(torch.cat(ratios).mean()) if ratios else None
-                updates.append({"loss": value, "log_ratio": ratio})
+                updates.append({"loss": value})
+                if ratios:
+                    updates[-1]["log_ratio"] = float(torch.cat(ratios).mean())
                 value, ratios = 0.0, []
             yield part
 
