@@ -49,6 +49,21 @@ def contrast_weight(images: Tensor, reach: int = 4) -> Tensor:
     return torch.where(distance < 40, torch.ones_like(weight), weight.clamp(1, 8))
 
 
+def weighted_errors(output: Tensor, batch: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the weighted means of squared errors, of absolute ones, and of those of edges."""
+    error = output - batch
+    return (
+        (weight * error.pow(2)).mean(),
+        (weight * error.abs()).mean(),
+        edge_l1(output, batch, weight),
+    )
+
+
+def psnr_of(output: Tensor, batch: Tensor) -> float:
+    """Return the peak signal-to-noise ratio in dB, of images in [-1, 1], unweighted."""
+    return -10 * ((output - batch).pow(2).mean() / 4).log10().item()
+
+
 def train_vae(
     vae: Any, images: Tensor, folder: Path, steps: int, seed: int, batch_size: int = 24
 ) -> None:
@@ -96,16 +111,14 @@ def train_vae(
         kl = 0.5 * (mean**2 + std**2 - 1 - 2 * std.log()).mean()
         weight = contrast_weight(batch) if step >= first else torch.ones_like(batch[:, :1])
         kl_weight = 0.15 if step >= first else 0.001 + 0.3 * late
-        l1 = (weight * (output - batch).abs()).mean()
-        squared = (output - batch).pow(2)
-        edges = edge_l1(output, batch, weight)
-        loss = 4 * (weight * squared).mean() + late * (l1 + edges) + kl_weight * kl
+        squared, l1, edges = weighted_errors(output, batch, weight)
+        loss = 4 * squared + late * (l1 + edges) + kl_weight * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizers.step(step)
         vae.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
-            psnr = -10 * (squared.mean() / 4).log10().item()
+            psnr = psnr_of(output, batch)
             log.write(step, loss=loss.item(), l1=l1.item(), psnr=psnr, kl=kl.item())
         if step % 200 == 199 or step == steps - 1:
             state = {"model": vae.state_dict(), "optimizers": optimizers.state_dict()}
@@ -153,16 +166,14 @@ def train_decoder(
         code = code + amount * torch.randn(code.shape, generator=generator)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             output = vae.decode(code).sample.float()
-        weight = contrast_weight(batch)
-        squared = (output - batch).pow(2)
-        l1 = (weight * (output - batch).abs()).mean()
-        loss = 4 * (weight * squared).mean() + l1 + edge_l1(output, batch, weight)
+        squared, l1, edges = weighted_errors(output, batch, contrast_weight(batch))
+        loss = 4 * squared + l1 + edges
         loss.backward()
         torch.nn.utils.clip_grad_norm_(decoder.parameters(), 1.0)
         optimizers.step(step)
         decoder.zero_grad(set_to_none=True)
         if step % 50 == 0 or step == steps - 1:
-            psnr = -10 * (squared.mean() / 4).log10().item()
+            psnr = psnr_of(output, batch)
             log.write(step, loss=loss.item(), l1=l1.item(), psnr=psnr)
         if step % 200 == 199 or step == steps - 1:
             state = {"model": decoder.state_dict(), "optimizers": optimizers.state_dict()}
