@@ -5,10 +5,12 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from chunkgrpo.config import build_trainer, load_config
 from chunkgrpo.methods import iteration_cost
@@ -22,6 +24,7 @@ def load(name):
     spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -203,3 +206,40 @@ def test_apart_by_hand():
     clean = torch.tensor([[[0.0, 0.0], [1.0, 3.0], [1.0, 1.0]]])
     assert load("consistency").apart(clean).tolist() == [(1 + 9 + 0 + 4) / 4]
     assert load("consistency").interval([1.0, 3.0]) == f"2 ({2 - 12.7062:.4g} to {2 + 12.7062:.4g})"
+
+
+# --- gradient noise -----------------------------------------------------------------------------
+
+
+def test_signal_and_alignment_of_gradients_with_known_ones():
+    benchmark = load("gradient_noise")
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.zeros(400)
+    signal[0] = 2.0
+    found, errors = [], []
+    for _ in range(200):
+        g = signal + torch.randn(12, 400, generator=generator)
+        value, error, power = benchmark.signal_of(g @ g.T)
+        assert power == pytest.approx(404, rel=0.1)
+        found.append(value)
+        errors.append(error)
+    mean, spread = np.mean(found), np.std(found)
+    assert abs(mean - 4) < 4 * spread / 200**0.5
+    assert np.mean(errors) == pytest.approx(spread, rel=0.15)
+    cosine, error = benchmark.aligned(signal + torch.randn(4000, 400, generator=generator), signal)
+    assert abs(cosine - 2 / 404**0.5) < 4 * error
+    assert error == pytest.approx(404**-0.5 / 4000**0.5, rel=0.1)
+    exact = torch.eye(3) + 1.0  # by hand
+    assert benchmark.signal_of(exact) == pytest.approx((1.0, 0.0, 2.0))
+
+
+def test_gradient_noise_compares_cases_without_moving_the_model(small, capsys):
+    benchmark = load("gradient_noise")
+    settings = ["--set", "sampling.prompts=2", "--rollouts", "3", *small]
+    benchmark.main([*settings, "--case", "low sampling.eta=0.5", "--case", "high sampling.eta=1"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["low:", "high:"]
+    assert lines[-2].startswith("| low |") and lines[-2].endswith("| 1.00 |")
+    assert lines[-1].startswith("| high |")
+    with pytest.raises(SystemExit):
+        benchmark.main([*settings, "--case", "alone"])
