@@ -7,8 +7,9 @@ independent rollouts of the untrained model,
     signal     |s|^2 = mean of <g_i, g_j> over i != j          (unbiased)
     power      E|g|^2 = mean of <g_i, g_i>
 
-and power / signal is how many rollouts it takes until the mean gradient is half signal. Weights
-count as Adam counts them: each is divided by its root mean square gradient in all cases.
+and power / signal is about how many rollouts it takes until the mean gradient is half signal.
+Products are those of a gradient and the step that Adam would make of another: each weight counts
+by 1 over its root mean square gradient in all cases.
 
 Signal of one case may point elsewhere than that of another (more noise while sampling is another
 objective). So ``aligned`` is the cosine between one rollout's gradient and the mean gradient of
@@ -36,8 +37,8 @@ from chunkgrpo.config import build_trainer, load_config
 
 CASES = (
     "demo",
-    "eta-0.7 sampling.eta=0.7",
     "eta-1 sampling.eta=1.0",
+    "eta-1.4 sampling.eta=1.4",
     "eta-2 sampling.eta=2.0",
     "32-prompts-of-6 sampling.prompts=32 sampling.group_size=6",
     "mean-only objective.advantage=mean_only",
@@ -108,19 +109,19 @@ def aligned(gradients_KD: Tensor, direction_D: Tensor) -> tuple[float, float]:
 def table(cases: Sequence[Case]) -> str:
     """Return a line a case."""
     every = [case.gradients_KD for case in cases]
-    scale_D = torch.stack([g.square().mean(0) for g in every]).mean(0).sqrt()
-    scale_D = (scale_D + 1e-3 * scale_D.mean()).sqrt()
+    size_D = torch.stack([g.square().mean(0) for g in every]).mean(0).sqrt()
+    scale_D = (size_D + 1e-3 * size_D.mean()).sqrt()  # of both factors of a product
     scaled = [g / scale_D for g in every]
     means = [g.mean(0) for g in scaled]
+    together_D = torch.stack(means).sum(0)
     lines = [
         "| case | seconds a rollout | power / signal | signal / its error | aligned | rate |",
         "|---|---|---|---|---|---|",
     ]
     first = None
-    for index, (case, g_KD) in enumerate(zip(cases, scaled, strict=True)):
+    for case, g_KD, mean_D in zip(cases, scaled, means, strict=True):
         signal, error, power = signal_of(g_KD @ g_KD.T)
-        others = [mean for i, mean in enumerate(means) if i != index]
-        cosine, spread = aligned(g_KD, torch.stack(others).mean(0))
+        cosine, spread = aligned(g_KD, together_D - mean_D)
         rate = cosine**2 / case.seconds
         first = first or rate
         ratio = f"{power / signal:.0f}" if signal > 0 else "unknown"
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name, *settings = each.split()
         cases.append(measure(name, [*options.set, *settings], options.rollouts, seed))
         print(f"{name}: {cases[-1].seconds:.2f} s a rollout", flush=True)
-    print(f"{options.rollouts} rollouts a case; 95 % intervals in brackets")
+    print(f"{options.rollouts} rollouts a case; in brackets half the 95 % interval")
     print(table(cases))
 
 
