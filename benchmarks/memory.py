@@ -8,7 +8,7 @@ import dataclasses
 
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO, MicroBatch
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, equal_plan, make_sigmas
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.policies.sd3 import StableDiffusion3Policy
@@ -39,9 +39,10 @@ def direct_loss(
     total = torch.zeros((), device=policy.device)
     for sample in range(trajectory.num_samples):
         for part in steps.split(list(plan.sizes)):
-            pairs = (torch.full_like(part, sample), part)
+            (pairs,) = MicroBatch.place([(torch.full_like(part, sample), part)], trajectory)
             step = algorithm.step_of(policy, trajectory, pairs)
-            change = algorithm.log_prob(trajectory, pairs, step) - trajectory.old_log_prob[pairs]
+            change = algorithm.log_prob(trajectory, pairs, step)
+            change = change - trajectory.old_log_prob[pairs.pairs]
             loss = -experience.advantages[sample] * change.mean().exp()
             # One chunk at a time, as an implementation would that steps through chunks.
             (loss / (trajectory.num_samples * plan.num_chunks)).backward()

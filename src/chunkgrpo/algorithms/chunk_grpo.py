@@ -8,7 +8,7 @@ weights of steps: all are this loss with other parts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -31,6 +31,7 @@ from chunkgrpo.core.objectives import (
 )
 from chunkgrpo.core.sde import Gaussian, Kernel
 from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.runtime.transfer import send
 from chunkgrpo.types import Experience, LossPart, Trajectory
 
 # Axis names: B samples, N transitions, C chunks, S samples of one update, Q (sample, step) pairs.
@@ -40,6 +41,68 @@ KL_FORMS = ("transition", "rate")
 
 Pairs = tuple[Tensor, Tensor]
 """Sample and step of Q (sample, step) pairs."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The pairs that go through the network together, where they are planned and where computed.
+
+    An index that lies elsewhere than what it picks from makes the host wait for the device each
+    time it is used; so the indices of all micro-batches are sent ahead, in one piece.
+
+    Attributes:
+        planned: The pairs on the host.
+        pairs: The same on the trajectory's device.
+        alike: Where pairs of one prompt are one row of the network: the first pair of each prompt,
+            and the row of each pair among these, [Q]. On the device.
+    """
+
+    planned: Pairs
+    pairs: Pairs
+    alike: Pairs | None = None
+
+    @staticmethod
+    def place(parts: Sequence[Pairs], trajectory: Trajectory) -> list[MicroBatch]:
+        """Send pairs to the device of a trajectory."""
+        columns: list[Tensor] = []
+        for sample, step in parts:
+            columns += [sample, step]
+            if trajectory.shared_start and len(step) and bool((step == 0).all()):
+                prompt, row = (sample // trajectory.group_size).unique(return_inverse=True)
+                first = (row == torch.arange(len(prompt))[:, None]).int().argmax(1)
+                columns += [first, row]
+            else:
+                columns += [step[:0], step[:0]]
+        if not columns:
+            return []
+        flat = send(torch.cat(columns), trajectory.device)
+        there = flat.split([len(column) for column in columns])
+        return [
+            MicroBatch(
+                pairs,
+                (there[4 * i], there[4 * i + 1]),
+                (there[4 * i + 2], there[4 * i + 3]) if len(there[4 * i + 2]) else None,
+            )
+            for i, pairs in enumerate(parts)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.planned[0])
+
+    def state(self, trajectory: Trajectory, ahead: int = 0) -> Tensor:
+        """Return the states that the pairs start from, or those ``ahead`` steps later."""
+        sample, step = self._beside(trajectory.states)
+        return trajectory.state(sample, step + ahead)
+
+    def velocity(self, trajectory: Trajectory) -> Tensor:
+        """Return the sampling policy's velocities at the pairs."""
+        if trajectory.velocities is None:
+            return trajectory.velocity(*self.planned)
+        return trajectory.velocity(*self._beside(trajectory.velocities))
+
+    def _beside(self, kept: Tensor) -> Pairs:
+        """Return the pairs on the device of what they index."""
+        return self.pairs if kept.device == self.pairs[0].device else self.planned
 
 
 @dataclass(frozen=True)
@@ -208,15 +271,15 @@ class ChunkGRPO:
         mask_BC: Tensor,
         plan: ChunkPlan,
         generator: Generator,
-    ) -> list[Pairs]:
+    ) -> list[MicroBatch]:
         """List the (sample, step) pairs of one update, in micro-batches."""
         row, step = mask_BC[share_S][:, plan.chunk_of_step].nonzero(as_tuple=True)
         sample = share_S[row]
         # Shuffled, so that every micro-batch holds all noise levels and all are alike in size.
         order = torch.randperm(len(step), generator=generator)
-        return self.batches(trajectory, (sample[order], step[order]))
+        return MicroBatch.place(self.cut(trajectory, (sample[order], step[order])), trajectory)
 
-    def batches(self, trajectory: Trajectory, pairs: Pairs) -> list[Pairs]:
+    def cut(self, trajectory: Trajectory, pairs: Pairs) -> list[Pairs]:
         """Cut pairs into the fewest equal micro-batches of at most ``micro_batch`` network rows.
 
         Where the samples of a prompt start from one state, their first steps are one row: those
@@ -245,41 +308,39 @@ class ChunkGRPO:
 
     @torch.no_grad()
     def _measure(
-        self, policy: Policy, trajectory: Trajectory, batch: list[Pairs], start: _Anchor
+        self, policy: Policy, trajectory: Trajectory, batch: list[MicroBatch], start: _Anchor
     ) -> _Anchor:
         """Return the present policy's log-probabilities and divergences of some pairs, [B, N]."""
         filled = _Anchor(start.log_prob.clone(), start.divergence.clone())
-        for pairs in batch:
-            step = self.step_of(policy, trajectory, pairs)
-            filled.log_prob[pairs] = self.log_prob(trajectory, pairs, step)
+        for part in batch:
+            step = self.step_of(policy, trajectory, part)
+            filled.log_prob[part.pairs] = self.log_prob(trajectory, part, step)
             if self.needs_divergence:
-                filled.divergence[pairs] = self.divergence(trajectory, pairs, step)
+                filled.divergence[part.pairs] = self.divergence(trajectory, part, step)
         return filled
 
-    def step_of(self, policy: Policy, trajectory: Trajectory, pairs: Pairs) -> Gaussian:
+    def step_of(self, policy: Policy, trajectory: Trajectory, part: MicroBatch) -> Gaussian:
         """Return the current policy's transition of each pair."""
-        sample, step = pairs
-        x, sigmas = trajectory.state(sample, step), trajectory.trained_sigmas
-        if trajectory.shared_start and len(step) and bool((step == 0).all()):
-            prompt, row = (sample // trajectory.group_size).unique(return_inverse=True)
-            one = prompt * trajectory.group_size
-            start = sigmas[0].expand(len(one))
-            v = policy.velocity(trajectory.state(one, 0), start, trajectory.conditioning[one])[row]
-        else:
+        sample, step = part.pairs
+        x, sigmas = part.state(trajectory), trajectory.trained_sigmas
+        if part.alike is None:
             v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
+        else:
+            first, row = part.alike
+            sigma = sigmas[0].expand(len(first))
+            v = policy.velocity(x[first], sigma, trajectory.conditioning[sample[first]])[row]
         return self.transition(x, v, sigmas[step], sigmas[step + 1])
 
-    def log_prob(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
+    def log_prob(self, trajectory: Trajectory, part: MicroBatch, step: Gaussian) -> Tensor:
         """Return each pair's log-probability per dimension, [Q]."""
-        return step.log_prob_per_dim(trajectory.state(pairs[0], pairs[1] + 1)).float()
+        return step.log_prob_per_dim(part.state(trajectory, ahead=1)).float()
 
-    def divergence(self, trajectory: Trajectory, pairs: Pairs, step: Gaussian) -> Tensor:
+    def divergence(self, trajectory: Trajectory, part: MicroBatch, step: Gaussian) -> Tensor:
         """Return each pair's KL(new || sampling policy) per dimension, [Q]."""
-        sigmas = trajectory.trained_sigmas
+        sigmas, where = trajectory.trained_sigmas, part.pairs[1]
         before = self.transition(
-            trajectory.state(*pairs), trajectory.velocity(*pairs), sigmas[pairs[1]],
-            sigmas[pairs[1] + 1],
-        )  # fmt: skip
+            part.state(trajectory), part.velocity(trajectory), sigmas[where], sigmas[where + 1]
+        )
         return step.kl_per_dim(before).float()
 
 
@@ -349,7 +410,7 @@ class _Update:
     old: _Anchor
     new: _Anchor
 
-    def parts(self, policy: Policy, batch: list[Pairs], moved: bool) -> Iterator[LossPart]:
+    def parts(self, policy: Policy, batch: list[MicroBatch], moved: bool) -> Iterator[LossPart]:
         a, plan, scales = self.algorithm, self.plan, self.scales
         advantages = self.experience.advantages
         bias_BN = self.new.divergence if a.ratio == "guard" else 0.0
@@ -369,7 +430,7 @@ class _Update:
         slope_BN = step_coefficients(mask, weight_BC * slope_BC, plan, denominator)
         slope_BN = slope_BN * scales.inner_N
         cut_BC = region.is_cut(log_ratio_BC, advantages, divergence_BC)
-        num_pairs = sum(len(pairs[0]) for pairs in batch)
+        num_pairs = sum(len(part) for part in batch)
         # Chunks that are cut and groups of equal rewards pull nowhere: no need to go there.
         idle = None
         if a.kl_coefficient == 0:
@@ -387,56 +448,62 @@ class _Update:
             else:
                 assert idle is not None
                 nothing = 0.0 * policy.parameters()[0].float().sum()
-                loss = nothing + value_BN[idle].sum()
+                loss = nothing + value_BN[idle.pairs].sum()
                 diagnostics = {
-                    "sample": idle[0],
-                    "step": idle[1],
-                    "log_ratio": self.new.log_prob[idle] - self.old.log_prob[idle],
-                    "idle": torch.ones(len(idle[0])),
+                    "sample": idle.planned[0],
+                    "step": idle.planned[1],
+                    "log_ratio": self.new.log_prob[idle.pairs] - self.old.log_prob[idle.pairs],
+                    "idle": torch.ones(len(idle)),
                 }
             ends = index == number - 1
             yield LossPart(loss, ends, diagnostics | last if ends else diagnostics)
 
     def pair_part(
-        self, policy: Policy, pairs: Pairs, slope_BN: Tensor, value_BN: Tensor, num_pairs: int
+        self,
+        policy: Policy,
+        part: MicroBatch,
+        slope_BN: Tensor,
+        value_BN: Tensor,
+        num_pairs: int,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        a, trajectory = self.algorithm, self.experience.trajectory
-        step = a.step_of(policy, trajectory, pairs)
-        log_prob = a.log_prob(trajectory, pairs, step)
+        a, trajectory, pairs = self.algorithm, self.experience.trajectory, part.pairs
+        step = a.step_of(policy, trajectory, part)
+        log_prob = a.log_prob(trajectory, part, step)
         moving = log_prob
         if a.ratio == "guard":
-            moving = moving + a.divergence(trajectory, pairs, step)
+            moving = moving + a.divergence(trajectory, part, step)
         loss = (slope_BN[pairs] * (moving - moving.detach())).sum() + value_BN[pairs].sum()
         diagnostics = {
-            "sample": pairs[0],
-            "step": pairs[1],
+            "sample": part.planned[0],
+            "step": part.planned[1],
             "log_ratio": log_prob.detach() - self.old.log_prob[pairs],
         }
         if a.kl_coefficient > 0:
             with torch.no_grad(), policy.reference():
-                reference = a.step_of(policy, trajectory, pairs)
+                reference = a.step_of(policy, trajectory, part)
             kl = step.kl_per_dim(reference)
             weighted = (kl * self.scales.kl_N[pairs[1]]).sum()
             loss = loss + a.kl_coefficient * weighted / num_pairs
             diagnostics["reference_kl"] = kl.detach()
         return loss, diagnostics
 
-    def neighbours(self) -> list[Pairs]:
-        """List (sample, chunk) of neighbouring chunks, ``chunk`` the earlier of the two."""
+    def neighbours(self) -> list[MicroBatch]:
+        """List the pairs of neighbouring chunks' first steps, the earlier ones first."""
         number = self.plan.num_chunks - 1
         sample = self.share_S.repeat_interleave(number)
         chunk = torch.arange(number).repeat(len(self.share_S))
-        return split_pairs((sample, chunk), max(1, self.algorithm.micro_batch // 2))
-
-    def neighbour_part(self, policy: Policy, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
-        trajectory = self.experience.trajectory
         starts = torch.tensor(self.plan.starts)
-        sample, step = pairs[0].repeat(2), torch.cat([starts[pairs[1]], starts[pairs[1] + 1]])
+        parts = split_pairs((sample, chunk), max(1, self.algorithm.micro_batch // 2))
+        both = [(s.repeat(2), torch.cat([starts[c], starts[c + 1]])) for s, c in parts]
+        return MicroBatch.place(both, self.experience.trajectory)
+
+    def neighbour_part(self, policy: Policy, part: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        trajectory = self.experience.trajectory
+        sample, step = part.pairs
         sigma = trajectory.trained_sigmas[step]
-        x = trajectory.state(sample, step)
-        v = policy.velocity(x, sigma, trajectory.conditioning[sample])
+        v = policy.velocity(part.state(trajectory), sigma, trajectory.conditioning[sample])
         # x0 = x - sigma v, so the clean prediction moves by -sigma times the velocity's change.
-        moved = (v - trajectory.velocity(sample, step)).flatten(1) * sigma[:, None]
+        moved = (v - part.velocity(trajectory)).flatten(1) * sigma[:, None]
         early, late = moved.chunk(2)
         term = (late - early).square().mean(1)
         total = len(self.share_S) * (self.plan.num_chunks - 1)
@@ -444,16 +511,17 @@ class _Update:
         return loss, {"consistency": term.detach()}
 
     def without_idle(
-        self, batch: list[Pairs], slope_BN: Tensor
-    ) -> tuple[list[Pairs], Pairs | None]:
+        self, batch: list[MicroBatch], slope_BN: Tensor
+    ) -> tuple[list[MicroBatch], MicroBatch | None]:
         """Take out the pairs whose coefficient is 0; return the others in equal micro-batches."""
-        sample = torch.cat([pairs[0] for pairs in batch])
-        step = torch.cat([pairs[1] for pairs in batch])
-        alive = (slope_BN[sample, step] != 0).cpu()
-        if alive.all():
+        trajectory = self.experience.trajectory
+        sample, step = (torch.cat(column) for column in zip(*(p.planned for p in batch)))
+        pulls = torch.cat([slope_BN[part.pairs] != 0 for part in batch]).cpu()
+        if pulls.all():
             return batch, None
-        parts = self.algorithm.batches(self.experience.trajectory, (sample[alive], step[alive]))
-        return parts, (sample[~alive], step[~alive])
+        alive = self.algorithm.cut(trajectory, (sample[pulls], step[pulls]))
+        *rest, idle = MicroBatch.place([*alive, (sample[~pulls], step[~pulls])], trajectory)
+        return rest, idle
 
     def chunk_diagnostics(self, log_ratio_BC: Tensor, cut_BC: Tensor) -> dict[str, Tensor]:
         """Return the log-ratio of each trained chunk, and whether it is cut."""

@@ -31,6 +31,7 @@ from chunkgrpo.core.precision import at_least_float32
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import Old
 from chunkgrpo.runtime.seeds import NoiseSource
+from chunkgrpo.runtime.transfer import send
 from chunkgrpo.types import Conditioning, Experience, LossPart, Trajectory
 
 # Axis names: B samples, T times per sample, Q (sample, time) pairs of one micro-batch.
@@ -50,7 +51,8 @@ class Pairs:
     """Some (sample, time) pairs, noised and ready for the network.
 
     Attributes:
-        sample, step: [Q] on the CPU: rows of the trajectory, indices into its schedule.
+        sample, step: [Q]: rows of the trajectory, indices into its schedule.
+        slot: [Q], column of [B, T].
         clean, noise, noised: [Q, *latent].
         sigma: [Q].
         conditioning: Q rows.
@@ -58,6 +60,7 @@ class Pairs:
 
     sample: Tensor
     step: Tensor
+    slot: Tensor
     clean: Tensor
     noise: Tensor
     noised: Tensor
@@ -109,13 +112,16 @@ class Deal:
 
     def pairs(self, trajectory: Trajectory, slots: Slots) -> Pairs:
         """Noise the clean latents of some pairs."""
-        sample, step = slots[0], self.times[slots]
+        # One piece, and not waited for: an index from the host would be, each time it is used.
+        where = send(torch.stack([*slots, self.times[slots]]), trajectory.device)
+        sample, slot, step = where.unbind()
         clean = trajectory.final[sample]
         source = NoiseSource(self.seeds[slots].tolist())
         noise = source.draw(tuple(clean.shape[1:]), clean.device)
         sigma = trajectory.sigmas[step]
         noised = noisy(clean, noise, sigma)
-        return Pairs(sample, step, clean, noise, noised, sigma, trajectory.conditioning[sample])
+        conditioning = trajectory.conditioning[sample]
+        return Pairs(sample, step, slot, clean, noise, noised, sigma, conditioning)
 
 
 def _num_pairs(batches: Sequence[Slots]) -> int:
@@ -361,7 +367,7 @@ class AWM:
                 v_ema = pairs.velocity_within(policy, self.old.applied(parameters))
             v = pairs.velocity(policy)
             log_prob = self._log_prob(v, pairs)
-            old = old_BT[slots] if has_moved else log_prob.detach()
+            old = old_BT[pairs.sample, pairs.slot] if has_moved else log_prob.detach()
             log_ratio = log_prob - old
             advantages = advantages_B[pairs.sample]
             if mean_B is None:
@@ -406,5 +412,5 @@ class AWM:
             pairs = deal.pairs(trajectory, slots)
             log_prob = self._log_prob(pairs.velocity(policy), pairs)
             filled_BT = filled_BT.to(log_prob.dtype)
-            filled_BT[slots] = log_prob
+            filled_BT[pairs.sample, pairs.slot] = log_prob
         return filled_BT

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from chunkgrpo.runtime.transfer import send
+
 
 def derive_seed(*parts: int) -> int:
     """Mix integers into one seed below 2^63; near inputs give unrelated outputs."""
@@ -31,4 +33,4 @@ class NoiseSource:
     def draw(self, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """Draw the next standard normal noise of every sample, [B, *shape] in float32."""
         rows = [torch.randn(shape, generator=generator) for generator in self._generators]
-        return torch.stack(rows).to(device)
+        return send(torch.stack(rows), device)
