@@ -112,7 +112,11 @@ def test_a_run_trains_on_some_tasks_and_is_judged_by_all() -> None:
     ("name", "text", "message"),
     [
         ("p.jsonl", '{"prompt": "a"}\n\n{"prompt"\n', "line 3 is no JSON"),
-        ("p.jsonl", '{"prompt": "a"}\n{"text": "b"}\n', "line 2 has no prompt"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"text": "b", "n": 1}\n',
+            "line 2 has no prompt 'prompt'; its fields are text, n",
+        ),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "  "}\n', "line 2 has no prompt"),
         ("p.jsonl", '{"prompt": null}\n', "line 1 has no prompt"),
         ("p.csv", "task,prompt\nx,a\ny,\n", "line 3 has no prompt"),

@@ -133,7 +133,9 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
             key = _prompt_column(source, record, column)
         text = record.get(key or "prompt")
         if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{source}, {place} {n} has no prompt" + (f" {key!r}" if key else ""))
+            fields = ", ".join(record)
+            told = f" {key!r}; its fields are {fields or 'none'}" if key else ""
+            raise ValueError(f"{source}, {place} {n} has no prompt{told}")
         texts.append(text.strip())
         groups.append(str(record.get("tag") or record.get("task") or record.get("group") or "all"))
         metadata.append({k: v for k, v in record.items() if k != (key or "prompt")})
