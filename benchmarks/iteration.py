@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -122,10 +123,14 @@ class FluxShapedPolicy:
             guidance_embeds=True,
             axes_dims_rope=(8, 12, 12),
         )
+        # Its annotations say tuples of one.
+        four_blocks: dict[str, Any] = {
+            "block_out_channels": scale.vae_channels,
+            "down_block_types": ("DownEncoderBlock2D",) * 4,
+            "up_block_types": ("UpDecoderBlock2D",) * 4,
+        }
         self.vae = AutoencoderKL(
-            block_out_channels=scale.vae_channels,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
+            **four_blocks,
             layers_per_block=1,
             latent_channels=16,
             norm_num_groups=4,
@@ -154,7 +159,7 @@ class FluxShapedPolicy:
         """Return the transformer's parameters."""
         return list(self.transformer.parameters())
 
-    def autocast(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[object]:
         """Compute in the chosen precision."""
         if self.dtype == torch.float32:
             return nullcontext()
@@ -201,7 +206,7 @@ class FluxShapedPolicy:
         """Unpack and decode latents."""
         self.sampling = False
         side = self.scale.side
-        z = x.unflatten(1, (side, side)).unflatten(3, (16, 2, 2))
+        z: Any = x.unflatten(1, (side, side)).unflatten(3, (16, 2, 2))
         z = z.permute(0, 3, 1, 4, 2, 5).reshape(len(x), 16, 2 * side, 2 * side)
         with self.autocast():
             image = self.vae.decode(z, return_dict=False)[0]
@@ -211,7 +216,7 @@ class FluxShapedPolicy:
         """Not needed: there is no KL term."""
         raise NotImplementedError
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Save the transformer."""
         self.transformer.save_pretrained(folder)
 
@@ -670,7 +675,7 @@ def print_results(
 
 def main() -> None:
     """Measure both programs in both precisions and print one table."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--quick", action="store_true", help="tiny sizes, one repetition")
     parser.add_argument("--repeats", type=int, help="pairs of iterations in each precision")
     options = parser.parse_args()

@@ -37,6 +37,7 @@ from chunkgrpo.config import (
     unknown_name,
 )
 from chunkgrpo.evaluate import evaluate
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import method_names
 from chunkgrpo.report.statistics import paired_difference
 from chunkgrpo.rewards import make_reward
@@ -120,8 +121,10 @@ def judged(trainer: Trainer, options: argparse.Namespace) -> list[list[float]]:
     reward = config.evaluation.reward
     judge = make_reward(reward.name, reward.options)
     prompts = build_prompts(config, "final")
+    policy = trainer.policy
+    assert isinstance(policy, PipelinePolicy)
     found = evaluate(
-        trainer.policy, prompts, build_sigmas(config, trainer.policy), [judge], options.images,
+        policy, prompts, build_sigmas(config, policy), [judge], options.images,
         config.evaluation.seed, BATCH,
     )  # fmt: skip
     return np.round(found.scores[judge.name].astype(float), 6).tolist()
