@@ -6,13 +6,15 @@ from __future__ import annotations
 import contextlib
 import difflib
 import importlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -239,7 +241,7 @@ class SamplingConfig(Section):
         default="flow", description="'ode' for objectives of the forward process only"
     )
     window: WindowConfig = WindowConfig()
-    eta: float = Field(default=0.7, gt=0)
+    eta: float = Field(default=0.7, description="scale of the noise in stochastic steps, above 0")
     prompts: int = Field(default=16, ge=1, description="prompts a rollout")
     group_size: int = Field(default=12, ge=2, description="images a prompt")
     same_noise: bool = True
@@ -247,6 +249,19 @@ class SamplingConfig(Section):
         default=96, ge=1, description="most samples in one forward, of evaluations too"
     )
     store: StoreConfig = StoreConfig()
+
+    @field_validator("eta")
+    @classmethod
+    def is_noise(cls, eta: float) -> float:
+        """Refuse noise that is none, and say what samples without it."""
+        if not (eta > 0 and math.isfinite(eta)):
+            raise PydanticCustomError(
+                "no_noise",
+                "it must be above 0, or no step has a density to train; 0.7 is the published "
+                "value, and sampling.diffusion 'ode' samples without noise, for "
+                "objective.algorithm 'diffusion_nft' or 'awm'",
+            )
+        return eta
 
 
 MEASURED_PLANS = ("adaptive", "optimal")

@@ -172,6 +172,7 @@ def test_costs_of_forward_objectives():
         ("e-grpo", "sampling.merge=[4, 4, 4, 4]", "set one of the two to null"),
         ("e-grpo", "sampling.merge_entropy=null sampling.merge=[4,4]", "sums to 8, but .* is 16"),
         ("flow-cps", "sampling.eta=1.5", r"mixes noise with eta in \[0, 1\]"),
+        ("chunk-grpo", "sampling.eta=0", r"eta = 0: it must be above 0.*diffusion 'ode'"),
         ("demo", "objective.updates=193", "192 images of a rollout"),
         ("awm", "objective.forward.times=10", "only 9 times besides pure noise"),
         ("demo", "objective.updates=1 objective.consistency=1", "consistency compares with"),
