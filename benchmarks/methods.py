@@ -38,7 +38,7 @@ from chunkgrpo.config import (
 )
 from chunkgrpo.evaluate import evaluate
 from chunkgrpo.policies.pipeline import PipelinePolicy
-from chunkgrpo.recipes import method_names
+from chunkgrpo.recipes import method_names, recipe_names
 from chunkgrpo.report.statistics import paired_difference
 from chunkgrpo.rewards import make_reward
 from chunkgrpo.runtime.files import atomic_write
@@ -250,7 +250,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("names", nargs="*", help="methods; all where none is named")
+    add("names", nargs="*", help="methods, or recipes such as demo; all methods if none is named")
     add("--rows", type=int, default=20_000, help="budget of a run, network evaluations")
     add("--seeds", type=int, default=1, help="training seeds, 0 to this less one")
     add("--prompts", type=int, default=252, help="held-out prompts to judge by")
@@ -261,9 +261,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--docs", type=Path, default=Path("docs/methods.md"), help="page that holds the table")
     add("--table", action="store_true", help="only write the table of what is there")
     options = parser.parse_args(arguments)
+    known = [*method_names(), *recipe_names()]
     for name in options.names:
-        if name not in method_names():
-            parser.error(str(unknown_name("method", name, method_names())))
+        if name not in known:
+            parser.error(str(unknown_name("method", name, known)))
     if min(options.rows, options.seeds, options.images) < 1 or options.prompts < 2:
         parser.error("--rows, --seeds and --images must be at least 1, and --prompts 2")
     return options
