@@ -11,7 +11,8 @@ import pytest
 import torch
 
 # What tests encode must not fill the cache of whoever runs them.
-os.environ["CHUNKGRPO_CACHE"] = tempfile.mkdtemp(prefix="chunkgrpo-tests-")
+_cache = tempfile.TemporaryDirectory(prefix="chunkgrpo-tests-")  # gone when the process ends
+os.environ["CHUNKGRPO_CACHE"] = _cache.name
 # Tiny tensors lose more to threads than they gain, and sums no longer depend on the machine.
 torch.set_num_threads(1)
 
