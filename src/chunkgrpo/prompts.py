@@ -133,8 +133,9 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
             key = _prompt_column(source, record, column)
         text = record.get(key or "prompt")
         if not isinstance(text, str) or not text.strip():
-            fields = ", ".join(record)
-            told = f" {key!r}; its fields are {fields or 'none'}" if key else ""
+            told = f" {key!r}" if key else ""
+            if key and key not in record:
+                told += f"; its fields are {', '.join(map(str, record)) or 'none'}"
             raise ValueError(f"{source}, {place} {n} has no prompt{told}")
         texts.append(text.strip())
         groups.append(str(record.get("tag") or record.get("task") or record.get("group") or "all"))

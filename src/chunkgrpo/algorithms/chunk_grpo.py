@@ -91,18 +91,16 @@ class MicroBatch:
 
     def state(self, trajectory: Trajectory, ahead: int = 0) -> Tensor:
         """Return the states that the pairs start from, or those ``ahead`` steps later."""
-        sample, step = self._beside(trajectory.states)
+        sample, step = self._kept(trajectory)
         return trajectory.state(sample, step + ahead)
 
     def velocity(self, trajectory: Trajectory) -> Tensor:
         """Return the sampling policy's velocities at the pairs."""
-        if trajectory.velocities is None:
-            return trajectory.velocity(*self.planned)
-        return trajectory.velocity(*self._beside(trajectory.velocities))
+        return trajectory.velocity(*self._kept(trajectory))
 
-    def _beside(self, kept: Tensor) -> Pairs:
-        """Return the pairs on the device of what they index."""
-        return self.pairs if kept.device == self.pairs[0].device else self.planned
+    def _kept(self, trajectory: Trajectory) -> Pairs:
+        """Return the pairs where states and velocities are kept: on the device or on the host."""
+        return self.pairs if trajectory.states.device == trajectory.device else self.planned
 
 
 @dataclass(frozen=True)
