@@ -377,6 +377,13 @@ class ObjectiveConfig(Section):
         default=0.0, ge=0, description="weight of the temporal consistency of chunks"
     )
     updates: int = Field(default=2, ge=1, description="optimizer steps a rollout")
+    keep: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of a rollout's images that is trained: those whose advantages are "
+        "largest in size",
+    )
     micro_batch: int = Field(default=64, ge=1, description="(sample, step) pairs a forward")
     anchor: Literal["rollout", "replay"] = "rollout"
     kl: float = Field(default=0.0, ge=0, description="weight of KL to the base model")
@@ -821,7 +828,7 @@ def check_algorithm(config: Config) -> None:
 
 CHUNK_SETTINGS = (
     "credit", "ratio", "trust", "trust_options", "kl_threshold", "inner_weights", "outer_weights",
-    "implicit_sizes", "consistency", "anchor", "kl_form", "old_kl",
+    "implicit_sizes", "consistency", "anchor", "kl_form", "old_kl", "keep",
 )  # fmt: skip
 """Settings of the objective that 'chunk_grpo' alone reads.
 
@@ -1137,6 +1144,14 @@ def num_trained(config: Config) -> int:
     return (len(sizes) if sizes else config.sampling.steps) - 1
 
 
+def num_kept(config: Config) -> int:
+    """Return how many images of a rollout are trained."""
+    from chunkgrpo.core import credit
+
+    s, o = config.sampling, config.objective
+    return credit.num_kept(s.prompts * s.group_size, o.keep, o.updates)
+
+
 def num_planned(config: Config) -> int:
     """Return the steps that the chunk plan covers: those of the window."""
     window = config.sampling.window
@@ -1359,6 +1374,7 @@ def build_chunk_grpo(config: Config, plan: ChunkPlan, transition: Kernel) -> Chu
         transition=transition,
         selection=build_selection(config),
         num_updates=o.updates,
+        keep=o.keep,
         micro_batch=o.micro_batch,
         anchor=o.anchor,
         kl_coefficient=o.kl,

@@ -13,6 +13,7 @@ from chunkgrpo.config import (
     given_sizes,
     load_config,
     num_chunks,
+    num_kept,
     num_planned,
     num_trained,
     window_places,
@@ -115,13 +116,13 @@ def iteration_cost(config: Config) -> Cost:
         share = sum(sizes[j] for j in c.indices) / sum(sizes)
     elif window.kind != "chunk":
         share = num_selected(len(sizes), c.fraction) / len(sizes)
-    pairs = samples * size * share
+    pairs = num_kept(config) * size * share
     rows = pairs - shared_first_rows(config, pairs)
     measured = rows * (o.updates - 1) / o.updates
     measured += rows * ((o.anchor == "replay") + (o.kl > 0))
     number = 1 if window.kind == "chunk" else len(sizes)
     if o.consistency > 0:  # both chunks of each neighbouring pair, in the later updates
-        rows += 2 * (number - 1) * samples * (o.updates - 1) / o.updates
+        rows += 2 * (number - 1) * num_kept(config) * (o.updates - 1) / o.updates
     scored = samples * (1 + (number if o.credit == "gain" else 0))
     return Cost(round(rollout), round(measured), round(rows), scored, round(pairs))
 
@@ -145,7 +146,7 @@ def shared_first_rows(config: Config, pairs: float) -> float:
         share = float(0 in (c.indices or ()))
     else:
         share = num_selected(len(sizes), c.fraction) / len(sizes)
-    k = round(images * share / o.updates)
+    k = round(num_kept(config) * share / o.updates)
     absent = math.comb(images - s.group_size, k) / math.comb(images, k)
     return min(o.updates * (k - s.prompts * (1 - absent)), pairs)
 

@@ -20,6 +20,7 @@ from chunkgrpo.config import (
     check_plan,
     check_precision,
     embedding_folder,
+    num_kept,
     num_planned,
     num_trained,
     resolve_model,
@@ -285,19 +286,21 @@ def geometry(plan: Plan) -> list[str]:
         planned = num_planned(config)
         sizes = chunk_sizes(config)
         about = "about " if c.plan in ("adaptive", "optimal") else ""
+        kept = num_kept(config)
+        each = "each image" if kept == plan.images else f"the {kept} images of largest advantage"
         lines.append(
             f"{planned} of {num_trained(config)} trainable steps are stochastic and form {about}"
             f"{_count(len(sizes), 'chunk')} of {_listed(sizes)}; "
-            f"{_number(cost.pairs / plan.images)} steps of each image are trained, in the mean."
+            f"{_number(cost.pairs / kept)} steps of {each} are trained, in the mean."
         )
     else:
         lines.append(
             f"{_number(cost.pairs / plan.images)} noised copies of each image are trained."
         )
-    pairs = cost.pairs / o.updates
+    pairs, trained = cost.pairs / o.updates, num_kept(config) / o.updates
     lines += [
         f"An iteration takes {_count(o.updates, 'optimizer step')} of "
-        f"{_number(plan.images / o.updates)} images = {_number(pairs)} (image, step) pairs each, "
+        f"{_number(trained)} images = {_number(pairs)} (image, step) pairs each, "
         f"in {_count(math.ceil(pairs / o.micro_batch), 'micro-batch', 'es')} of at most "
         f"{o.micro_batch}. Memory grows with the micro-batch, not with the chunks.",
         f"The run: {_count(config.iterations, 'iteration')} = "

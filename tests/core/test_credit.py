@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy import integrate, stats
 
 from chunkgrpo.core.credit import (
     COMBINATIONS,
@@ -20,7 +21,9 @@ from chunkgrpo.core.credit import (
     combined_rewards,
     group_advantages,
     group_correlation,
+    num_kept,
     reward_shares,
+    strongest,
 )
 
 CENTRED = sorted(set(CONVENTIONS) - {"ungrouped", "group_std_median"})
@@ -496,3 +499,49 @@ def test_chunks_are_credited_with_what_they_add_to_several_rewards(combination):
 def test_combinations_refuse_what_makes_no_sense(rewards, weights, combination, message):
     with pytest.raises(ValueError, match=message):
         combined_rewards(rewards, weights, combination)
+
+
+# --- choosing the strongest -----------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=20), st.data())
+def test_none_left_out_is_stronger_than_one_chosen(advantages, data):
+    number = data.draw(st.integers(1, len(advantages)))
+    chosen = strongest(torch.tensor(advantages), number).tolist()
+    assert chosen == sorted(set(chosen)) and len(chosen) == number
+    left = [abs(a) for i, a in enumerate(advantages) if i not in chosen]
+    assert not left or max(left) <= min(abs(advantages[i]) for i in chosen)
+
+
+def test_of_equal_ones_the_first_are_chosen():
+    assert strongest(torch.tensor([0.5, -1.0, 0.5, 1.0, -0.5]), 3).tolist() == [0, 1, 3]
+    assert strongest(torch.zeros(4), 2).tolist() == [0, 1]
+
+
+def test_credit_by_chunk_counts_by_its_squares():
+    by_chunk = torch.tensor([[1.0, 1.0, 1.0], [-2.0, 0.0, 0.0], [0.0, 1.8, 0.0], [0.0, 0.0, 1.7]])
+    assert strongest(by_chunk, 3).tolist() == [0, 1, 2]
+    assert strongest(by_chunk, 1).tolist() == [1]
+
+
+def test_the_larger_half_of_normal_advantages_holds_93_percent_of_their_squares():
+    middle = stats.norm.ppf(0.75)
+    tail, _ = integrate.quad(lambda z: z * z * stats.norm.pdf(z), middle, math.inf)
+    assert 2 * tail == pytest.approx(0.93, abs=0.002)
+    advantages = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    kept = advantages[strongest(advantages, num_kept(20_000, 0.5))]
+    assert kept.square().sum() / advantages.square().sum() == pytest.approx(2 * tail, abs=0.004)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "share", "num_updates", "number"),
+    [(192, 0.5, 2, 96), (25, 0.28, 1, 7), (10, 0.01, 1, 1), (10, 0.01, 4, 4), (7, 1.0, 2, 7)],
+)
+def test_how_many_are_kept(num_samples, share, num_updates, number):
+    assert num_kept(num_samples, share, num_updates) == number
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.01, math.nan])
+def test_a_share_is_above_zero_and_at_most_one(share):
+    with pytest.raises(ValueError, match=rf"kept is {share}; it must be in \(0, 1\]"):
+        num_kept(10, share)

@@ -76,6 +76,16 @@ def test_costs_are_counted_by_hand():
     assert pulled.trained - plain.trained == 2 * 3 * 192 // 2
 
 
+def test_what_is_not_kept_is_rolled_out_and_not_trained():
+    settings = ["objective.kl=0.01", "sampling.same_noise=false"]
+    every = iteration_cost(load_config("chunk-grpo", settings))
+    half = iteration_cost(load_config("chunk-grpo", [*settings, "objective.keep=0.5"]))
+    assert (half.rollout, half.rewards) == (every.rollout, every.rewards)
+    assert [half.measured, half.trained, half.pairs] == [
+        every.measured / 2, every.trained / 2, every.pairs / 2
+    ]  # fmt: skip
+
+
 def test_costs_follow_where_a_window_is():
     """Steps before it are one row a prompt; a window that decays stays longer where it begins."""
     settings = ["sampling.window.every=4", "sampling.window.stride=5"]
@@ -182,6 +192,8 @@ def test_costs_of_forward_objectives():
         ("awm", "chunks.plan=steps", "has no use for chunks"),
         ("awm", "sampling.window.kind=random", "has no use for sampling.window"),
         ("diffusion-nft", "objective.credit=gain", "has no use for objective.credit"),
+        ("awm", "objective.keep=0.5", "has no use for objective.keep"),
+        ("demo", "objective.keep=0", "greater than 0"),
         ("diffusion-nft", "objective.ratio=guard", "no use for objective.ratio = 'guard'"),
         ("awm", "objective.consistency=1", r"no use for objective.consistency = 1\.0; remove it"),
         ("awm", "objective.old_kl=1", r"no use for objective.old_kl = 1\.0; remove it, or use"),

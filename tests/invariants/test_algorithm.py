@@ -409,6 +409,33 @@ def test_updates_deal_every_sample_once(num_updates):
         assert len(pairs) == sum(len(part.diagnostics["step"]) for part in parts)
 
 
+@pytest.mark.parametrize(("keep", "number"), [(1.0, 24), (0.5, 12), (0.3, 8), (0.01, 2)])
+def test_updates_deal_the_strongest_samples(keep, number):
+    policy = toy()
+    experience = make_experience(policy)
+    algorithm = ChunkGRPO(PLAN, FLOW, keep=keep, micro_batch=4)
+    updates = collect(algorithm, policy, experience)
+    dealt = [samples_of(parts) for _, _, parts in updates]
+    assert [len(share) for share in dealt] == [number // 2] * 2
+    trained = torch.cat(dealt)
+    size = experience.advantages.abs()
+    assert set(trained.tolist()) == set(size.topk(number).indices.tolist())
+
+
+def test_pieces_of_the_strongest_sum_to_their_direct_loss():
+    policy, clip = toy(), 1e-3
+    experience = make_experience(policy, group_size=32)
+    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), clip, clip, keep=0.4, micro_batch=5)
+    _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
+    samples = samples_of(parts)
+    assert len(samples) == 39 // 2  # of 96, 0.4 are 38.4; the second update has the odd one less
+    mask = chosen_of(parts, PLAN, experience.trajectory.num_samples)
+    expected, expected_grad, log_ratio = direct(policy, experience, PLAN, samples, mask, clip)
+    assert log_ratio.abs().max() > clip
+    assert abs(value - expected) <= 1e-6 * abs(expected) + 1e-7
+    close(grad, expected_grad, 1e-6)
+
+
 def test_later_updates_use_the_moved_policy():
     policy = toy()
     updates = collect(ChunkGRPO(PLAN, FLOW), policy, make_experience(policy), shift(0.02))
@@ -534,6 +561,9 @@ def test_what_can_not_work_is_refused():
         ChunkGRPO(PLAN, FLOW, num_updates=0)
     with pytest.raises(ValueError, match="must be at least 1, got 2 and 0"):
         ChunkGRPO(PLAN, FLOW, micro_batch=0)
+    for keep in (0.0, 1.5):
+        with pytest.raises(ValueError, match=rf"keep is {keep}; it is a share of the samples"):
+            ChunkGRPO(PLAN, FLOW, keep=keep)
     with pytest.raises(ValueError, match=r"unknown outer weighting 'size'; known: .*chunk_size"):
         ChunkGRPO(PLAN, FLOW, outer_weights="size")
     with pytest.raises(ValueError, match=r"'implicit' with implicit None: .* give both"):

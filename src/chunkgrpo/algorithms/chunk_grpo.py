@@ -16,6 +16,7 @@ import torch
 from torch import Generator, Tensor
 
 from chunkgrpo.core.chunks import ChunkPlan, Selection, UniformSelection, chosen_mask
+from chunkgrpo.core.credit import num_kept, strongest
 from chunkgrpo.core.objectives import (
     INNER_WEIGHTS,
     OUTER_WEIGHTS,
@@ -153,6 +154,8 @@ class ChunkGRPO:
             first update has moved the policy.
         group_by_chunk: Let every micro-batch hold steps of one chunk, so that gradients can be
             told apart by chunk.
+        keep: Share of the rollout's samples that is trained, in (0, 1]: the
+            :func:`~chunkgrpo.core.credit.strongest`. The loss, KL included, is then their mean.
     """
 
     plan: ChunkPlan
@@ -173,6 +176,7 @@ class ChunkGRPO:
     implicit: ChunkPlan | None = None
     consistency: float = 0.0
     group_by_chunk: bool = False
+    keep: float = 1.0
 
     needs_trajectory = True
     samples_old = False
@@ -198,6 +202,8 @@ class ChunkGRPO:
                 f"num_updates and micro_batch must be at least 1, got {self.num_updates} and "
                 f"{self.micro_batch}"
             )
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep is {self.keep}; it is a share of the samples, in (0, 1]")
         if (self.outer_weights == "implicit") != (self.implicit is not None):
             raise ValueError(
                 f"outer weighting {self.outer_weights!r} with implicit {self.implicit}: weights "
@@ -249,6 +255,9 @@ class ChunkGRPO:
         mask_BC = chosen_mask(chosen_BM, plan.num_chunks)
         weight_BC = self.selection.loss_weights(plan, curve_BN, chosen_BM)
         order = torch.randperm(num_samples, generator=generator)
+        if self.keep < 1:
+            number = num_kept(num_samples, self.keep, self.num_updates)
+            order = order[strongest(experience.advantages.cpu()[order], number)]
         shares = order.tensor_split(self.num_updates)
         batches = [self._pairs(trajectory, share, mask_BC, plan, generator) for share in shares]
         old = _Anchor(trajectory.old_log_prob, torch.zeros_like(trajectory.old_log_prob))

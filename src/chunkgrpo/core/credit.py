@@ -14,6 +14,7 @@ Axes: P prompts, G images per prompt, B = P * G samples, prompt-major; R rewards
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,6 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .chunks import COUNT_TOLERANCE
 from .precision import at_least_float32
 
 # The two guards against division by zero found in published code.
@@ -639,6 +641,44 @@ def combined_chunk_advantages(
     totals = [_total(rule, r_RB, weights_R, kept_B) for r_RB in boundaries]
     gains_BC = chunk_gains(torch.stack(totals, dim=1))
     return chunk_advantages(gains_BC, num_prompts, convention, clip, kept_B)
+
+
+def num_kept(num_samples: int, share: float, num_updates: int = 1) -> int:
+    r"""How many samples of a rollout are trained.
+
+    .. math:: \max(U, \lceil f B \rceil)
+
+    The product is taken up to rounding, so 0.28 of 25 is 7; each of U updates gets a sample.
+
+    Args:
+        num_samples: B >= U.
+        share: f in (0, 1].
+        num_updates: U >= 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of samples that is kept is {share}; it must be in (0, 1]")
+    return max(num_updates, math.ceil(share * num_samples - COUNT_TOLERANCE))
+
+
+def strongest(advantages: Tensor, number: int) -> Tensor:
+    """Choose the samples whose advantages are largest in size, whatever their sign.
+
+    A sample pulls in proportion to its advantage. Where advantages are normally distributed, the
+    half that is largest in size holds 93 % of the sum of their squares, and training it costs half.
+    The groups share the number: one in which a single image stands out gives that one.
+
+    Args:
+        advantages: [B], or [B, C] where they differ by chunk: then by the sum of squares.
+        number: Samples to choose, 1 to B.
+
+    Returns:
+        Their indices, ascending; of equal ones the first are chosen.
+
+    Reference: Xu et al., PODS, arXiv:2504.13818, which keeps those of largest reward variance in
+    each group.
+    """
+    size_B = at_least_float32(advantages).reshape(len(advantages), -1).square().sum(1)
+    return size_B.argsort(descending=True, stable=True)[:number].sort().values
 
 
 def reward_shares(
