@@ -411,7 +411,15 @@ class OptimizerConfig(Section):
         description="share of the run, at its end, over which the rate falls towards zero",
     )
     max_grad_norm: float = Field(default=1.0, gt=0)
-    ema: float = Field(default=0.9, ge=0, lt=1)
+    ema: float = Field(
+        default=0.9, ge=0, lt=1, description="decay of the averaged weights, which are saved"
+    )
+    ema_warmup: float = Field(
+        default=9.0,
+        gt=0,
+        description="the decay of update n is at most n / (n + this), so that an average reaches "
+        "back over about 1 / this of the run",
+    )
 
 
 class EvaluationConfig(Section):
@@ -1337,6 +1345,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         fall=opt.fall,
         max_grad_norm=opt.max_grad_norm,
         ema_decay=opt.ema,
+        ema_warmup=opt.ema_warmup,
         store=Store(s.store.place, getattr(torch, s.store.dtype)),
         evaluate_every=config.evaluation.every,
         checkpoint_every=config.checkpoint_every,

@@ -72,6 +72,7 @@ class TrainSettings:
         fall: Share of the run, at its end, over which the rate falls linearly towards zero.
         max_grad_norm: Gradient clipping.
         ema_decay: Of the averaged weights that are evaluated and saved; 0 turns it off.
+        ema_warmup: How the decay rises, see :class:`~.runtime.ema.Ema`.
         store: Where and in which type a rollout's states wait for training.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
         checkpoint_every: Iterations between checkpoints.
@@ -99,6 +100,7 @@ class TrainSettings:
     fall: float = 0.0
     max_grad_norm: float = 1.0
     ema_decay: float = 0.9
+    ema_warmup: float = 9.0
     store: Store = field(default_factory=Store)
     evaluate_every: int = 10
     checkpoint_every: int = 10
@@ -157,7 +159,7 @@ class Trainer:
         self.optimizer = make_optimizer(
             s.optimizer, self.parameters, s.learning_rate, s.betas, s.eps, s.weight_decay
         )
-        self.ema = Ema(self.parameters, s.ema_decay)
+        self.ema = Ema(self.parameters, s.ema_decay, s.ema_warmup)
         self.num_updates = 0
         self.iteration = 0
         self.seconds = 0.0

@@ -21,6 +21,25 @@ def test_updates_follow_the_formula_with_its_warm_up():
     assert min(0.5, 9 / 18) == 0.5  # the warm-up was over at update 8
 
 
+@pytest.mark.parametrize(("warmup", "age"), [(1.0, 1 / 2), (3.0, 1 / 4), (9.0, 1 / 10)])
+def test_a_long_average_is_limited_by_its_warm_up(warmup, age):
+    """The average of 1, 2, ..., n is n less the mean age, which is n / (warmup + 1)."""
+    number = 1000
+    parameter = torch.zeros(1, dtype=torch.float64)
+    ema = Ema([parameter], 0.9999, warmup)
+    for n in range(number):
+        ema.update([parameter.fill_(n + 1)])
+    assert ema.values[0].item() == pytest.approx(number * (1 - age), rel=2e-3)
+
+
+def test_a_warm_up_of_one_is_the_plain_mean_of_all():
+    weights = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ema = Ema([weights[0]], 0.999, warmup=1.0)
+    for weight in weights[1:]:
+        ema.update([weight])
+    assert ema.values[0].item() == pytest.approx(weights.mean().item(), rel=1e-12)
+
+
 def test_no_decay_follows_exactly():
     parameter = torch.randn(3)
     ema = Ema([parameter], 0.0)
@@ -53,3 +72,9 @@ def test_applying_is_undone_even_after_an_error():
 def test_a_decay_outside_its_range_is_refused(decay):
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\)"):
         Ema([torch.zeros(1)], decay)
+
+
+@pytest.mark.parametrize("warmup", [0.0, -1.0, float("nan")])
+def test_a_warm_up_is_above_zero(warmup):
+    with pytest.raises(ValueError, match=f"is {warmup}; it must be above 0"):
+        Ema([torch.zeros(1)], 0.9, warmup)
