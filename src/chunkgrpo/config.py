@@ -153,6 +153,11 @@ class WatchedConfig(Section):
 
     name: str = Field(description="as of rewards")
     options: dict[str, Any] = {}
+    hold: bool = Field(
+        default=False,
+        description="take out of the advantages what goes with it, so that no rollout raises or "
+        "lowers it",
+    )
 
 
 class ScoringConfig(Section):
@@ -1369,6 +1374,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         refresh=c.refresh,
         usefulness=c.usefulness,
         watched=watched,
+        held=[made.name for r, made in zip(config.watched_rewards, watched) if r.hold],
     )
 
 

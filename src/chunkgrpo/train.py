@@ -18,7 +18,13 @@ from torch import Generator, Tensor
 
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.core.chunks import ChunkPlan
-from chunkgrpo.core.credit import combined_advantages, combined_chunk_advantages
+from chunkgrpo.core.credit import (
+    combined_advantages,
+    combined_chunk_advantages,
+    hold_still,
+    num_kept,
+    strongest,
+)
 from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from chunkgrpo.core.sde import Kernel, predict_clean
@@ -130,6 +136,7 @@ class Trainer:
         usefulness: What a ``LearnedSelection`` of the algorithm observes: ``"gradient"`` or
             ``"reward"``.
         watched: Rewards that score every rollout and are only logged.
+        held: Names of those that the advantages must not move, see ``core.credit.hold_still``.
     """
 
     policy: Policy
@@ -150,6 +157,7 @@ class Trainer:
     refresh: int = 0
     usefulness: str = "gradient"
     watched: Sequence[Reward] = ()
+    held: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         s = self.settings
@@ -274,6 +282,12 @@ class Trainer:
         if s.credit == "gain":
             rewards_RBE = torch.stack([stacked(each) for each in boundaries], dim=2)
             credit = combined_chunk_advantages(rewards_RBE, *options)
+        if self.held:
+            chosen = chosen_samples(algorithm, credit)
+            if kept is not None:  # what has no reward keeps the advantage 0
+                chosen = chosen[kept[chosen]]
+            held_RB = torch.stack([rewards.watched[name] for name in self.held])
+            credit = hold_still(credit, held_RB, num_prompts, chosen)
         clock.lap("reward")
         experience = Experience(trajectory, credit.to(trajectory.device))
         parts: list[Mapping[str, Tensor]] = []
@@ -521,6 +535,14 @@ def plan_of(algorithm: Algorithm) -> ChunkPlan:
             "credited or branched at; use credit 'trajectory' and no chunk window"
         )
     return plan
+
+
+def chosen_samples(algorithm: Algorithm, advantages: Tensor) -> Tensor:
+    """Return which samples an algorithm will train."""
+    keep, updates = getattr(algorithm, "keep", 1.0), getattr(algorithm, "num_updates", 1)
+    if keep == 1:
+        return torch.arange(len(advantages))
+    return strongest(advantages, num_kept(len(advantages), keep, updates))
 
 
 def with_plan(algorithm: Algorithm, plan: ChunkPlan) -> Algorithm:

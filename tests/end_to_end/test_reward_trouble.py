@@ -355,6 +355,25 @@ def test_watched_rewards_are_logged_and_change_nothing(tmp_path):
         assert record["reward_mean"] == mean
 
 
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_a_held_reward_does_not_move(tmp_path, keep):
+    """Trained on brightness with brightness held, nothing is left to learn but rounding."""
+    dark = FunctionReward("dark", lambda i, p: 2 - brightness(i, p))
+
+    def start(held):
+        # An eps far above rounding, or Adam would make a step of it.
+        options = {"advantage": "mean_only", "weight_decay": 0.0, "eps": 1e-3}
+        trainer = make_trainer(tmp_path / f"{held}", watched=[dark], **options)
+        trainer.algorithm = replace(trainer.algorithm, keep=keep)
+        trainer.held = held
+        return finish(trainer)[0]
+
+    free, still = start([]), start(["dark"])
+    moved = free["parameter 0"].abs().min()
+    assert moved > 1e-3
+    assert still["parameter 0"].abs().max() < 1e-4 * moved
+
+
 def test_drowned_and_flat_rewards_are_reported_once(tmp_path, caplog):
     left = FunctionReward("left", lambda i, p: i[:, 0, 0, 0])
     small = FunctionReward("small", lambda i, p: 0.01 * i[:, 0, 0, 3])

@@ -668,17 +668,47 @@ def strongest(advantages: Tensor, number: int) -> Tensor:
     The groups share the number: one in which a single image stands out gives that one.
 
     Args:
-        advantages: [B], or [B, C] where they differ by chunk: then by the sum of squares.
+        advantages: [B], or [B, C] where they differ by chunk: then by the norm over chunks.
         number: Samples to choose, 1 to B.
 
     Returns:
-        Their indices, ascending; of equal ones the first are chosen.
+        Their indices, ascending. Sizes are compared to four decimals, so that rounding does not
+        decide between, say, the right and the wrong half of a group; of equal ones the first are
+        chosen.
 
     Reference: Xu et al., PODS, arXiv:2504.13818, which keeps those of largest reward variance in
     each group.
     """
-    size_B = at_least_float32(advantages).reshape(len(advantages), -1).square().sum(1)
-    return size_B.argsort(descending=True, stable=True)[:number].sort().values
+    size_B = at_least_float32(advantages).reshape(len(advantages), -1).norm(dim=1)
+    return size_B.round(decimals=4).argsort(descending=True, stable=True)[:number].sort().values
+
+
+def hold_still(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: Tensor) -> Tensor:
+    r"""Take out of advantages what says anything about other scores.
+
+    .. math:: A' = A - X X^+ A, \qquad X_{br} = h_{rb} - \bar h_{r,group(b)}
+
+    A policy gradient moves the mean of a score h in proportion to the sum of A h over samples. With
+    A' that sum is zero: what a rollout says of h by chance, or because h and the reward go together
+    in it, no longer adds up to a drift. It costs one dimension in B a score.
+
+    Args:
+        advantages: [B], or [B, C] where they differ by chunk.
+        held_RB: The scores to hold, [R, B]; one that is not finite counts as its group's mean.
+        num_prompts: P.
+        chosen: Indices of the samples that are trained; the others get 0.
+
+    Returns:
+        As ``advantages``, in float32.
+    """
+    groups_RPG = at_least_float32(held_RB).double().reshape(len(held_RB), num_prompts, -1)
+    groups_RPG = groups_RPG.masked_fill(~groups_RPG.isfinite(), float("nan"))
+    centred_RB = (groups_RPG - groups_RPG.nanmean(-1, keepdim=True)).nan_to_num(0).flatten(1)
+    all_BC = advantages.double().reshape(len(advantages), -1)
+    x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
+    left_BC = torch.zeros_like(all_BC)
+    left_BC[chosen] = a_SC - x_SR @ (torch.linalg.pinv(x_SR) @ a_SC)
+    return left_BC.reshape(advantages.shape).float()
 
 
 def reward_shares(
