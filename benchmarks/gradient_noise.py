@@ -37,11 +37,13 @@ from chunkgrpo.config import build_trainer, load_config
 
 CASES = (
     "demo",
-    "eta-1 sampling.eta=1.0",
+    "eta-0.7 sampling.eta=0.7",
     "eta-1.4 sampling.eta=1.4",
     "eta-2 sampling.eta=2.0",
     "32-prompts-of-6 sampling.prompts=32 sampling.group_size=6",
-    "mean-only objective.advantage=mean_only",
+    "by-spread objective.advantage=group_std",
+    "every-image objective.keep=1",
+    "nothing-held watched_rewards=[]",
     "steps-3-to-4 sampling.window.size=2 chunks.sizes=[2] chunks.indices=[0]",
     "steps-2-to-4 sampling.window.start=2",
 )
@@ -72,8 +74,9 @@ def measure(name: str, settings: Sequence[str], rollouts: int, seed: int) -> Cas
         gradients: list[Tensor] = []
 
         def taken() -> Tensor:
-            parts = [p.grad.flatten() for p in trainer.parameters if p.grad is not None]
-            gradients.append(torch.cat(parts).float())
+            # Where no image of a rollout pulls, there are no gradients.
+            parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.parameters]
+            gradients.append(torch.cat([part.flatten() for part in parts]).float())
             trainer.optimizer.zero_grad(set_to_none=True)
             return gradients[-1].norm()
 

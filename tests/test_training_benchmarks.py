@@ -175,7 +175,8 @@ def test_consistency_benchmark_measures_both_arms(small, tmp_path, capsys):
     options = [
         "--weights", "0", "1e4", "--seeds", "2", "--iterations", "2", "--prompts", "2",
         "--probe", "4", "--images", "2", "--out", str(out),
-        "--set", "optimizer.learning_rate=1e-3", *small,
+        "--set", "optimizer.learning_rate=1e-3", "--set", "watched_rewards=[]",
+        "--set", "objective.keep=1", *small,
     ]  # fmt: skip
     benchmark.main(options)
     printed = capsys.readouterr().out
@@ -235,7 +236,8 @@ def test_signal_and_alignment_of_gradients_with_known_ones():
 
 def test_gradient_noise_compares_cases_without_moving_the_model(small, capsys):
     benchmark = load("gradient_noise")
-    settings = ["--set", "sampling.prompts=2", "--rollouts", "3", *small]
+    settings = ["--set", "sampling.prompts=2", "--set", "watched_rewards=[]"]
+    settings += ["--rollouts", "3", *small]
     benchmark.main([*settings, "--case", "low sampling.eta=0.5", "--case", "high sampling.eta=1"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["low:", "high:"]
