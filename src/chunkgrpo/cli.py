@@ -230,8 +230,14 @@ def evaluate(
         str | None,
         typer.Option(help="Of the embedded world: train, held_out or held_out_pairs."),
     ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noises; the run's own by default.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Score the model that the run started from instead.")
+    ] = False,
 ) -> None:
-    """Score the tuned model of a run on its held-out prompts again."""
+    """Score the tuned model of a run on its held-out prompts again, or from other noises."""
     with clear_errors():
         from chunkgrpo.report.statistics import Estimate, bootstrap_interval
         from chunkgrpo.report.tables import score_text
@@ -240,7 +246,8 @@ def evaluate(
 
         read_run(run)
         display = Display(0, 0)
-        result, judge = evaluate_run(run, display.phase("evaluating the tuned model"), split)
+        phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
+        result, judge = evaluate_run(run, phase, split, seed, base)
         display.close()
         from rich.table import Table
 

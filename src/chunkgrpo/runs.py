@@ -393,14 +393,29 @@ def draw_both(folder: Path, prompt: str, seeds: Sequence[int]) -> tuple[Config, 
 
 
 def evaluate_run(
-    folder: Path, progress: ProgressHook, split: str | None = None
+    folder: Path,
+    progress: ProgressHook,
+    split: str | None = None,
+    seed: int | None = None,
+    base: bool = False,
 ) -> tuple[Evaluation, Reward]:
-    """Evaluate a finished run's tuned model again, or on another split of the embedded world.
+    """Evaluate a finished run's tuned model again, or otherwise than the run did.
+
+    Args:
+        folder: Of the run.
+        progress: Called after each batch.
+        split: Of the embedded world; the run's own held-out prompts where None.
+        seed: Of the noises; the run's own where None. It does not change the prompts.
+        base: Evaluate the model that the run started from instead.
 
     Returns:
         The evaluation, and the judge whose scores are in it.
     """
-    config, policy = load_tuned(folder)
+    if base:
+        config = read_run(folder)
+        policy = load_untrained(config, resolve_model(config.model.path))
+    else:
+        config, policy = load_tuned(folder)
     e = config.evaluation
     prompts = build_prompts(config, "final")
     if split:
@@ -410,7 +425,7 @@ def evaluate_run(
     judge = make_reward(e.reward.name, e.reward.options)
     sigmas = build_sigmas(config, policy)
     found = evaluate(
-        policy, prompts, sigmas, [judge], e.final_seeds, e.seed,
+        policy, prompts, sigmas, [judge], e.final_seeds, e.seed if seed is None else seed,
         batch_size=config.sampling.batch_size, progress=progress, folder=folder / "unscored",
     )  # fmt: skip
     return found, judge

@@ -118,6 +118,22 @@ def test_evaluate_repeats_the_final_score(finished) -> None:
     assert f"{100 * summary['tuned']:.1f} % over 12 prompts" in " ".join(output.split())
 
 
+def test_evaluate_takes_other_noises_and_the_base(finished) -> None:
+    from chunkgrpo.runs import evaluate_run
+
+    folder, _ = finished
+    config = load_config(folder / "config.yaml")
+    own, again, other, base = (
+        evaluate_run(folder, lambda done, total: None, None, *options)[0]
+        for options in ((), (config.evaluation.seed,), (99,), (None, True))
+    )
+    assert own.images.equal(again.images) and own.prompts == other.prompts == base.prompts
+    assert not own.images.equal(other.images) and not own.images.equal(base.images)
+    summary = json.loads((folder / "summary.json").read_text())
+    output = " ".join(call("evaluate", str(folder), "--base").split())
+    assert f"{100 * summary['base']:.1f} % over 12 prompts" in output
+
+
 def test_models_are_drawn_one_after_the_other_in_batches_of_the_run(
     finished, tmp_path: Path, monkeypatch
 ) -> None:
@@ -377,7 +393,7 @@ def test_every_flag_is_known() -> None:
         "train": ["--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
                   "--reward", "--set"],
         "sample": ["--images", "--out", "--seed"],
-        "evaluate": ["--split"],
+        "evaluate": ["--base", "--seed", "--split"],
         "export": ["--dtype", "--out"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
