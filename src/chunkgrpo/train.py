@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.core.chunks import ChunkPlan
 from chunkgrpo.core.credit import (
     combined_advantages,
     combined_chunk_advantages,
     hold_still,
-    num_kept,
-    strongest,
 )
 from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
@@ -283,7 +282,9 @@ class Trainer:
             rewards_RBE = torch.stack([stacked(each) for each in boundaries], dim=2)
             credit = combined_chunk_advantages(rewards_RBE, *options)
         if self.held:
-            chosen = chosen_samples(algorithm, credit)
+            chosen = torch.arange(len(credit))
+            if isinstance(algorithm, ChunkGRPO):
+                chosen = algorithm.chosen(credit)
             if kept is not None:  # what has no reward keeps the advantage 0
                 chosen = chosen[kept[chosen]]
             held_RB = torch.stack([rewards.watched[name] for name in self.held])
@@ -535,14 +536,6 @@ def plan_of(algorithm: Algorithm) -> ChunkPlan:
             "credited or branched at; use credit 'trajectory' and no chunk window"
         )
     return plan
-
-
-def chosen_samples(algorithm: Algorithm, advantages: Tensor) -> Tensor:
-    """Return which samples an algorithm will train."""
-    keep, updates = getattr(algorithm, "keep", 1.0), getattr(algorithm, "num_updates", 1)
-    if keep == 1:
-        return torch.arange(len(advantages))
-    return strongest(advantages, num_kept(len(advantages), keep, updates))
 
 
 def with_plan(algorithm: Algorithm, plan: ChunkPlan) -> Algorithm:

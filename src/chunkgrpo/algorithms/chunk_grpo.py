@@ -256,8 +256,7 @@ class ChunkGRPO:
         weight_BC = self.selection.loss_weights(plan, curve_BN, chosen_BM)
         order = torch.randperm(num_samples, generator=generator)
         if self.keep < 1:
-            number = num_kept(num_samples, self.keep, self.num_updates)
-            order = order[strongest(experience.advantages.cpu()[order], number)]
+            order = order[self.chosen(experience.advantages.cpu()[order])]
         shares = order.tensor_split(self.num_updates)
         batches = [self._pairs(trajectory, share, mask_BC, plan, generator) for share in shares]
         old = _Anchor(trajectory.old_log_prob, torch.zeros_like(trajectory.old_log_prob))
@@ -270,6 +269,10 @@ class ChunkGRPO:
             new = self._measure(policy, trajectory, batch, old) if update else old
             step = _Update(self, experience, plan, share, mask_BC, weight_BC, scales, old, new)
             yield from step.parts(policy, batch, moved=update > 0)
+
+    def chosen(self, advantages: Tensor) -> Tensor:
+        """Return which samples are trained, ascending, from advantages [B] or [B, C]."""
+        return strongest(advantages, num_kept(len(advantages), self.keep, self.num_updates))
 
     def _pairs(
         self,

@@ -701,9 +701,10 @@ def hold_still(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: Te
     Returns:
         As ``advantages``, in float32.
     """
-    groups_RPG = at_least_float32(held_RB).double().reshape(len(held_RB), num_prompts, -1)
-    groups_RPG = groups_RPG.masked_fill(~groups_RPG.isfinite(), float("nan"))
-    centred_RB = (groups_RPG - groups_RPG.nanmean(-1, keepdim=True)).nan_to_num(0).flatten(1)
+    centred_RB = torch.stack([
+        _group_centred(_validated_groups(held_B, num_prompts, held_B.isfinite())).nan_to_num(0)
+        for held_B in held_RB.double()
+    ]).flatten(1)  # fmt: skip
     all_BC = advantages.double().reshape(len(advantages), -1)
     x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
     left_BC = torch.zeros_like(all_BC)
