@@ -3,46 +3,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
-from torch import Generator
+from torch import Generator, Tensor
 
 from chunkgrpo.policies.protocol import Policy
-from chunkgrpo.runtime.old_policy import Old
-from chunkgrpo.types import Experience, LossPart
+from chunkgrpo.types import Experience, LossPart, SamplingRequest
 
 
 class Algorithm(Protocol):
-    """Turns experience into loss pieces; says what a rollout must offer it.
+    """Turns experience into pieces of a loss; owns all that it keeps between iterations.
+
+    One iteration calls :meth:`begin`, samples what it asks for inside :meth:`sampling`, calls
+    :meth:`losses`, and :meth:`finish` after the last optimizer step.
 
     Attributes:
-        needs_trajectory: True where stored states and their densities are read; False where the
-            clean latents suffice.
-        needs_velocities: True where the sampling policy's velocities are read as well.
-        samples_old: True where an old policy samples, not the one that is trained.
-        old: That old policy, or one that the loss compares with; None where there is none.
+        updates: Optimizer steps a rollout, at least 1.
     """
 
     @property
-    def needs_trajectory(self) -> bool: ...
+    def updates(self) -> int: ...
 
-    @property
-    def needs_velocities(self) -> bool: ...
+    def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
+        """Choose what an iteration, counted from 0, samples."""
+        ...
 
-    @property
-    def samples_old(self) -> bool: ...
-
-    @property
-    def old(self) -> Old | None: ...
+    def sampling(self, policy: Policy) -> AbstractContextManager[None]:
+        """Inside this context the policy is the one that samples."""
+        ...
 
     def losses(
         self, policy: Policy, experience: Experience, generator: Generator
     ) -> Iterator[LossPart]:
         """Yield the loss in pieces.
 
-        The caller back-propagates each piece as it comes and takes an optimizer step after each
-        piece that ends an update, before asking for the next one: later pieces are computed with
-        the moved policy.
+        The caller back-propagates each piece as it comes (:meth:`~chunkgrpo.types.LossPart.backward`)
+        and takes an optimizer step after each piece that ends an update, before asking for the
+        next one: later pieces are computed with the moved policy.
+        """
+        ...
+
+    def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
+        """Take in the iteration's updates; return metrics of the algorithm's own.
+
+        Args:
+            policy: As the updates left it.
+            num_updates: Optimizer steps of the whole run so far.
+        """
+        ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return what must be saved to go on: tensors by name, and JSON values."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` returned; other names are ignored.
+
+        Raises:
+            ValueError: If something is missing, as from another method's checkpoint.
         """
         ...

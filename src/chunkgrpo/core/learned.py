@@ -13,18 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from .chunks import (
-    ChunkPlan,
-    importance_weights,
-    num_selected,
-    plackett_luce_draw,
-    plackett_luce_inclusion,
-    unit_weights,
-)
+from .names import OneOf, check_name
+from .plackett_luce import plackett_luce_draw, plackett_luce_inclusion
+from .plans import ChunkPlan
+from .selection import importance_weights, num_selected, unit_weights
 
 
 def gradient_usefulness(squared_norm_C: Tensor, evaluations_C: Tensor) -> Tensor:
@@ -71,7 +68,7 @@ def reward_usefulness(log_ratio_BC: Tensor, advantages: Tensor, mask_BC: Tensor)
 
     Args:
         log_ratio_BC: Log-ratio of each chunk after the move
-            (:func:`~chunkgrpo.core.objectives.chunk_log_ratio`), [B, C].
+            (:func:`~chunkgrpo.core.ratios.chunk_log_ratio`), [B, C].
         advantages: [B], or [B, C] where credit differs by chunk.
         mask_BC: The (sample, chunk) pairs to average over, bool [B, C].
 
@@ -93,6 +90,42 @@ def reward_usefulness(log_ratio_BC: Tensor, advantages: Tensor, mask_BC: Tensor)
     return torch.where(pairs_C > 0, gain_BC.sum(dim=0) / pairs_C.clamp(min=1), math.nan)
 
 
+USEFULNESS = {"gradient": 0.5, "reward": 1.0}
+"""What a chunk is judged by -> the power that its average enters the probabilities with."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """The settings of a :class:`LearnedSelection`, which has a state.
+
+    Attributes:
+        fraction: Share of the chunks that is trained, in (0, 1].
+        floor: Share of the draws that is uniform whatever was learned, in (0, 1]; 1 learns nothing.
+        decay: EMA decay of the usefulness estimate, in [0, 1).
+        usefulness: What a chunk is judged by.
+        correction: Weigh the loss of a chosen chunk by the inverse of its probability.
+    """
+
+    fraction: float = 0.5
+    floor: float = 0.2
+    decay: float = 0.9
+    usefulness: Annotated[str, OneOf(USEFULNESS)] = "gradient"
+    correction: bool = False
+    kind: Literal["learned"] = field(default="learned", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        check_name("usefulness", self.usefulness, USEFULNESS)
+        self.make()
+
+    def make(self) -> LearnedSelection:
+        """Return a selection that has learned nothing yet."""
+        power = USEFULNESS[self.usefulness]
+        return LearnedSelection(
+            self.fraction, self.floor, self.decay, power, self.correction, self.usefulness
+        )
+
+
 @dataclass
 class LearnedSelection:
     r"""Chunks that proved useful are likelier: drawn one after another without replacement.
@@ -106,7 +139,7 @@ class LearnedSelection:
     the first observation, and while none was of any use. All samples share the probabilities.
 
     Without ``correction`` the loss shifts towards the chunks that are drawn more often. With it
-    (:func:`~.chunks.importance_weights`) the expected loss stays that of uniform selection, and
+    (:func:`~.selection.importance_weights`) the expected loss stays that of uniform selection, and
     the learned probabilities lower the variance of its gradient at a given cost:
     for squared gradient norms :math:`G_j^2` and cost :math:`cs_j`, the variance
     :math:`\sum_j G_j^2/\pi_j` at the cost :math:`\sum_j \pi_j cs_j` is least at
@@ -117,10 +150,11 @@ class LearnedSelection:
 
     Attributes:
         fraction: Share of the chunks that is trained, in (0, 1].
-        floor: Share of the draws that is uniform whatever was learnt, in (0, 1]; 1 learns nothing.
+        floor: Share of the draws that is uniform whatever was learned, in (0, 1]; 1 learns nothing.
         decay: Of the exponential average per observation, in [0, 1).
         power: Exponent of the usefulness, > 0; 1/2 for squared gradient norms.
         correction: Weigh the loss of a chosen chunk by the inverse of its probability.
+        usefulness: What the observations measure, ``"gradient"`` or ``"reward"``.
 
     Reference: for the power 1/2, optimal (Neyman) allocation with costs: Cochran, Sampling
     Techniques (1977), section 5.5.
@@ -131,6 +165,7 @@ class LearnedSelection:
     decay: float = 0.9
     power: float = 0.5
     correction: bool = False
+    usefulness: str = "gradient"
     _sum_C: Tensor | None = field(default=None, init=False, repr=False, compare=False)
     _mass_C: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -208,7 +243,7 @@ class LearnedSelection:
         return (1 - self.floor) * merit_C / merit_C.sum() + self.floor * uniform_C
 
     def state(self) -> dict[str, list[float]]:
-        """Return what was learnt, as JSON can hold it; empty before the first observation."""
+        """Return what was learned, as JSON can hold it; empty before the first observation."""
         if self._sum_C is None or self._mass_C is None:
             return {}
         return {"sum": self._sum_C.tolist(), "mass": self._mass_C.tolist()}

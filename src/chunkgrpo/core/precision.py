@@ -22,3 +22,25 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     if tensor.dtype in (torch.float32, torch.float64):
         return tensor
     return tensor.float()
+
+
+def beside(values: Tensor, x: Tensor) -> Tensor:
+    """Give values of the first axes of ``x`` trailing axes, so that they broadcast over its others.
+
+    Plain broadcasting would align them with the last axes instead.
+
+    Args:
+        values: [B], or any shape that begins that of ``x``; a 0-dim value passes.
+        x: [B, ...].
+
+    Returns:
+        [B, 1, ...].
+    """
+    if not values.ndim:
+        return values
+    return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
+
+
+# 0.3 * 10 is 3.0000000000000004 in one order of operations and 2.9999999999999996 in another.
+COUNT_TOLERANCE = 1e-9
+"""Slack of a share of a number before it is rounded to a whole one."""

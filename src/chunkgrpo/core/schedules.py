@@ -13,10 +13,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from .names import ByKind
 from .precision import at_least_float32
 
 TimestepRounding = Callable[[Tensor], Tensor]
@@ -248,3 +251,101 @@ def entropy_merges(
         sizes.append(end - start)
         start = end
     return (*sizes, *(1,) * (last + 1 - start))
+
+
+# --- the choices of a run -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Shifted:
+    """The linear grid, shifted towards noise (:func:`make_sigmas`).
+
+    Attributes:
+        shift: s > 0; 3 in the published runs, and 1 is the linear grid.
+    """
+
+    shift: float = 3.0
+    kind: Literal["shifted"] = field(default="shifted", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        """Refuse a shift that is none."""
+        make_sigmas(2, self.shift)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return the schedule, [K+1]."""
+        return make_sigmas(steps, self.shift)
+
+
+@dataclass(frozen=True)
+class Native:
+    """What the stock pipeline uses for this image size; it comes from the loaded model."""
+
+    kind: Literal["native"] = field(default="native", kw_only=True, repr=False)
+
+
+AnySchedule = Annotated[Shifted | Native, ByKind()]
+"""What a run can choose its noise levels from."""
+
+Std = Callable[[Tensor, Tensor], Tensor]
+"""Standard deviation of a step, (sigma, sigma_next) -> scalar tensor, as ``Kernel.std``."""
+
+
+@dataclass(frozen=True)
+class NoMerge:
+    """Every grid step is a sampler step."""
+
+    kind: Literal["none"] = field(default="none", kw_only=True, repr=False)
+
+    def sizes_of(self, steps: int, sigmas: Tensor | None, std: Std) -> tuple[int, ...] | None:
+        """Return None: nothing is merged."""
+        return None
+
+
+@dataclass(frozen=True)
+class MergeSizes:
+    """Grid steps taken as one, as listed (:func:`merge_sigmas`).
+
+    Attributes:
+        sizes: Grid steps per sampler step, e.g. [1, 1, 2, 4, 9]; they sum to the steps.
+    """
+
+    sizes: tuple[int, ...]
+    kind: Literal["sizes"] = field(default="sizes", kw_only=True, repr=False)
+
+    def sizes_of(self, steps: int, sigmas: Tensor | None, std: Std) -> tuple[int, ...] | None:
+        """Return the sizes.
+
+        Raises:
+            ValueError: If they do not sum to the steps.
+        """
+        merge_sigmas(torch.zeros(steps + 1), self.sizes)
+        return tuple(self.sizes)
+
+
+@dataclass(frozen=True)
+class MergeEntropy:
+    """Neighbouring steps merged until each explores enough (:func:`entropy_merges`).
+
+    Attributes:
+        least: Entropy of a merged step, nats per latent element.
+    """
+
+    least: float
+    kind: Literal["entropy"] = field(default="entropy", kw_only=True, repr=False)
+
+    def sizes_of(self, steps: int, sigmas: Tensor | None, std: Std) -> tuple[int, ...] | None:
+        """Return the sizes that the schedule leads to.
+
+        Raises:
+            ValueError: If the schedule is not known yet.
+        """
+        if sigmas is None:
+            raise ValueError(
+                "merging by entropy needs a schedule that is known before the model is loaded; use "
+                "schedule 'shifted', or list the merged steps"
+            )
+        return entropy_merges(sigmas, std, self.least)
+
+
+AnyMerge = Annotated[NoMerge | MergeSizes | MergeEntropy, ByKind()]
+"""What a run can choose its merged steps from."""

@@ -14,13 +14,13 @@ Axes: B samples, D latent elements (however many trailing axes hold them).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Generator, Tensor
 
-from .precision import at_least_float32
+from .precision import at_least_float32, beside
 
 HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 
@@ -211,6 +211,7 @@ class FlowDiffusion:
     """
 
     eta: float = 0.7
+    kind: Literal["flow"] = field(default="flow", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a noise level that is negative or not finite."""
@@ -242,6 +243,7 @@ class DanceDiffusion:
     """
 
     eta: float = 0.3
+    kind: Literal["dance"] = field(default="dance", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a noise level that is negative or not finite."""
@@ -261,6 +263,8 @@ class DanceDiffusion:
 class OdeDiffusion:
     """No noise: the transition is the Euler step of the flow's ODE and has no density."""
 
+    kind: Literal["ode"] = field(default="ode", kw_only=True, repr=False)
+
     @property
     def has_density(self) -> bool:
         """Always False."""
@@ -271,10 +275,8 @@ class OdeDiffusion:
         return torch.zeros_like(at_least_float32(sigma))
 
 
-def _beside(scalar: Tensor, x: Tensor) -> Tensor:
-    """Upcast; one value per sample, [B], becomes [B, 1, ...] beside ``x``; the rest passes."""
-    scalar = at_least_float32(scalar)
-    return scalar.reshape(-1, *[1] * (x.ndim - 1)) if scalar.ndim == 1 else scalar
+def _upcast_beside(scalar: Tensor, x: Tensor) -> Tensor:
+    return beside(at_least_float32(scalar), x)
 
 
 def predict_clean(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
@@ -294,7 +296,7 @@ def predict_clean(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     Returns:
         [B, *latent], float32 or better.
     """
-    return at_least_float32(x) - _beside(sigma, x) * at_least_float32(velocity)
+    return at_least_float32(x) - _upcast_beside(sigma, x) * at_least_float32(velocity)
 
 
 def predict_noise(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
@@ -312,7 +314,7 @@ def predict_noise(x: Tensor, velocity: Tensor, sigma: Tensor) -> Tensor:
     Returns:
         [B, *latent], float32 or better.
     """
-    return at_least_float32(x) + (1 - _beside(sigma, x)) * at_least_float32(velocity)
+    return at_least_float32(x) + (1 - _upcast_beside(sigma, x)) * at_least_float32(velocity)
 
 
 def transition(
@@ -341,7 +343,9 @@ def transition(
 
     Reference: Flow-GRPO, arXiv:2505.05470, eq. 9; with constant g, DanceGRPO, arXiv:2505.07818.
     """
-    sigma, sigma_next, diffusion = (_beside(each, x) for each in (sigma, sigma_next, diffusion))
+    sigma, sigma_next, diffusion = (
+        _upcast_beside(each, x) for each in (sigma, sigma_next, diffusion)
+    )
     x, velocity = at_least_float32(x), at_least_float32(velocity)
     dt = sigma - sigma_next
     drift = velocity + diffusion**2 / (2 * sigma) * predict_noise(x, velocity, sigma)
@@ -415,6 +419,7 @@ class CpsTransition:
     """
 
     eta: float = 0.9
+    kind: Literal["cps"] = field(default="cps", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse a mixing angle outside [0, 90] degrees."""
@@ -432,8 +437,24 @@ class CpsTransition:
 
     def __call__(self, x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor) -> Gaussian:
         """The Gaussian over the next state; arguments as for :func:`transition`."""
-        std, after = _beside(self.std(sigma, sigma_next), x), _beside(sigma_next, x)
+        std, after = _upcast_beside(self.std(sigma, sigma_next), x), _upcast_beside(sigma_next, x)
         kept = after * math.cos(self.eta * math.pi / 2)
         mean = (1 - after) * predict_clean(x, velocity, sigma)
         mean = mean + kept * predict_noise(x, velocity, sigma)
         return Gaussian(mean, std, has_density=self.has_density)
+
+
+AnyTransition = FlowDiffusion | DanceDiffusion | CpsTransition | OdeDiffusion
+"""What a run can choose its stochastic step from; see :func:`kernel_of`."""
+
+
+def kernel_of(choice: AnyTransition) -> Kernel:
+    """Return the sampling step of a choice: a diffusion coefficient becomes a :class:`Transition`.
+
+    Args:
+        choice: A diffusion coefficient, or a kernel of its own.
+
+    Returns:
+        The kernel that rollout and training share.
+    """
+    return choice if isinstance(choice, CpsTransition) else Transition(choice)

@@ -3,25 +3,43 @@
 
 A window is a ``range`` of the N trainable steps. Outside it sampling follows the ODE, so those
 steps have no density and cannot be trained. All samples of an iteration share one window.
+
+Axes: N trained steps.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Literal, Protocol
 
 import torch
 from torch import Generator
 
-from .chunks import ChunkPlan
+from .names import OneOf, check_name
+from .plans import ChunkPlan, restrict_plan
 
 
 class WindowSchedule(Protocol):
     """Chooses the window of each iteration."""
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Return the window of an iteration, counted from 0."""
+    def num_planned(self, num_trained: int) -> int:
+        """Return how many steps the chunk plan covers.
+
+        Raises:
+            ValueError: If the window does not lie in the N trained steps.
+        """
+        ...
+
+    def choose(
+        self, iteration: int, plan: ChunkPlan, num_trained: int, generator: Generator
+    ) -> tuple[range, ChunkPlan]:
+        """Return the window of an iteration, counted from 0, and the chunks within it."""
+        ...
+
+    def places(self, plan: ChunkPlan, num_trained: int) -> dict[WindowSchedule, float]:
+        """Return windows that stay, each with the share of the iterations that have it."""
         ...
 
 
@@ -35,92 +53,146 @@ def _validate_window(start: int, size: int, num_trained: int) -> None:
 
 @dataclass(frozen=True)
 class AllSteps:
-    """Every trainable step, always.
+    """Every trainable step, always."""
 
-    Attributes:
-        num_trained: N.
-    """
+    kind: Literal["all"] = field(default="all", kw_only=True, repr=False)
 
-    num_trained: int
+    def num_planned(self, num_trained: int) -> int:
+        """Return N."""
+        return num_trained
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Return 0..N-1."""
-        return range(self.num_trained)
+    def choose(
+        self, iteration: int, plan: ChunkPlan, num_trained: int, generator: Generator
+    ) -> tuple[range, ChunkPlan]:
+        """Return all steps and the whole plan."""
+        return range(num_trained), plan
+
+    def places(self, plan: ChunkPlan, num_trained: int) -> dict[WindowSchedule, float]:
+        """Return itself."""
+        return {self: 1.0}
 
 
 @dataclass(frozen=True)
-class FixedWindow:
+class _SizedWindow:
+    """What windows of a given number of steps share: the plan covers the window."""
+
+    size: int = 4
+
+    def __post_init__(self) -> None:
+        """Refuse an empty window."""
+        if self.size < 1:
+            raise ValueError(f"size is {self.size}; a window has at least 1 step")
+
+    def starts_of(self, num_trained: int) -> Mapping[int, float]:
+        """Return every first step, with the share of the iterations that begin there."""
+        return {}
+
+    def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
+        """Return the first step of an iteration's window."""
+        return 0
+
+    def num_planned(self, num_trained: int) -> int:
+        """Return the size."""
+        for start in self.starts_of(num_trained):
+            _validate_window(start, self.size, num_trained)
+        return self.size
+
+    def choose(
+        self, iteration: int, plan: ChunkPlan, num_trained: int, generator: Generator
+    ) -> tuple[range, ChunkPlan]:
+        """Return the window of an iteration and the plan, which covers it."""
+        return self(iteration, num_trained, generator), plan
+
+    def __call__(self, iteration: int, num_trained: int, generator: Generator) -> range:
+        """Return the window of an iteration, counted from 0."""
+        start = self.start_at(iteration, num_trained, generator)
+        return range(start, start + self.size)
+
+    def places(self, plan: ChunkPlan, num_trained: int) -> dict[WindowSchedule, float]:
+        """Return a fixed window for every first step."""
+        starts = self.starts_of(num_trained)
+        return {FixedWindow(self.size, start): share for start, share in starts.items()}
+
+
+@dataclass(frozen=True)
+class FixedWindow(_SizedWindow):
     """The same window always.
 
     Attributes:
-        start, size: First step and number of steps.
-        num_trained: N.
+        size: Number of steps.
+        start: First step, counted from 0.
     """
 
-    start: int
-    size: int
-    num_trained: int
+    start: int = 0
+    kind: Literal["fixed"] = field(default="fixed", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a window that leaves the trained steps."""
-        _validate_window(self.start, self.size, self.num_trained)
+        """Refuse a window that begins before the first step."""
+        super().__post_init__()
+        if self.start < 0:
+            raise ValueError(f"start is {self.start}; steps are counted from 0")
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Return the window."""
-        return range(self.start, self.start + self.size)
-
-    def places(self) -> dict[int, float]:
+    def starts_of(self, num_trained: int) -> Mapping[int, float]:
         """Return the one start."""
         return {self.start: 1.0}
 
+    def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
+        """Return the first step."""
+        return self.start
+
 
 @dataclass(frozen=True)
-class RandomWindow:
+class RandomWindow(_SizedWindow):
     """A window whose start is drawn anew, uniformly, every iteration.
 
     Attributes:
         size: Number of steps.
-        num_trained: N.
-        low, high: The window lies within steps low..high-1; ``high`` None means N.
+        low: First step that the window may hold.
+        high: The window lies below this step; where null, below N.
 
     Reference: Flow-GRPO-Fast, whose range is the first half of the steps; the "random" strategy of
     MixGRPO, arXiv:2507.21802, section 4.
     """
 
-    size: int
-    num_trained: int
     low: int = 0
     high: int | None = None
+    kind: Literal["random"] = field(default="random", kw_only=True, repr=False)
 
-    def __post_init__(self) -> None:
-        """Refuse a range that leaves the trained steps or cannot hold the window."""
-        _validate_window(self.low, self.size, self.num_trained)
-        if self.stop > self.num_trained or self.low + self.size > self.stop:
+    def stop_of(self, num_trained: int) -> int:
+        """Return the step below which the window lies.
+
+        Raises:
+            ValueError: If the range leaves the trained steps or cannot hold the window.
+        """
+        _validate_window(self.low, self.size, num_trained)
+        stop = num_trained if self.high is None else self.high
+        if stop > num_trained or self.low + self.size > stop:
             raise ValueError(
-                f"a window of {self.size} steps is to lie in steps {self.low} to {self.stop - 1} "
-                f"of {self.num_trained} trained steps; high must be in "
-                f"[{self.low + self.size}, {self.num_trained}]; change it or shrink the window"
+                f"a window of {self.size} steps is to lie in steps {self.low} to {stop - 1} "
+                f"of {num_trained} trained steps; high must be in "
+                f"[{self.low + self.size}, {num_trained}]; change it or shrink the window"
             )
+        return stop
 
-    @property
-    def stop(self) -> int:
-        """``high``, or N where it is None."""
-        return self.num_trained if self.high is None else self.high
-
-    def places(self) -> dict[int, float]:
+    def starts_of(self, num_trained: int) -> Mapping[int, float]:
         """Return every start, all equally likely."""
-        starts = range(self.low, self.stop - self.size + 1)
+        starts = range(self.low, self.stop_of(num_trained) - self.size + 1)
         return {start: 1 / len(starts) for start in starts}
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Draw the window."""
-        choices = self.stop - self.size - self.low + 1
-        start = self.low + int(torch.randint(choices, (), generator=generator))
-        return range(start, start + self.size)
+    def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
+        """Draw the start."""
+        choices = self.stop_of(num_trained) - self.size - self.low + 1
+        return self.low + int(torch.randint(choices, (), generator=generator))
+
+
+PUBLISHED_RATE, PUBLISHED_AFTER = 0.1, 13
+
+DECAYS = ("constant", "linear", "exponential")
+"""How the stays of a sliding window shorten."""
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(_SizedWindow):
     r"""A window that starts at the highest noise and moves on, and begins again after the end.
 
     The window starts at 0, and after :math:`\tau(l)` iterations at start l it moves by ``stride``;
@@ -132,77 +204,84 @@ class SlidingWindow:
 
     Attributes:
         size: Number of steps.
-        num_trained: N.
         every: tau >= 1, iterations at the first position.
         stride: Steps that it moves by.
-        decay: One of the three names above.
-        rate: k > 0 of the exponential decay; 0.1 published.
-        after: l_0 of the exponential decay, before the last start; 13 published, of 25 steps.
+        decay: How the stays shorten: one of the three names above.
+        rate: k > 0 of the exponential decay; null elsewhere, and for the published 0.1.
+        after: l_0 of the exponential decay, before the last start; null elsewhere, and for the
+            published 13, of 25 steps.
 
     Reference: MixGRPO, arXiv:2507.21802, section 4 ("progressive", "decay"). Published code lets
     the window run over the end, where it shrinks and may become empty; this one stops there.
     """
 
-    size: int
-    num_trained: int
     every: int = 25
     stride: int = 1
-    decay: str = "constant"
-    rate: float = 0.1
-    after: int = 13
+    decay: Annotated[str, OneOf(DECAYS)] = "constant"
+    rate: float | None = None
+    after: int | None = None
+    kind: Literal["sliding"] = field(default="sliding", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot move."""
-        _validate_window(0, self.size, self.num_trained)
+        """Refuse what cannot move, and numbers that nothing would read."""
+        super().__post_init__()
         if self.every < 1 or self.stride < 1:
             raise ValueError(
                 f"the window stays {self.every} iterations and moves by {self.stride}; both must "
                 "be at least 1"
             )
-        if self.decay not in ("constant", "linear", "exponential"):
+        check_name("decay", self.decay, DECAYS)
+        unread = [name for name in ("rate", "after") if getattr(self, name) is not None]
+        if self.decay != "exponential" and unread:
             raise ValueError(
-                f"the window's decay is {self.decay!r}; known: constant, linear, exponential"
+                f"{' and '.join(unread)} belong to decay 'exponential', and decay is "
+                f"{self.decay!r}; set it to that, or leave them out"
             )
-        if self.decay != "exponential":
-            return
-        if not self.rate > 0:
+        if self.rate is not None and not self.rate > 0:
             raise ValueError(
                 f"the rate of the exponential decay is {self.rate}; it must be above 0, or the "
                 "stays do not shorten; 0.1 is the published one"
             )
-        if self.starts()[-1] <= self.after:
-            raise ValueError(
-                f"the exponential decay shortens the stays at starts after step {self.after}, and "
-                f"a window of {self.size} in {self.num_trained} trained steps starts at "
-                f"{self.starts()[-1]} at the latest, so nothing would decay; set after below "
-                f"{self.starts()[-1]}"
-            )
 
-    def stays(self, start: int) -> int:
+    def stays(self, start: int, num_trained: int) -> int:
         """Return the iterations spent at a start."""
         if self.decay == "linear":
             # In integers: 7 * (1 - 6 / 7) is 1.0000000000000002 in floating point.
-            return -(-self.every * (self.num_trained - start) // self.num_trained)
+            return -(-self.every * (num_trained - start) // num_trained)
         if self.decay == "exponential":
-            return math.ceil(self.every * math.exp(-self.rate * max(0, start - self.after)))
+            rate = PUBLISHED_RATE if self.rate is None else self.rate
+            after = PUBLISHED_AFTER if self.after is None else self.after
+            return math.ceil(self.every * math.exp(-rate * max(0, start - after)))
         return self.every
 
-    def starts(self) -> list[int]:
+    def starts(self, num_trained: int) -> list[int]:
         """Return every start of one pass, in order."""
-        last = self.num_trained - self.size
+        last = num_trained - self.size
         starts = list(range(0, last + 1, self.stride))
         return starts if starts[-1] == last else [*starts, last]
 
-    def places(self) -> dict[int, float]:
-        """Return every start with its share of one pass."""
-        stays = {start: self.stays(start) for start in self.starts()}
+    def starts_of(self, num_trained: int) -> Mapping[int, float]:
+        """Return every start with its share of one pass.
+
+        Raises:
+            ValueError: If the window does not fit, or an exponential decay shortens no stay.
+        """
+        _validate_window(0, self.size, num_trained)
+        starts = self.starts(num_trained)
+        after = PUBLISHED_AFTER if self.after is None else self.after
+        if self.decay == "exponential" and starts[-1] <= after:
+            raise ValueError(
+                f"the exponential decay shortens the stays at starts after step {after}, and "
+                f"a window of {self.size} in {num_trained} trained steps starts at "
+                f"{starts[-1]} at the latest, so nothing would decay; set after below {starts[-1]}"
+            )
+        stays = {start: self.stays(start, num_trained) for start in starts}
         return {start: stay / sum(stays.values()) for start, stay in stays.items()}
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Return the window of an iteration; nothing is drawn."""
-        one_pass = [start for start in self.starts() for _ in range(self.stays(start))]
-        start = one_pass[iteration % len(one_pass)]
-        return range(start, start + self.size)
+    def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
+        """Return the start of an iteration; nothing is drawn."""
+        one_pass = [s for s in self.starts(num_trained) for _ in range(self.stays(s, num_trained))]
+        return one_pass[iteration % len(one_pass)]
 
 
 @dataclass(frozen=True)
@@ -213,54 +292,51 @@ class ChunkWindow:
     the group's images apart, and its reward differences are due to that chunk alone.
 
     Attributes:
-        plan: Partition of all N steps.
-        indices: Chunks to draw from; all where empty.
+        indices: Chunks to draw from, all where empty; ``merged``: the steps that
+            ``sampling.merge`` took together.
 
     Reference: TempFlow-GRPO, arXiv:2508.04324, section 3 (chunks of one); the chunk form is this
     library's.
     """
 
-    plan: ChunkPlan
-    indices: tuple[int, ...] = ()
+    indices: tuple[int, ...] | Literal["merged"] = ()
+    kind: Literal["chunk"] = field(default="chunk", kw_only=True, repr=False)
 
-    def __post_init__(self) -> None:
-        """Refuse a chunk that the plan does not have."""
-        for index in self.indices:
-            if not 0 <= index < self.plan.num_chunks:
-                raise ValueError(
-                    f"branching at chunk {index}, but the plan {self.plan} has chunks 0 to "
-                    f"{self.plan.num_chunks - 1}"
-                )
+    def num_planned(self, num_trained: int) -> int:
+        """Return N: the plan covers all steps."""
+        return num_trained
 
-    def __call__(self, iteration: int, generator: Generator) -> range:
-        """Draw a chunk uniformly."""
-        choices = self.indices or tuple(range(self.plan.num_chunks))
-        pick = int(torch.randint(len(choices), (), generator=generator))
-        return self.plan.steps_of(choices[pick])
+    def choices(self, plan: ChunkPlan) -> tuple[int, ...]:
+        """Return the chunks that may be drawn.
 
-
-def restrict_plan(plan: ChunkPlan, window: range) -> ChunkPlan:
-    """Return the chunks of a plan over all steps that make up a window.
-
-    Args:
-        plan: Partition of all N steps.
-        window: Consecutive steps.
-
-    Raises:
-        ValueError: If a chunk lies across an edge of the window: some of its steps would have no
-            density.
-    """
-    edges = {0, *(start for start in plan.starts), plan.num_steps}
-    for edge in (window.start, window.stop):
-        if edge not in edges:
+        Raises:
+            ValueError: If the plan does not have one of them, or merged steps were not found yet.
+        """
+        if isinstance(self.indices, str):
             raise ValueError(
-                f"a chunk of {plan} lies across the edge of the window of steps {window.start} to "
-                f"{window.stop - 1}; beyond it steps follow the ODE and have no density; end a "
-                f"chunk at step {edge}"
+                "indices 'merged' must be replaced by the merged steps before a window is drawn"
             )
-    sizes = [
-        size
-        for size, start in zip(plan.sizes, plan.starts, strict=True)
-        if window.start <= start < window.stop
-    ]
-    return ChunkPlan(tuple(sizes))
+        for index in self.indices:
+            if not 0 <= index < plan.num_chunks:
+                raise ValueError(
+                    f"branching at chunk {index}, but the plan {plan} has chunks 0 to "
+                    f"{plan.num_chunks - 1}"
+                )
+        return self.indices or tuple(range(plan.num_chunks))
+
+    def choose(
+        self, iteration: int, plan: ChunkPlan, num_trained: int, generator: Generator
+    ) -> tuple[range, ChunkPlan]:
+        """Draw a chunk uniformly; it is the window and the only chunk within it."""
+        choices = self.choices(plan)
+        pick = int(torch.randint(len(choices), (), generator=generator))
+        window = plan.steps_of(choices[pick])
+        return window, restrict_plan(plan, window)
+
+    def places(self, plan: ChunkPlan, num_trained: int) -> dict[WindowSchedule, float]:
+        """Return each chunk alone, all equally likely."""
+        choices = self.choices(plan)
+        return {replace(self, indices=(j,)): 1 / len(choices) for j in choices}
+
+
+AnyWindow = AllSteps | FixedWindow | RandomWindow | SlidingWindow | ChunkWindow

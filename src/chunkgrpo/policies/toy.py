@@ -73,3 +73,58 @@ class GaussianPolicy:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.mean.detach(), folder / "mean.pt")
+
+
+class CountingPolicy:
+    """A policy of one weight that answers at once and counts what it is asked.
+
+    Latents have one element. Sampling and training it costs next to nothing, so whatever drives a
+    policy can be run for its counts.
+
+    Attributes:
+        quiet_rows: Rows asked for without gradient.
+        trained_rows: Rows asked for with gradient.
+        decoded: Images decoded.
+    """
+
+    def __init__(self) -> None:
+        self.weight = torch.zeros(1, requires_grad=True)
+        self.latent_shape, self.device = (1,), torch.device("cpu")
+        self.reset()
+
+    def reset(self) -> None:
+        """Count from 0 again."""
+        self.quiet_rows = self.trained_rows = self.decoded = 0
+
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
+        """Return one zero row per prompt."""
+        return Conditioning({"rows": torch.zeros(len(prompts), 1)})
+
+    def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Return the weight for every row."""
+        if torch.is_grad_enabled():
+            self.trained_rows += len(x)
+        else:
+            self.quiet_rows += len(x)
+        return self.weight.expand(len(x), 1)
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Return one grey pixel per latent."""
+        self.decoded += len(x)
+        return torch.sigmoid(x.detach().float())[:, :, None, None].expand(-1, 3, -1, -1)
+
+    def parameters(self) -> list[Tensor]:
+        """Return the weight."""
+        return [self.weight]
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return the weight by its name."""
+        return {"weight": self.weight}
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Answer as always: the weight never moves."""
+        yield
+
+    def save(self, folder: str | Path) -> None:
+        """Write nothing: there is nothing to keep."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Recipes: a YAML file each, whose leading comment says what it is.
 
+``schema.json`` is their JSON Schema, which the first line of each names to editors.
 ``*.yaml`` are runs to start from, ``methods/*.yaml`` published methods on the embedded model,
 ``base/*.yaml`` what others extend. ``extends: NAME`` puts a recipe's settings over a base's.
 """
@@ -10,6 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+SCHEMA_LINE = "# yaml-language-server:"
+"""Begins the line that names the schema to editors."""
+
 FOLDERS = {"recipe": FOLDER, "method": FOLDER / "methods", "base": FOLDER / "base"}
 
 
@@ -56,6 +60,8 @@ def recipe_notes(name: str) -> dict[str, str]:
     for line in recipe_path(name).read_text().splitlines():
         if not line.startswith("#"):
             break
+        if line.startswith(SCHEMA_LINE):
+            continue
         text = line[1:].strip()
         key, separator, rest = text.partition(":")
         if not notes:

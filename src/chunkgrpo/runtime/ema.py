@@ -5,9 +5,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """The settings of :class:`Ema`.
+
+    Attributes:
+        decay: Decay of the averaged weights, which are evaluated and saved, in [0, 1); 0 turns
+            the average off.
+        warmup: The decay of update n is at most n / (n + warmup): an average reaches back over
+            about 1 / warmup of the run.
+    """
+
+    decay: float = 0.9
+    warmup: float = 9.0
+
+    def __post_init__(self) -> None:
+        """Refuse values outside their ranges."""
+        Ema((), self.decay, self.warmup)
 
 
 class Ema:

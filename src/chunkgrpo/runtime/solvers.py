@@ -5,12 +5,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from chunkgrpo.core.chunks import COUNT_TOLERANCE
+from chunkgrpo.core.precision import COUNT_TOLERANCE
+
+
+@dataclass(frozen=True)
+class EulerTail:
+    """Every step that is left, by Euler."""
+
+    kind: Literal["euler"] = field(default="euler", kw_only=True, repr=False)
+    solver: ClassVar[None] = None
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,12 @@ class MultistepTail:
 
     fraction: float = 0.4
     order: int = 2
+    kind: Literal["dpm"] = field(default="dpm", kw_only=True, repr=False)
+
+    @property
+    def solver(self) -> MultistepTail:
+        """Itself: what a sampler finishes trajectories with."""
+        return self
 
     def __post_init__(self) -> None:
         """Refuse what leaves no step or is no solver."""

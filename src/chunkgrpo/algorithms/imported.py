@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trust region of the user's own, named by its import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from chunkgrpo.core.trust import TrustRegion
+
+
+@dataclass(frozen=True)
+class ImportedTrust:
+    """A trust region that ``package.module:factory`` returns.
+
+    Attributes:
+        path: Import path of a function or class that returns a
+            :class:`~chunkgrpo.core.trust.TrustRegion`.
+        options: Its arguments.
+    """
+
+    path: str
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    kind: Literal["imported"] = field(default="imported", kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        """Import it, so that a wrong path shows before a model is loaded."""
+        module, separator, attribute = self.path.partition(":")
+        try:
+            if not separator:
+                raise ImportError("the path must look like package.module:factory")
+            made = getattr(importlib.import_module(module), attribute)(**self.options)
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"trust region {self.path!r} cannot be built: {error}") from error
+        object.__setattr__(self, "_region", made)
+
+    @property
+    def region(self) -> TrustRegion:
+        """The trust region itself."""
+        return self._region  # type: ignore[attr-defined] # set when it is made
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether the KL of the chunk to the sampling policy is read."""
+        return self.region.needs_divergence
+
+    def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Loss of each ratio."""
+        return self.region.value(log_ratio, advantages, divergence)
+
+    def slope(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Derivative of the loss with respect to the log-ratio."""
+        return self.region.slope(log_ratio, advantages, divergence)
+
+    def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
+        """Where the trust region holds the policy back."""
+        return self.region.is_cut(log_ratio, advantages, divergence)

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Telling a configuration: as YAML with comments, and its schema for editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from chunkgrpo.config.files import DEFAULT, Leaf, Tree
+from chunkgrpo.config.keys import documented, keys_named, kind_of
+from chunkgrpo.config.schema import Config
+
+
+def described_yaml(config: Config, tree: Tree) -> str:
+    """Return a configuration as YAML, with each key's description and where its value comes from.
+
+    Args:
+        config: The run.
+        tree: The values it was made of, with their sources (:func:`~.files.load_tree`).
+
+    Returns:
+        Valid YAML; a comment above each key says what it means, its default and its source.
+    """
+    return "\n".join(_lines(config.model_dump(mode="json"), tree, "", 0)) + "\n"
+
+
+def _lines(
+    values: Mapping[str, Any], tree: Leaf | Tree | None, prefix: str, depth: int
+) -> Iterator[str]:
+    indent = "  " * depth
+    names = sorted(values, key=lambda name: name != "kind")
+    for name in names:
+        value, key = values[name], prefix + name
+        below = tree.get(name) if isinstance(tree, dict) else None
+        kind = values.get("kind")
+        said = _description(key, kind)
+        if isinstance(value, Mapping) and value and keys_named(f"{key}.{next(iter(value))}"):
+            yield f"{indent}# {said}" if said else f"{indent}#"
+            yield f"{indent}{name}:"
+            yield from _lines(value, below, f"{key}.", depth + 1)
+            continue
+        source = below.source if isinstance(below, Leaf) else DEFAULT
+        note = _note(key, kind, value, source)
+        yield f"{indent}# {said} {note}".rstrip()
+        text = _inline(value)
+        yield f"{indent}{name}: {text}"
+
+
+def _inline(value: Any) -> str:
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _description(key: str, kind: str | None) -> str:
+    found = keys_named(key)
+    fitting = [each for each in found if each.kind == kind] or found
+    return fitting[0].description if fitting else ""
+
+
+def _note(key: str, kind: str | None, value: Any, source: str) -> str:
+    """Return the default and the source, in brackets."""
+    default = default_of(key, kind)
+    if source == DEFAULT:
+        return "[default]"
+    known = "" if default is MISSING else f"default: {_inline(default)}; "
+    return f"[{known}set by: {source}]"
+
+
+MISSING = object()
+
+
+def default_of(key: str, kind: str | None) -> Any:
+    """Return the default of a key, of its own kind of section; MISSING where it has none."""
+    import dataclasses
+
+    node: Any = Config()
+    *parents, last = key.split(".")
+    for part in parents:
+        node = getattr(node, part, None)
+    if node is None:
+        return MISSING
+    if last == "kind":
+        return kind_of(type(node)) if kind_of(type(node)) else MISSING
+    if kind is not None and kind_of(type(node)) != kind:
+        for found in keys_named(".".join(parents)):
+            from chunkgrpo.config.keys import is_section, members
+
+            for member in members(found.annotation):
+                if is_section(member) and kind_of(member) == kind:
+                    for each in dataclasses.fields(member):
+                        if each.name == last:
+                            return _plain(each.default)
+        return MISSING
+    return _plain(getattr(node, last, MISSING))
+
+
+def _plain(value: Any) -> Any:
+    """Return a default as YAML shows it."""
+    import dataclasses
+
+    if value is dataclasses.MISSING:
+        return MISSING
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {each.name: _plain(getattr(value, each.name)) for each in dataclasses.fields(value)}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return value
+
+
+def json_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, for completion in editors."""
+    schema = Config.model_json_schema()
+    schema["title"] = "A chunkgrpo recipe"
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "A recipe whose settings lie underneath these.",
+    }
+    for name, section in _classes().items():
+        part = schema["$defs"].get(name)
+        if part is None:
+            continue
+        for field, said in documented(section).items():
+            if field in part.get("properties", {}):
+                part["properties"][field].setdefault("description", said)
+        part["description"] = (section.__doc__ or "").strip().split("\n")[0]
+        if "kind" in part.get("properties", {}):
+            part.setdefault("required", [])
+    _partial(schema)
+    return schema
+
+
+def _partial(node: Any) -> None:
+    """A recipe may leave everything out: nothing is required, but for the kind to tell by."""
+    if isinstance(node, dict):
+        node.pop("required", None)
+        for value in node.values():
+            _partial(value)
+    elif isinstance(node, list):
+        for value in node:
+            _partial(value)
+
+
+def _classes() -> dict[str, type]:
+    from chunkgrpo.config.keys import every_key, is_section, members
+
+    found: dict[str, type] = {}
+    for key in every_key():
+        for member in members(key.annotation):
+            if is_section(member):
+                found[member.__name__] = member
+    return found
+
+
+def undescribed() -> Sequence[str]:
+    """Return the keys that have no description."""
+    from chunkgrpo.config.keys import every_key
+
+    return [key.name for key in every_key() if not key.description]

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples are trained on, and with what is left of their advantages.
+
+Axes: P prompts, B samples, prompt-major; R scores, C chunks.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .advantages import group_centred, validated_groups
+from .precision import COUNT_TOLERANCE, at_least_float32
+
+
+def num_chosen(num_samples: int, share: float, num_updates: int = 1) -> int:
+    r"""How many samples of a rollout are trained.
+
+    .. math:: \max(U, \lceil f B \rceil)
+
+    The product is taken up to rounding, so 0.28 of 25 is 7; each of U updates gets a sample.
+
+    Args:
+        num_samples: B >= U.
+        share: f in (0, 1].
+        num_updates: U >= 1.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"the share of samples that is kept is {share}; it must be in (0, 1]")
+    return max(num_updates, math.ceil(share * num_samples - COUNT_TOLERANCE))
+
+
+def largest_advantages(advantages: Tensor, number: int) -> Tensor:
+    """Choose the samples whose advantages are largest in size, whatever their sign.
+
+    A sample pulls in proportion to its advantage. Where advantages are normally distributed, the
+    half that is largest in size holds 93 % of the sum of their squares, and training it costs half.
+    The groups share the number: one in which a single image stands out gives that one.
+
+    Args:
+        advantages: [B], or [B, C] where they differ by chunk: then by the norm over chunks.
+        number: Samples to choose, 1 to B.
+
+    Returns:
+        Their indices, ascending. Sizes are compared to four decimals, so that rounding does not
+        decide between, say, the right and the wrong half of a group; of equal ones the first are
+        chosen.
+
+    Reference: Xu et al., PODS, arXiv:2504.13818, which keeps those of largest reward variance in
+    each group.
+    """
+    size_B = at_least_float32(advantages).reshape(len(advantages), -1).norm(dim=1)
+    return size_B.round(decimals=4).argsort(descending=True, stable=True)[:number].sort().values
+
+
+def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: Tensor) -> Tensor:
+    r"""Take out of advantages what says anything about other scores.
+
+    .. math:: A' = A - X X^+ A, \qquad X_{br} = h_{rb} - \bar h_{r,group(b)}
+
+    A policy gradient moves the mean of a score h in proportion to the sum of A h over samples. With
+    A' that sum is zero: what a rollout says of h by chance, or because h and the reward go together
+    in it, no longer adds up to a drift. It costs one dimension in B a score.
+
+    Args:
+        advantages: [B], or [B, C] where they differ by chunk.
+        held_RB: The scores to hold, [R, B]; one that is not finite counts as its group's mean.
+        num_prompts: P.
+        chosen: Indices of the samples that are trained; the others get 0.
+
+    Returns:
+        As ``advantages``, in float32.
+    """
+    centred_RB = torch.stack([
+        group_centred(validated_groups(held_B, num_prompts, held_B.isfinite())).nan_to_num(0)
+        for held_B in held_RB.double()
+    ]).flatten(1)  # fmt: skip
+    all_BC = advantages.double().reshape(len(advantages), -1)
+    x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
+    left_BC = torch.zeros_like(all_BC)
+    left_BC[chosen] = a_SC - x_SR @ (torch.linalg.pinv(x_SR) @ a_SC)
+    return left_BC.reshape(advantages.shape).float()

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores to advantages, and to the samples that are trained on: decided once, here.
+
+Axis names: B samples, prompt-major; R rewards; C chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from chunkgrpo.core.advantages import CONVENTIONS, Advantages
+from chunkgrpo.core.combination import combined_advantages, combined_chunk_advantages
+from chunkgrpo.core.names import OneOf, check_name
+from chunkgrpo.core.subset import largest_advantages, num_chosen, project_out
+from chunkgrpo.rewards.scoring import jointly_kept
+from chunkgrpo.types import RewardBatch
+
+ASSIGNMENTS = ("trajectory", "gain")
+"""What a chunk is credited with."""
+
+
+@dataclass(frozen=True)
+class Credit:
+    """How much better than its siblings an image is, and which images are trained on.
+
+    Attributes:
+        convention: How rewards are normalised within a group.
+        clip: Largest absolute advantage, above 0.
+        assign: ``trajectory`` credits every chunk with the reward of the image; ``gain`` each
+            chunk with what it added to the reward of the predicted clean image.
+        keep: Share of a rollout's samples that is trained on, in (0, 1]: those with the largest
+            absolute advantage.
+        project_out: Names of watched rewards. Advantages are projected orthogonally to their
+            scores, over the samples trained on, so that no rollout raises or lowers them.
+    """
+
+    convention: Annotated[str, OneOf(CONVENTIONS)] = "group_std"
+    clip: float = 5.0
+    assign: Annotated[str, OneOf(ASSIGNMENTS)] = "trajectory"
+    keep: float = 1.0
+    project_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse unknown names and numbers outside their ranges."""
+        check_name("convention of advantages", self.convention, CONVENTIONS)
+        check_name("assignment of credit", self.assign, ASSIGNMENTS)
+        if not self.clip > 0:
+            raise ValueError(f"clip is {self.clip}; the largest absolute advantage is above 0")
+        num_chosen(1, self.keep)
+
+    @property
+    def by_chunk(self) -> bool:
+        """Whether the clean predictions where chunks begin are scored too."""
+        return self.assign == "gain"
+
+    def __call__(
+        self, scores: Sequence[RewardBatch], num_prompts: int, updates: int = 1
+    ) -> Advantages:
+        """Return the advantages of a rollout.
+
+        Args:
+            scores: Of the finished images; where :attr:`by_chunk`, of the clean predictions where
+                each chunk begins before them, in order.
+            num_prompts: P.
+            updates: Optimizer steps a rollout; each gets a sample.
+
+        Returns:
+            Values [B], or [B, C] where credit differs by chunk; ``chosen`` is None where all
+            samples are trained on.
+
+        Raises:
+            RewardError: If no sample has a usable score at every boundary.
+        """
+        final, kept_B = scores[-1], jointly_kept(scores)
+        shared = (final.weights, num_prompts, final.combine, self.convention, self.clip, kept_B)
+        advantages = combined_advantages(final.stacked, *shared, final.total)
+        values = advantages.values
+        if self.by_chunk:
+            rewards_RBE = torch.stack([each.stacked for each in scores], dim=2)
+            totals_BE = torch.stack([each.total for each in scores], dim=1)
+            values = combined_chunk_advantages(rewards_RBE, *shared, totals_BE)
+        chosen = None
+        if self.keep < 1:
+            chosen = largest_advantages(values, num_chosen(len(values), self.keep, updates))
+        if self.project_out:
+            values = self.projected(values, final, num_prompts, chosen, kept_B)
+        return replace(advantages, values=values, chosen=chosen)
+
+    def projected(
+        self,
+        values: Tensor,
+        final: RewardBatch,
+        num_prompts: int,
+        chosen: Tensor | None,
+        kept_B: Tensor | None,
+    ) -> Tensor:
+        """Return the advantages, orthogonal to the watched scores over what is trained on."""
+        among = torch.arange(len(values)) if chosen is None else chosen
+        if kept_B is not None:  # what has no reward keeps the advantage 0
+            among = among[kept_B[among]]
+        watched_RB = torch.stack([final.watched[name] for name in self.project_out])
+        return project_out(values, watched_RB, num_prompts, among)

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will do and cost, told before anything is loaded.
+
+Only the ``config.json`` files of the model are read. Operations and memory come from the networks
+themselves, called on tensors without content (``policies.architecture``); time is operations over
+the accelerator's peak rate times a stated utilisation.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from chunkgrpo.config import Config
+from chunkgrpo.config.build import embedding_folder, resolve_model
+from chunkgrpo.config.derived import num_trained
+from chunkgrpo.config.rules import check, check_training
+from chunkgrpo.config.schema import ChunkGRPOObjective, LoraAdaptation
+from chunkgrpo.cost import Cost, iteration_cost
+
+if TYPE_CHECKING:
+    from chunkgrpo.policies.architecture import NetworkWork, Work
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A GPU as its maker describes it.
+
+    Attributes:
+        name: Short.
+        bf16: Peak dense bfloat16 rate with float32 accumulation, TFLOP/s.
+        fp32: Peak float32 rate without tensor cores, TFLOP/s.
+        memory: In units of 10^9 bytes.
+    """
+
+    name: str
+    bf16: float
+    fp32: float
+    memory: float
+
+    def rate(self, precision: str) -> float:
+        """Return the peak rate of a precision, FLOP/s."""
+        return 1e12 * (self.fp32 if precision == "fp32" else self.bf16)
+
+
+ACCELERATORS = (
+    Accelerator("H100", 989.4, 66.9, 80),
+    Accelerator("H200", 989.4, 66.9, 141),
+    Accelerator("A100", 312.0, 19.5, 80),
+    Accelerator("RTX 4090", 165.2, 82.6, 24),
+)
+"""The SXM versions of H100, H200 and A100 (80 GB), and GeForce RTX 4090.
+
+Sources: NVIDIA H100 Tensor Core GPU Architecture, table 2 (989.4 bf16, 66.9 fp32; the datasheet's
+1,979 is with sparsity); NVIDIA H200 datasheet (the same rates, 141 GB); NVIDIA A100 datasheet (312,
+19.5); NVIDIA Ada GPU Architecture, appendix A (165.2 for FP16/BF16 with FP32 accumulate, 82.6).
+"""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of an iteration.
+
+    Attributes:
+        name: What is done.
+        rows: How many latents or images it is done to.
+        flops: Floating-point operations.
+    """
+
+    name: str
+    rows: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run will do and cost.
+
+    Attributes:
+        config: The run.
+        size: Height and width of images in pixels.
+        text: Text rows of a prompt.
+        network: The transformer's size, and its cost a call.
+        cost: Latents an iteration passes through it.
+        phases: Of one iteration.
+        evaluation: Operations of all evaluations of the run together.
+        memory: Bytes at the peak of each phase.
+        resident: Bytes that stay, by what they are.
+    """
+
+    config: Config
+    size: tuple[int, int]
+    text: int
+    network: NetworkWork
+    cost: Cost
+    phases: tuple[Phase, ...]
+    evaluation: float
+    memory: dict[str, float]
+    resident: dict[str, float]
+
+    @property
+    def iteration_flops(self) -> float:
+        """Operations of one iteration."""
+        return sum(phase.flops for phase in self.phases)
+
+    @property
+    def run_flops(self) -> float:
+        """Operations of the whole run, evaluations included."""
+        return self.config.iterations * self.iteration_flops + self.evaluation
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the highest peak."""
+        return max(self.memory.values())
+
+    @property
+    def images(self) -> int:
+        """Images an iteration."""
+        return self.config.sampling.images
+
+    def seconds(self, accelerator: Accelerator, utilisation: float, gpus: int = 1) -> float:
+        """Return the time of one iteration on GPUs that share its images out."""
+        share = math.ceil(self.images / gpus) / self.images
+        rate = accelerator.rate(self.config.model.precision) * utilisation
+        return self.iteration_flops * share / rate
+
+    def hours(self, accelerator: Accelerator, utilisation: float, gpus: int = 1) -> float:
+        """Return the GPU-hours of the run: those that idle count as well."""
+        seconds = self.seconds(accelerator, utilisation, gpus) * self.config.iterations * gpus
+        rate = accelerator.rate(self.config.model.precision) * utilisation
+        return (seconds + self.evaluation / rate) / 3600
+
+
+def make_estimate(config: Config) -> Estimate:
+    """Work out what a run will do and cost.
+
+    Raises:
+        ConfigError: Or another ValueError, if the run could not start.
+    """
+    from chunkgrpo.policies import architecture as arch
+
+    m, s, o, e = config.model, config.sampling, config.objective, config.evaluation
+    check(config)
+    check_training(m)
+    a = arch.read_architecture(resolve_model(m.path))
+    size, text = a.size(m.height, m.width), arch.text_rows(a, m.max_sequence_length)
+    cost, images, steps = iteration_cost(config), s.images, num_trained(config) + 1
+    pairs = math.ceil(cost.pairs / o.updates)
+    guidance_rows = arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0)))
+    network = arch.network_work(
+        a,
+        size,
+        text,
+        sampling_rows=min(s.batch_size, images),
+        training_rows=max(1, min(o.micro_batch, pairs)),
+        guidance_rows=guidance_rows,
+        method=m.adaptation.kind,
+        rank=m.adaptation.rank if isinstance(m.adaptation, LoraAdaptation) else 0,
+        targets=trained_modules(config, a.pipeline),
+        precision=m.precision,
+        lower=m.lower_frozen and m.adaptation.kind != "full",
+        checkpointing=m.gradient_checkpointing,
+        plain=m.device == "cpu",  # 'auto' may be estimated on a laptop and run elsewhere
+    )
+    vae_parameters, decoding = arch.decoder_work(a, size, m.precision)
+    sampled = network.sampling.forward / network.sampling.rows
+    measured = network.training.forward / network.training.rows
+    backward = network.training.backward / network.training.rows
+    phases = (
+        Phase("rollout: forward", cost.rollout, cost.rollout * sampled),
+        Phase("decode: VAE", cost.rewards, cost.rewards * decoding.forward),
+        Phase("train: forward without gradient", cost.measured, cost.measured * measured),
+        Phase("train: forward", cost.trained, cost.trained * measured),
+        Phase("train: backward", cost.trained, cost.trained * backward),
+    )
+    small = config.iterations // e.every if e.every else 0
+    judged = 2 * e.final_prompts * e.final_seeds + small * e.prompts
+    evaluation = judged * (steps * sampled + decoding.forward)
+    prompts = s.prompts * arch.conditioning_bytes(a, text, guidance_rows)
+    elements = a.latent_channels * (size[0] // a.vae_factor) * (size[1] // a.vae_factor)
+    weights = Weights(network, decoding, 4 * vae_parameters, arch.text_encoder_parameters(a))
+    kept = images * elements * cost.stored
+    resident, memory = _memory(config, weights, kept, prompts)
+    return Estimate(config, size, text, network, cost, phases, evaluation, memory, resident)
+
+
+def trained_modules(config: Config, pipeline: str) -> tuple[str, ...] | None:
+    """Return the modules that are trained; for a LoRA the family's where the user names none."""
+    from importlib import import_module
+
+    from chunkgrpo.policies.loading import FAMILIES
+
+    adaptation = config.model.adaptation
+    if adaptation.targets or adaptation.kind != "lora":
+        return adaptation.targets
+    module, name = FAMILIES[pipeline]
+    return tuple(getattr(import_module(module), name).lora_targets)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The networks of a run.
+
+    Attributes:
+        network: The transformer.
+        decoding: Decoding of one image.
+        vae: Bytes of the VAE.
+        text: Weights of all text encoders.
+    """
+
+    network: NetworkWork
+    decoding: Work
+    vae: int
+    text: int
+
+
+def _memory(
+    config: Config, weights: Weights, stored: float, prompts: float
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return what stays in memory, and the peak of each phase, in bytes."""
+    from chunkgrpo.policies.pipeline import PipelinePolicy
+
+    m, s, o, network = config.model, config.sampling, config.objective, weights.network
+    # 'auto' may be estimated on a laptop and run elsewhere; a CPU has one memory for all.
+    on_cpu = m.device == "cpu"
+    away = () if on_cpu else m.offload
+    low_texts = m.text_encoder_precision == "bf16" or (
+        m.text_encoder_precision == "auto" and not on_cpu
+    )
+    encoders = (2 if low_texts else 4) * weights.text
+    vae, copy = weights.vae, 4 * network.trainable if m.adaptation.kind == "full" else 0
+    # Two bytes a weight, and two float32 scales for each block of 256.
+    moments = 8 if config.optimizer.name == "adamw" else 2 + 8 / 256
+    resident: dict[str, float] = {
+        "transformer": network.nbytes,
+        "VAE": 0 if "vae" in away else vae,
+        "text encoders": encoders
+        if embedding_folder(m) is None and "text_encoders" not in away
+        else 0,
+        "optimizer and averaged weights": (moments + 4 * (config.ema.decay > 0))
+        * network.trainable,
+        "copy of the base": 0 if "reference" in away else copy,
+        "trajectories": 0 if s.store.place == "host" and not on_cpu else stored,
+        "encoded prompts": prompts,  # a row for each prompt, on the device always
+    }
+    total = sum(resident.values())
+    most = inspect.signature(PipelinePolicy.__init__).parameters["decode_batch"].default
+    most = 1 if m.vae_slicing else m.options.get("decode_batch", most)
+    batch = min(most, s.batch_size, s.images)
+    uses_reference = o.kl.weight if isinstance(o, ChunkGRPOObjective) else o.kl
+    visiting_copy = copy - resident["copy of the base"] if uses_reference else 0
+    memory = {
+        "encode": resident["transformer"] + resident["VAE"] + encoders,
+        "rollout": total + network.sampling.peak,
+        "decode": total + (vae - resident["VAE"]) + weights.decoding.peak * batch,
+        "train": total + visiting_copy + network.training.peak,
+    }
+    return resident, memory

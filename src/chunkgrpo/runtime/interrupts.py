@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Letting Ctrl-C end a piece of work where nothing is lost."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+
+@contextmanager
+def finish_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
+    """Inside this context an interrupt calls ``stop`` instead of raising.
+
+    Outside the main thread, which alone may set handlers, it does nothing.
+    """
+
+    def handle(signum: int, frame: Any) -> None:
+        stop()
+
+    try:
+        before = signal.signal(signal.SIGINT, handle)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: it composes policy, sampler, rewards, credit and algorithm, and knows none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from chunkgrpo.algorithms.protocol import Algorithm
+from chunkgrpo.credit import Credit
+from chunkgrpo.evaluate import Evaluation
+from chunkgrpo.policies.protocol import Policy
+from chunkgrpo.prompts import PromptSet
+from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
+from chunkgrpo.rewards.monitor import RewardMonitor
+from chunkgrpo.rewards.protocol import RewardError
+from chunkgrpo.rewards.scoring import Scorer
+from chunkgrpo.rollout import Sampler
+from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from chunkgrpo.runtime.ema import Averaging, Ema
+from chunkgrpo.runtime.interrupts import finish_on_interrupt
+from chunkgrpo.runtime.optimizers import Optimization
+from chunkgrpo.runtime.seeds import derive_seed
+from chunkgrpo.train.checkpoint import restore_training_state, training_state
+from chunkgrpo.train.collecting import Collector
+from chunkgrpo.train.evaluating import Evaluator
+from chunkgrpo.train.metrics import PhaseClock, UpdateLog, rollout_record
+from chunkgrpo.types import Experience, ProgressHook, Prompt
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Run length, batch sizes and intervals.
+
+    Attributes:
+        iterations: Rollouts.
+        prompts: P prompts a rollout.
+        group_size: G images a prompt.
+        checkpoint_every: Iterations between checkpoints.
+        evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
+        overlap: Score images in threads while later ones are sampled.
+        seed: Of everything random.
+    """
+
+    iterations: int = 50
+    prompts: int = 16
+    group_size: int = 12
+    checkpoint_every: int = 10
+    evaluate_every: int = 10
+    overlap: bool = False
+    seed: int = 0
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs; ``run()`` trains and resumes.
+
+    Attributes:
+        policy, sampler, algorithm, credit, scorer: The method. Sampler and algorithm share the
+            transition. The sampler's window is the algorithm's choice, iteration by iteration.
+        prompts: What is trained on.
+        evaluator: Judges on held-out prompts.
+        folder: The run directory.
+        budget: Run length, batch sizes and intervals.
+        optimization, averaging: How weights are updated, and averaged.
+        on_iteration: Called with every metrics record.
+    """
+
+    policy: Policy
+    sampler: Sampler
+    algorithm: Algorithm
+    credit: Credit
+    scorer: Scorer
+    prompts: PromptSet
+    evaluator: Evaluator
+    folder: Path
+    budget: Budget = field(default_factory=Budget)
+    optimization: Optimization = field(default_factory=Optimization)
+    averaging: Averaging = field(default_factory=Averaging)
+    on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
+
+    def __post_init__(self) -> None:
+        named = self.policy.named_parameters()
+        self.names, self.parameters = list(named), list(named.values())
+        self.optimizer = self.optimization.make(self.parameters)
+        self.ema = Ema(self.parameters, self.averaging.decay, self.averaging.warmup)
+        self.num_updates = 0
+        self.iteration = 0
+        self.seconds = 0.0
+        self.stopped = False
+        unscored = self.folder / "unscored"
+        self.scorer = replace(self.scorer, folder=unscored)
+        self.evaluator = replace(self.evaluator, folder=unscored)
+
+    @cached_property
+    def monitor(self) -> RewardMonitor:
+        """What the rewards say about one another."""
+        return RewardMonitor(self.scorer, self.credit.convention)
+
+    def run(self) -> bool:
+        """Train to the last iteration, from the newest checkpoint where there is one.
+
+        Returns:
+            True when finished; False when interrupted (everything is saved then).
+
+        Raises:
+            RewardError: If a reward misbehaves. All finished iterations are saved: a later call
+                goes on with the one that failed.
+        """
+        self.resume()
+        truncate_metrics(self.folder / "metrics.jsonl", self.iteration)
+        with (
+            MetricsWriter(self.folder / "metrics.jsonl") as metrics,
+            finish_on_interrupt(self.stop),
+        ):
+            while self.iteration < self.budget.iterations and not self.stopped:
+                started = time.perf_counter()
+                try:
+                    record = self.train_once()
+                except RewardError as error:
+                    # Scores come before any update, so this is the state after the last iteration.
+                    raise self.saved_before(error) from error
+                self.iteration += 1
+                self.seconds += time.perf_counter() - started
+                record |= {"iteration": self.iteration, "seconds": self.seconds}
+                try:
+                    record |= self.evaluate_if_due()
+                except RewardError as error:
+                    metrics.write(record)
+                    raise self.saved_before(error) from error
+                self.on_iteration(metrics.write(record))
+                self.save_if_due()
+        return self.iteration >= self.budget.iterations
+
+    def train_once(self) -> dict[str, Any]:
+        """Sample, score, credit, and take the algorithm's optimizer steps; return the metrics."""
+        clock, log = PhaseClock(self.policy.device), UpdateLog()
+        generator = Generator().manual_seed(derive_seed(self.budget.seed, self.iteration, 0))
+        prompts = self.prompts_of(self.iteration)
+        request = self.algorithm.begin(self.iteration, generator)
+        with self.algorithm.sampling(self.policy):
+            label = f"{self.iteration + 1:06d}-"
+            trajectory, scores = self.collector.collect(prompts, request, generator, clock, label)
+        advantages = self.credit(scores, len(prompts), self.algorithm.updates)
+        clock.lap("reward")
+        values = advantages.values.to(trajectory.device)
+        experience = Experience(trajectory, values, advantages.chosen)
+        for part in self.algorithm.losses(self.policy, experience, generator):
+            part.backward()
+            log.add(part)
+            if part.ends_update:
+                log.norms.append(self.update())
+        own = self.algorithm.finish(self.policy, self.num_updates)
+        clock.lap("train")
+        seconds = clock.seconds()
+        return {
+            **self.monitor.record(scores, len(prompts), self.iteration + 1),
+            **rollout_record(trajectory, request, scores, advantages),
+            **log.record(trajectory.num_trained),
+            **own,
+            "phase_seconds": seconds,
+            "images_per_second": trajectory.num_samples / sum(seconds.values()),
+        }
+
+    @cached_property
+    def collector(self) -> Collector:
+        """Samples and scores."""
+        b = self.budget
+        return Collector(
+            self.policy, self.sampler, self.scorer, b.group_size, b.overlap, self.credit.by_chunk
+        )
+
+    def prompts_of(self, iteration: int) -> list[Prompt]:
+        """Return the prompts that an iteration trains on."""
+        seed = derive_seed(self.budget.seed, 1)
+        rows = self.prompts.batch_rows(iteration, self.budget.prompts, seed)
+        return [self.prompts.prompts[row] for row in rows]
+
+    def every_prompt(self) -> list[Prompt]:
+        """Return every prompt that the run will meet, in the order of first use."""
+        found = [p for i in range(self.budget.iterations) for p in self.prompts_of(i)]
+        return found + list(self.evaluator.held_out.prompts if self.budget.evaluate_every else ())
+
+    def update(self) -> Tensor:
+        """Clip, step, average; return the gradient's norm before clipping."""
+        o, left = self.optimization, self.budget.iterations - self.iteration
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        rate = o.rate(self.num_updates, max(1, left) / self.budget.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.num_updates += 1
+        if self.averaging.decay:
+            self.ema.update(self.parameters)
+        return norm
+
+    def evaluate_if_due(self) -> dict[str, Any]:
+        """Evaluate the averaged policy on a few held-out prompts, when it is time to."""
+        every = self.budget.evaluate_every
+        if not every or self.iteration % every:
+            return {}
+        with self.averaged():
+            seed = derive_seed(self.budget.seed, 2)
+            return self.evaluator.summary(self.policy, seed, f"{self.iteration:06d}-evaluation-")
+
+    def evaluate(
+        self, prompts: PromptSet, num_seeds: int, seed: int, progress: ProgressHook | None = None
+    ) -> Evaluation:
+        """Evaluate the policy as it is; see :meth:`Evaluator.evaluate`."""
+        label = f"{self.iteration:06d}-evaluation-"
+        return self.evaluator.evaluate(self.policy, prompts, num_seeds, seed, label, progress)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside this context the policy has the averaged weights, if averaging is on."""
+        if not self.averaging.decay or self.ema.num_updates == 0:
+            yield
+            return
+        with self.ema.applied(self.parameters):
+            yield
+
+    def stop(self) -> None:
+        """End the run after the present iteration.
+
+        Raises:
+            KeyboardInterrupt: If that was asked for before.
+        """
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+
+    def saved_before(self, error: RewardError) -> RewardError:
+        """Save all finished iterations; return the error, which then says so."""
+        if not self.iteration:
+            return RewardError(error.reward, error.reason)
+        found = list_checkpoints(self.folder / "checkpoints")
+        if not found or found[-1].name != f"{self.iteration:06d}":
+            self.save()
+        saved = f"all {self.iteration} finished iterations are saved, go on with --resume"
+        return RewardError(error.reward, f"{error.reason}; {saved} {self.folder}")
+
+    def save_if_due(self) -> None:
+        """Write a checkpoint, when it is time to."""
+        last = self.iteration == self.budget.iterations
+        if self.iteration % self.budget.checkpoint_every == 0 or last or self.stopped:
+            self.save()
+
+    @property
+    def kept(self) -> tuple[Any, ...]:
+        """All that changes while training."""
+        return self.names, self.parameters, self.ema, self.optimizer, self.algorithm
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        tensors, info = training_state(*self.kept)
+        info |= {"num_updates": self.num_updates, "seconds": self.seconds}
+        save_checkpoint(self.folder / "checkpoints", self.iteration, tensors, info)
+
+    def resume(self) -> None:
+        """Continue exactly from the newest checkpoint, if there is one."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        if not found:
+            return
+        tensors, info = load_checkpoint(found[-1])
+        restore_training_state(tensors, info, *self.kept)
+        self.iteration, self.num_updates = info["iteration"], info["num_updates"]
+        self.seconds = info["seconds"]
