@@ -42,7 +42,7 @@ from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.train import Trainer, TrainSettings
-from chunkgrpo.types import Conditioning, Experience, LossPart
+from chunkgrpo.types import Conditioning, Experience, LossPart, Prompt, as_prompts
 
 NUM_STEPS, ETA, CLIP, FRACTION, NUM_UPDATES = 17, 0.7, 5e-5, 0.5, 2
 # Large enough for random weights to leave the clip range by the second update, which the
@@ -165,12 +165,12 @@ class FluxShapedPolicy:
             return nullcontext()
         return torch.autocast("cpu", self.dtype)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Return embeddings that are random, but the same for the same prompt."""
         self.sampling = True
         joint, pooled = [], []
-        for prompt in prompts:
-            generator = Generator().manual_seed(zlib.crc32(prompt.encode()))
+        for prompt in as_prompts(prompts):
+            generator = Generator().manual_seed(zlib.crc32(prompt.text.encode()))
             joint.append(torch.randn(self.scale.text, 128, generator=generator))
             pooled.append(torch.randn(64, generator=generator))
         return Conditioning({"joint": torch.stack(joint), "pooled": torch.stack(pooled)})
@@ -303,7 +303,7 @@ class WatchedChunkGRPO(ChunkGRPO):
 def make_trainer(policy: FluxShapedPolicy) -> WatchedTrainer:
     """Return a trainer of the published settings, at its first iteration."""
     transition = Transition(FlowDiffusion(ETA))
-    prompts = PromptSet(PROMPTS, ("all",) * len(PROMPTS))
+    prompts = PromptSet(as_prompts(PROMPTS))
     reward = FunctionReward("warmth", warmth)
     return WatchedTrainer(
         policy=policy,
@@ -385,12 +385,12 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
 
     # The trainer's random choices, drawn in its order.
     generator = Generator().manual_seed(derive_seed(SEED, 0, 0))
-    texts = PromptSet(PROMPTS, ("all",) * 2).batch(0, len(PROMPTS), derive_seed(SEED, 1))
+    prompts = PromptSet(as_prompts(PROMPTS)).batch(0, len(PROMPTS), derive_seed(SEED, 1))
     base = int(torch.randint(2**62, (), generator=generator))
     seeds = [derive_seed(base, b) for b in range(num_images)]
 
     sigmas = make_sigmas(NUM_STEPS)
-    embeddings = [policy.encode([text]) for text in texts]
+    embeddings = [policy.encode([prompt]) for prompt in prompts]
     states: list[list[Tensor]] = []
     old: list[list[Tensor]] = []
     scores: list[Tensor] = []
@@ -413,7 +413,7 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
             with clock.measure("decode"):
                 image = policy.decode(x)
             with clock.measure("reward"):
-                scores.append(warmth(image, texts[b // group : b // group + 1])[0])
+                scores.append(warmth(image, [prompts[b // group].text])[0])
             states.append(visited)
             old.append(log_probs)
     sampled = time.perf_counter() - started

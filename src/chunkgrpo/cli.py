@@ -359,16 +359,16 @@ def chunks(
         window = None
         if s.window.kind not in ("all", "chunk"):
             window = Window(s.window.size, window_places(config), s.window.prefix)
-        texts = build_prompts(config, "train").texts[:prompts]
+        probe = build_prompts(config, "train").prompts[:prompts]
         policy = load_untrained(config, resolve_model(config.model.path))
         sigmas = build_sigmas(config, policy)
         display = Display(0, 0)
         samplers = samplers_of(config)
         number = f"{len(samplers)} samplers"
-        hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, {number}")
+        hook = display.phase(f"measuring {len(probe)} prompts x {seeds} seeds, {number}")
         profiles = profile_policy(
             policy,
-            texts,
+            probe,
             sigmas,
             seeds,
             samplers,
@@ -383,7 +383,7 @@ def chunks(
         levels = sigmas.tolist()
         folder = out or new_folder(Path("runs"), "chunks")
         chosen = profiles[0].proposal(rule)
-        title = f"{config.model.path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, "
+        title = f"{config.model.path}, {s.steps} steps, {len(probe)} prompts x {seeds} seeds, "
         title += c.distance
         title += f"; chunks of {window}" if window else ""
         choice = listed_again(config, chosen.plan)

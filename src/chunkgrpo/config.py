@@ -1085,7 +1085,7 @@ def check_precision(model: ModelConfig) -> None:
 
 
 def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]:
-    """Return the options of :class:`PipelinePolicy`, for sampling unless told otherwise."""
+    """Return the options of ``PipelinePolicy.from_options``, for sampling unless told otherwise."""
     from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS
 
     if (model.height is None) != (model.width is None):
@@ -1308,14 +1308,13 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     judged = build_prompts(config, "final")
     for reward in [*(r for r, _ in rewards), *watched, judge]:
         shown = [watch, judged] + ([train] if reward is not judge else [])
-        texts = [text for each in shown for text in each.texts]
-        check_prompts(reward, texts, [known for each in shown for known in each.metadata])
+        check_prompts(reward, [prompt for each in shown for prompt in each])
     policy = build_policy(config)
     sigmas = build_sigmas(config, policy)
     transition = build_transition(config)
 
     def curve() -> Tensor:
-        probe = train.texts[:64]
+        probe = train.prompts[:64]
         speed_BN = measured_speed(
             policy, probe, transition, sigmas, range(len(probe)), distance=c.distance,
             batch_size=s.batch_size, window=fixed_window(config), prefix=s.window.prefix,

@@ -193,7 +193,7 @@ def make_plan(config: Config) -> Plan:
     looks = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + looks * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
-    prompts = images * arch.conditioning_bytes(a, text, guidance_rows)
+    prompts = config.sampling.prompts * arch.conditioning_bytes(a, text, guidance_rows)
     resident, memory = _memory(config, network, decoding, vae_parameters, size, prompts, a)
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
 
@@ -255,7 +255,7 @@ def _memory(
         * network.trainable,
         "copy of the base": 0 if "reference" in away else copy,
         "trajectories": 0 if s.store.place == "host" and not on_cpu else stored,
-        "encoded prompts": prompts,  # a row for each image, on the device always
+        "encoded prompts": prompts,  # on the device always
     }
     total = sum(resident.values())
     most = inspect.signature(PipelinePolicy.__init__).parameters["decode_batch"].default

@@ -33,7 +33,7 @@ from chunkgrpo.report.curves import CurvePanel, save_profile_curves
 from chunkgrpo.rollout import measured_speed
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import ProgressHook
+from chunkgrpo.types import ProgressHook, Prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +58,7 @@ LABELS = {
 
 def measure_speed(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     transition: Kernel,
     sigmas: Tensor,
     num_seeds: int,
@@ -434,7 +434,7 @@ class SamplerProfile:
 
 def profile_policy(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     sigmas: Tensor,
     num_seeds: int,
     samplers: Mapping[str, Kernel],

@@ -14,7 +14,7 @@ from chunkgrpo.core.schedules import validate_sigmas
 from chunkgrpo.core.sde import Kernel, OdeDiffusion, Transition, predict_clean
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
-from chunkgrpo.types import Conditioning, ProgressHook, Trajectory
+from chunkgrpo.types import Conditioning, ProgressHook, Prompt, Trajectory
 
 # Axis names: P prompts, B samples, R rows that still differ, M samples of one batch, N transitions.
 
@@ -50,7 +50,7 @@ class Store:
     def __post_init__(self) -> None:
         if self.place not in STORE_PLACES or self.dtype not in STORE_DTYPES:
             raise ValueError(
-                f"trajectories can not be stored in {self.dtype} on {self.place!r}; known: "
+                f"trajectories cannot be stored in {self.dtype} on {self.place!r}; known: "
                 f"{', '.join(STORE_PLACES)}, float32 and bfloat16"
             )
 
@@ -72,7 +72,7 @@ FinishedHook = Callable[[slice, Tensor], None]
 @torch.no_grad()
 def rollout(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     transition: Kernel,
     sigmas: Tensor,
     group_size: int,
@@ -150,7 +150,8 @@ def rollout(
     if len(seeds) != num_samples:
         raise ValueError(f"{len(seeds)} seeds for {num_samples} samples; give one a sample")
 
-    conditioning = policy.encode(prompts).repeat_interleave(group_size)
+    conditioning = policy.encode(prompts)
+    prompt_of_B = torch.arange(num_samples, device=policy.device) // group_size
     # Members of a group are one row until noise of their own tells them apart.
     fold = group_size if same_noise else 1
     ode = Transition(OdeDiffusion())
@@ -229,13 +230,12 @@ def rollout(
 
     shared = None
     if fold > 1:
-        one_each = conditioning[::fold]
-        x_P = to_window(first(seeds[::fold]), seeds[::fold], one_each)
-        v_P = velocity(x_P, sigmas[window.start], one_each)
+        x_P = to_window(first(seeds[::fold]), seeds[::fold], conditioning)
+        v_P = velocity(x_P, sigmas[window.start], conditioning)
         shared = x_P.repeat_interleave(fold, 0), v_P.repeat_interleave(fold, 0)
     for begin in range(0, num_samples, batch_size):
         rows = slice(begin, min(begin + batch_size, num_samples))
-        rows_of = conditioning[rows]
+        rows_of = conditioning[prompt_of_B[rows]]
         if shared is None:
             x_M = to_window(first(seeds[rows]), seeds[rows], rows_of)
             v_M = velocity(x_M, sigmas[window.start], rows_of)
@@ -260,7 +260,7 @@ def rollout(
 
 def measured_speed(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     transition: Kernel,
     sigmas: Tensor,
     seeds: Sequence[int],

@@ -28,7 +28,7 @@ from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
 from chunkgrpo.core.sde import Kernel, predict_clean
 from chunkgrpo.core.windows import ChunkWindow, WindowSchedule, restrict_plan
-from chunkgrpo.evaluate import Evaluation, evaluate
+from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.metrics import MetricsWriter, truncate_metrics
@@ -49,7 +49,7 @@ from chunkgrpo.runtime.checkpoints import (
 from chunkgrpo.runtime.ema import Ema
 from chunkgrpo.runtime.optimizers import make_optimizer
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import Experience, LossPart, RewardBatch, Trajectory
+from chunkgrpo.types import Experience, LossPart, Prompt, RewardBatch, Trajectory
 
 
 @dataclass(frozen=True)
@@ -177,10 +177,7 @@ class Trainer:
         """The rewards, and what happens when one of them misbehaves."""
         s = self.settings
         folder = self.folder / "unscored"
-        metadata = dict(zip(self.prompts.texts, self.prompts.metadata, strict=True))
-        return Scorer(
-            self.rewards, self.watched, s.combine, s.on_error, folder, s.quantise, metadata
-        )
+        return Scorer(self.rewards, self.watched, s.combine, s.on_error, folder, s.quantise)
 
     @cached_property
     def watch(self) -> RewardWatch:
@@ -227,8 +224,7 @@ class Trainer:
         s = self.settings
         clock = PhaseClock(self.policy.device)
         generator = Generator().manual_seed(derive_seed(s.seed, self.iteration, 0))
-        rows = self.rows_of(self.iteration)
-        prompts = [self.prompts.texts[row] for row in rows]
+        prompts = [self.prompts.prompts[row] for row in self.rows_of(self.iteration)]
         if self.replan and self.refresh and self.iteration and not self.iteration % self.refresh:
             self.adopt(self.replan())
         algorithm, window = self.plan_iteration(generator)
@@ -342,11 +338,13 @@ class Trainer:
         s = self.settings
         return self.prompts.batch_rows(iteration, s.num_prompts, derive_seed(s.seed, 1))
 
-    def texts(self) -> list[str]:
-        """Return every prompt that training will meet, each once: the order of its first use."""
-        rows = [row for i in range(self.settings.iterations) for row in self.rows_of(i)]
-        watched = self.held_out.texts if self.settings.evaluate_every else ()
-        return list(dict.fromkeys([*(self.prompts.texts[row] for row in rows), *watched]))
+    def every_prompt(self) -> list[Prompt]:
+        """Return the prompts that training will meet, in the order of their first use."""
+        rows = dict.fromkeys(
+            row for i in range(self.settings.iterations) for row in self.rows_of(i)
+        )
+        watched = self.held_out.prompts if self.settings.evaluate_every else ()
+        return [*(self.prompts.prompts[row] for row in rows), *watched]
 
     def sampling_policy(self, algorithm: Algorithm) -> AbstractContextManager[None]:
         """Inside this context the policy is the one that samples."""
@@ -375,7 +373,7 @@ class Trainer:
         queue: ScoringQueue,
         trajectory: Trajectory,
         plan: ChunkPlan,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt],
         label: str,
     ) -> list[PendingScores]:
         """Begin to score the clean prediction where each chunk begins."""
@@ -441,11 +439,11 @@ class Trainer:
         unique = list({r.name: r for r in reversed([self.judge, *others])}.values())
         drop = self.settings.on_error == "drop"
         lenient = {reward.name for reward in unique} - {self.judge.name} if drop else set()
-        return evaluate(
-            self.policy, prompts, self.sigmas, unique, num_seeds, seed,
-            batch_size=self.settings.rollout_batch, lenient=lenient,
-            folder=self.scorer.folder, label=f"{self.iteration:06d}-evaluation-", **kwargs,
+        settings = EvaluationSettings(
+            num_seeds, seed, self.settings.rollout_batch, lenient,
+            self.scorer.folder, f"{self.iteration:06d}-evaluation-",
         )  # fmt: skip
+        return evaluate(self.policy, prompts, self.sigmas, unique, settings, **kwargs)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

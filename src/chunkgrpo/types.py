@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that flow through the house; read this file first.
+"""The values that flow through the library; read this file first.
 
 Axes: P prompts x G images per prompt = B samples, prompt-major; K sampler steps; N = K - 1
 stochastic, trained transitions; C chunks; D latent elements.
@@ -7,9 +7,10 @@ stochastic, trained transitions; C chunks; D latent elements.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,11 +23,39 @@ ProgressHook = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
+class Prompt:
+    """A prompt and all that its source says about it.
+
+    Two prompts with one text are two prompts: each keeps its own metadata and negative prompt.
+
+    Attributes:
+        text: What to draw.
+        metadata: Other fields of the source, for rewards whose ``needs_metadata`` is true:
+            GenEval's ``include`` and ``exclude``, a text to be rendered.
+        negative_prompt: Text of the unconditional half of classifier-free guidance; the policy's
+            own setting where None. An empty text overrides that setting too.
+        images: Source images, for policies with ``reads_images``; others refuse them.
+        group: Label in reports, such as a task.
+    """
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    negative_prompt: str | None = None
+    images: tuple[Any, ...] = ()
+    group: str = "all"
+
+
+def as_prompts(prompts: Iterable[Prompt | str]) -> tuple[Prompt, ...]:
+    """Return prompts as records: texts become records, records pass unchanged."""
+    return tuple(Prompt(each) if isinstance(each, str) else each for each in prompts)
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """Encoded prompts: named tensors that share their first axis, one row per prompt.
 
     Attributes:
-        tensors: E.g. ``{"prompt_embeds": [B, L, E], "pooled": [B, E]}``.
+        tensors: E.g. ``{"prompt_embeds": [P, L, E], "pooled": [P, E]}``.
     """
 
     tensors: Mapping[str, Tensor]
@@ -66,7 +95,8 @@ class Trajectory:
         old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
             policy.
         final: [B, *latent], the clean latent after the deterministic last step.
-        conditioning: One row per sample.
+        conditioning: One row per prompt, P rows; read those of samples with
+            :meth:`conditioning_of`.
         num_prompts: P.
         num_evaluations: Network rows evaluated to make it.
         offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
@@ -128,6 +158,24 @@ class Trajectory:
         if self.velocities is None:
             raise ValueError("the rollout kept no velocities; roll out with keep_velocities=True")
         return self.velocities[sample, step].to(self.device)
+
+    def conditioning_of(self, sample: Tensor | slice) -> Conditioning:
+        """Return the encoded prompt of each sample, without waiting for the device.
+
+        Args:
+            sample: Which samples, [Q] on the conditioning's device, or a slice.
+
+        Returns:
+            Q rows.
+        """
+        if isinstance(sample, slice):
+            return self.conditioning[self._prompt_of_sample[sample]]
+        return self.conditioning[sample // self.group_size]
+
+    @cached_property
+    def _prompt_of_sample(self) -> Tensor:
+        """Row of ``conditioning`` of each sample, [B], on the device."""
+        return torch.arange(self.num_samples, device=self.device) // self.group_size
 
     @cached_property
     def dynamics(self) -> Tensor:

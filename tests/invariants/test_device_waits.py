@@ -129,6 +129,15 @@ def test_forward_methods_send_all_they_draw_without_waiting(name):
     assert watch.waiting == 0
 
 
+def test_the_conditioning_of_samples_is_found_on_the_device():
+    trajectory = experience_away().trajectory
+    sample = torch.zeros(5, dtype=torch.long, device="meta")
+    with Watch() as watch:
+        assert len(trajectory.conditioning_of(sample)) == 5
+        assert len(trajectory.conditioning_of(slice(2, 9))) == 7
+    assert not watch.mixed and not watch.copies
+
+
 @pytest.mark.parametrize("shared", [True, False], ids=["one start", "own starts"])
 def test_a_rollout_sends_its_noise_without_waiting(shared):
     policy = AwayPolicy(torch.zeros(12, device="meta"), 0.5)

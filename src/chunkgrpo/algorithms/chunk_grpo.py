@@ -334,11 +334,11 @@ class ChunkGRPO:
         sample, step = part.pairs
         x, sigmas = part.state(trajectory), trajectory.trained_sigmas
         if part.alike is None:
-            v = policy.velocity(x, sigmas[step], trajectory.conditioning[sample])
+            v = policy.velocity(x, sigmas[step], trajectory.conditioning_of(sample))
         else:
             first, row = part.alike
             sigma = sigmas[0].expand(len(first))
-            v = policy.velocity(x[first], sigma, trajectory.conditioning[sample[first]])[row]
+            v = policy.velocity(x[first], sigma, trajectory.conditioning_of(sample[first]))[row]
         return self.transition(x, v, sigmas[step], sigmas[step + 1])
 
     def log_prob(self, trajectory: Trajectory, part: MicroBatch, step: Gaussian) -> Tensor:
@@ -511,7 +511,7 @@ class _Update:
         trajectory = self.experience.trajectory
         sample, step = part.pairs
         sigma = trajectory.trained_sigmas[step]
-        v = policy.velocity(part.state(trajectory), sigma, trajectory.conditioning[sample])
+        v = policy.velocity(part.state(trajectory), sigma, trajectory.conditioning_of(sample))
         # x0 = x - sigma v, so the clean prediction moves by -sigma times the velocity's change.
         moved = (v - part.velocity(trajectory)).flatten(1) * sigma[:, None]
         early, late = moved.chunk(2)

@@ -120,7 +120,7 @@ class Deal:
         noise = source.draw(tuple(clean.shape[1:]), clean.device)
         sigma = trajectory.sigmas[step]
         noised = noisy(clean, noise, sigma)
-        conditioning = trajectory.conditioning[sample]
+        conditioning = trajectory.conditioning_of(sample)
         return Pairs(sample, step, slot, clean, noise, noised, sigma, conditioning)
 
 

@@ -108,7 +108,7 @@ def read_architecture(model: str | Path) -> Architecture:
     Raises:
         ValueError: If the model is missing, or a file that a pipeline must have.
     """
-    from chunkgrpo.policies.pipeline import pipeline_class_name
+    from chunkgrpo.policies.loading import pipeline_class_name
 
     name = pipeline_class_name(model)
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import BOTH_STREAMS, Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -21,6 +23,7 @@ class FluxPolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
+        generation: What is generated.
         true_cfg: Scale of classifier-free guidance on top; on above 1, the pipeline's
             ``true_cfg_scale`` with a ``negative_prompt``.
         options: Of :class:`PipelinePolicy`.
@@ -32,12 +35,13 @@ class FluxPolicy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
+        generation: GenerationOptions | None = None,
         *,
         true_cfg: float = 1.0,
         **options: Any,
     ) -> None:
         self.true_cfg = true_cfg
-        super().__init__(pipe, adaptation, **options)
+        super().__init__(pipe, adaptation, generation, **options)
 
     @property
     def latent_channels(self) -> int:
@@ -49,7 +53,11 @@ class FluxPolicy(PipelinePolicy):
         """Not ``guidance``, which is an input of the network."""
         return self.true_cfg
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def guidance_advice(self) -> str:
+        """By an option of its own."""
+        return "to turn it on, set true_cfg above 1"
+
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with CLIP and T5."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -58,7 +66,7 @@ class FluxPolicy(PipelinePolicy):
             )
             return {"joint": joint, "pooled": pooled, "ids": ids.expand(len(texts), -1, -1)}
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import BOTH_STREAMS, Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -20,6 +22,7 @@ class Flux2Policy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
+        generation: What is generated.
         text_encoder_out_layers: Layers of the text encoder that are read; the pipeline's default
             where None. Like the pipeline's argument of that name it is saved nowhere.
         options: Of :class:`PipelinePolicy`.
@@ -32,13 +35,14 @@ class Flux2Policy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
+        generation: GenerationOptions | None = None,
         *,
         text_encoder_out_layers: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         self.pipe = pipe
         self.layers = text_encoder_out_layers or self.stock_default("text_encoder_out_layers")
-        super().__init__(pipe, adaptation, **options)
+        super().__init__(pipe, adaptation, generation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """The layers that are read, too."""
@@ -54,6 +58,10 @@ class Flux2Policy(PipelinePolicy):
         """Guidance is an input of the network."""
         return False
 
+    def guidance_advice(self) -> str:
+        """There is no way."""
+        return "this model has no classifier-free guidance to turn on"
+
     def embedded_guidance(self, sigma: Tensor) -> Tensor | None:
         """What the network is told of guidance."""
         return torch.full_like(sigma, self.guidance)
@@ -65,7 +73,7 @@ class Flux2Policy(PipelinePolicy):
             "mu": self.stock_module.compute_empirical_mu(self.latent_shape[0], num_steps),
         }
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with three layers of the language model, padded to one length without a mask."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -77,7 +85,7 @@ class Flux2Policy(PipelinePolicy):
             )
             return {"joint": joint, "ids": ids}
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
@@ -107,6 +115,12 @@ class Flux2KleinPolicy(Flux2Policy):
     def guided(self) -> bool:
         """As the pipeline decides."""
         return self.guidance > 1 and not self.pipe.config.is_distilled
+
+    def guidance_advice(self) -> str:
+        """Distilled models have none."""
+        if self.pipe.config.is_distilled:
+            return super().guidance_advice()
+        return PipelinePolicy.guidance_advice(self)
 
     def embedded_guidance(self, sigma: Tensor) -> Tensor | None:
         """None."""

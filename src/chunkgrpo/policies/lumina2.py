@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, renormalised, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy, renormalised
 from chunkgrpo.types import Conditioning
 
 
@@ -18,6 +20,7 @@ class Lumina2Policy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
+        generation: What is generated.
         cfg_normalization: Give guided velocities the norm of the conditional ones, along rows of
             latent pixels.
         system_prompt: Put before each prompt; the pipeline's own where None.
@@ -28,6 +31,7 @@ class Lumina2Policy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
+        generation: GenerationOptions | None = None,
         *,
         cfg_normalization: bool = True,
         system_prompt: str | None = None,
@@ -35,7 +39,7 @@ class Lumina2Policy(PipelinePolicy):
     ) -> None:
         self.cfg_normalization = cfg_normalization
         self.system_prompt = system_prompt
-        super().__init__(pipe, adaptation, **options)
+        super().__init__(pipe, adaptation, generation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """What is put before each prompt, too."""
@@ -45,12 +49,12 @@ class Lumina2Policy(PipelinePolicy):
         """As elsewhere, but the pipeline takes the channels for the number of tokens."""
         return super().schedule_options(num_steps) | {"mu": self.linear_mu(self.latent_channels)}
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with Gemma; the negative prompt has no system prompt."""
         captions, mask, negative, negative_mask = self.pipe.encode_prompt(
             prompts,
             self.guided,
-            negative_prompt=[self.negative_prompt] * len(prompts),
+            negative_prompt=negative_prompts,
             system_prompt=self.system_prompt,
             device=self.device,
             max_sequence_length=self.max_sequence_length,

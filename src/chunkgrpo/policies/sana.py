@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -22,6 +24,7 @@ class SanaPolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
+        generation: What is generated.
         instruction: Put the pipeline's instruction to its language model before each prompt.
         options: Of :class:`PipelinePolicy`.
     """
@@ -30,12 +33,13 @@ class SanaPolicy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
+        generation: GenerationOptions | None = None,
         *,
         instruction: bool = True,
         **options: Any,
     ) -> None:
         self.instruction = instruction
-        super().__init__(pipe, adaptation, **options)
+        super().__init__(pipe, adaptation, generation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """Whether the instruction comes before each prompt, too."""
@@ -54,13 +58,13 @@ class SanaPolicy(PipelinePolicy):
         """The scheduler's own grid, whose end points FlowMatchEuler shifts once more."""
         return {}
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with Gemma."""
         instruction = self.stock_default("complex_human_instruction") if self.instruction else None
         captions, mask, negative, negative_mask = self.pipe.encode_prompt(
             prompts,
             self.guided,
-            negative_prompt=self.negative_prompt,
+            negative_prompt=negative_prompts,
             device=self.device,
             max_sequence_length=self.max_sequence_length,
             complex_human_instruction=instruction,

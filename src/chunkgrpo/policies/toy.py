@@ -6,11 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from chunkgrpo.types import Conditioning
+from chunkgrpo.policies.protocol import without_images
+from chunkgrpo.types import Conditioning, Prompt
 
 
 class GaussianPolicy:
@@ -28,6 +30,8 @@ class GaussianPolicy:
         dtype: Precision of the arithmetic.
     """
 
+    reads_images: ClassVar[bool] = False
+
     def __init__(self, mean: Tensor, std: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
         self.mean = mean.detach().to(dtype, copy=True).requires_grad_()
         self._base = self.mean.detach().clone()
@@ -36,9 +40,14 @@ class GaussianPolicy:
         self.device = mean.device
         self.calls: list[int] = []
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return one zero row per prompt."""
-        return Conditioning({"rows": torch.zeros(len(prompts), 1)})
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
+        """Return one zero row per prompt.
+
+        Raises:
+            ValueError: If a prompt has images.
+        """
+        number = len(without_images(prompts))
+        return Conditioning({"rows": torch.zeros(number, 1, device=self.device)})
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the exact velocity; ``calls`` records the rows of each call."""

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -22,6 +24,7 @@ class ZImagePolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
+        generation: What is generated.
         cfg_normalization: Bound on a guided velocity's norm, in norms of the conditional one; 0 is
             none.
         options: Of :class:`PipelinePolicy`.
@@ -33,12 +36,13 @@ class ZImagePolicy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
+        generation: GenerationOptions | None = None,
         *,
         cfg_normalization: float = 0.0,
         **options: Any,
     ) -> None:
         self.cfg_normalization = cfg_normalization
-        super().__init__(pipe, adaptation, **options)
+        super().__init__(pipe, adaptation, generation, **options)
 
     def default_side(self) -> int:
         """What the pipeline's call falls back to."""
@@ -52,7 +56,7 @@ class ZImagePolicy(PipelinePolicy):
             "mu": self.linear_mu((height // 2) * (width // 2)),
         }
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode in the tokenizer's chat template; rows have as many tokens as their text."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -68,7 +72,7 @@ class ZImagePolicy(PipelinePolicy):
                 "mask": pad_sequence(masks, batch_first=True),
             }
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:

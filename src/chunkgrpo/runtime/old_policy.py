@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+from chunkgrpo.runtime.weights import swapped
 
 DecaySchedule = Callable[[int], float]
 """Optimizer steps taken -> d in [0, 1), the share of the old parameters that is kept."""
@@ -83,21 +85,9 @@ class Old:
         decay = DECAY_SCHEDULES[self.schedule](step)
         torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
 
-    @contextmanager
-    def applied(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside this context the parameters hold the old values.
-
-        Storage is swapped, not copied: it costs no memory and no time, and graphs built outside
-        stay valid. Parameters must not be changed inside.
-        """
-        kept = [p.data for p in parameters]
-        for parameter, value in zip(parameters, self.values, strict=True):
-            parameter.data = value
-        try:
-            yield
-        finally:
-            for parameter, tensor in zip(parameters, kept, strict=True):
-                parameter.data = tensor
+    def applied(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Inside this context the parameters hold the old values, and must not be changed."""
+        return swapped(parameters, self.values)
 
     def state(self) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint, named ``old.0``, ``old.1`` and so on."""
