@@ -312,7 +312,7 @@ def test_no_public_prompt_set_is_left_out():
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 10, 20])
 def test_every_pass_is_a_permutation(number):
-    stream = [text for i in range(21) for text in NUMBERED.batch(i, number, seed=4)]
+    stream = [p.text for i in range(21) for p in NUMBERED.batch(i, number, seed=4)]
     assert len(stream) == 21 * number
     epochs = [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)]
     assert all(sorted(epoch) == sorted(NUMBERED.texts) for epoch in epochs)

@@ -50,7 +50,7 @@ class Store:
     def __post_init__(self) -> None:
         if self.place not in STORE_PLACES or self.dtype not in STORE_DTYPES:
             raise ValueError(
-                f"trajectories cannot be stored in {self.dtype} on {self.place!r}; known: "
+                f"trajectories can not be stored in {self.dtype} on {self.place!r}; known: "
                 f"{', '.join(STORE_PLACES)}, float32 and bfloat16"
             )
 
