@@ -163,7 +163,7 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
     return Textless(
         pipe,
         Adaptation(rank=rank, alpha=float(rank), targets=TARGETS),
-        GenerationOptions(size=(size, size), max_sequence_length=model.text),
+        generation=GenerationOptions(size=(size, size), max_sequence_length=model.text),
         precision="fp32" if device == "cpu" else "bf16",
         decode_batch=2,
     )

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -103,6 +103,8 @@ class Clock:
 
 class FluxShapedPolicy:
     """A tiny FLUX transformer and VAE with random weights, as a policy."""
+
+    reads_images: ClassVar[bool] = False
 
     def __init__(self, scale: Scale) -> None:
         from diffusers import AutoencoderKL, FluxTransformer2DModel

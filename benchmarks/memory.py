@@ -27,7 +27,7 @@ def build_policy(device: str, size: PipelineSize = SIZE) -> StableDiffusion3Poli
     """Build a small policy with random weights."""
     pipe = build_pipeline(size).to(device)
     adaptation, generation = Adaptation(rank=8, alpha=8.0), GenerationOptions(max_sequence_length=4)
-    return StableDiffusion3Policy(pipe, adaptation, generation, precision="fp32")
+    return StableDiffusion3Policy(pipe, adaptation, generation=generation, precision="fp32")
 
 
 def direct_loss(

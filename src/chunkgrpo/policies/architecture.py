@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from chunkgrpo.policies.execution import lower_frozen
 from chunkgrpo.policies.adaptation import train_weights
+from chunkgrpo.policies.execution import lower_frozen
 from chunkgrpo.runtime.attention import plain_attention
 
 Inputs = dict[str, Any]

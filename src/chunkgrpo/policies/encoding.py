@@ -31,10 +31,14 @@ class PromptEncoding:
     the text and, with guidance, the negative prompt.
 
     Attributes:
+        guided_above: Classifier-free guidance is on where its scale is above this.
+        guided_by: What that scale is set by; None for models without classifier-free guidance.
         embeddings: Encoded prompts on the disk; None where they are kept in memory.
     """
 
     reads_images: ClassVar[bool] = False
+    guided_above: ClassVar[float] = 1.0
+    guided_by: ClassVar[str | None] = "guidance"
     pipe: Any
     execution: Execution
     device: torch.device
@@ -54,10 +58,6 @@ class PromptEncoding:
     @property
     def guided(self) -> bool:
         """Whether velocities need the unconditional half too."""
-        raise NotImplementedError
-
-    def guidance_advice(self) -> str:
-        """Return how classifier-free guidance is turned on, for messages."""
         raise NotImplementedError
 
     def place(self, modules: Mapping[str, torch.nn.Module]) -> None:
@@ -125,8 +125,11 @@ class PromptEncoding:
         if given and not self.guided and not self._told:
             self._told = True
             log.warning(
-                "the negative prompts of the prompts are not used, because guidance is off; %s",
-                self.guidance_advice(),
+                "the prompts' own negative prompts are not used, because classifier-free guidance "
+                "is off; %s",
+                f"to turn it on, set {self.guided_by} above {self.guided_above:g}"
+                if self.guided_by
+                else "this model has none",
             )
         own = (None, self.negative_prompt)
         return [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
 from chunkgrpo.policies.encoding import with_negative
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -23,25 +23,24 @@ class FluxPolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        generation: What is generated.
         true_cfg: Scale of classifier-free guidance on top; on above 1, the pipeline's
             ``true_cfg_scale`` with a ``negative_prompt``.
         options: Of :class:`PipelinePolicy`.
     """
 
     lora_targets = BOTH_STREAMS
+    guided_by = "true_cfg"
 
     def __init__(
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
         true_cfg: float = 1.0,
         **options: Any,
     ) -> None:
         self.true_cfg = true_cfg
-        super().__init__(pipe, adaptation, generation, **options)
+        super().__init__(pipe, adaptation, **options)
 
     @property
     def latent_channels(self) -> int:
@@ -52,10 +51,6 @@ class FluxPolicy(PipelinePolicy):
     def cfg_scale(self) -> float:
         """Not ``guidance``, which is an input of the network."""
         return self.true_cfg
-
-    def guidance_advice(self) -> str:
-        """By an option of its own."""
-        return "to turn it on, set true_cfg above 1"
 
     def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with CLIP and T5."""

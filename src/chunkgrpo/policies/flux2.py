@@ -12,7 +12,7 @@ from torch import Tensor
 
 from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
 from chunkgrpo.policies.encoding import with_negative
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -22,7 +22,6 @@ class Flux2Policy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        generation: What is generated.
         text_encoder_out_layers: Layers of the text encoder that are read; the pipeline's default
             where None. Like the pipeline's argument of that name it is saved nowhere.
         options: Of :class:`PipelinePolicy`.
@@ -30,19 +29,19 @@ class Flux2Policy(PipelinePolicy):
 
     # The single-stream blocks fuse the projections of attention and MLP.
     lora_targets = (*BOTH_STREAMS, "to_qkv_mlp_proj")
+    guided_by = None
 
     def __init__(
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
         text_encoder_out_layers: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
         self.pipe = pipe
         self.layers = text_encoder_out_layers or self.stock_default("text_encoder_out_layers")
-        super().__init__(pipe, adaptation, generation, **options)
+        super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """The layers that are read, too."""
@@ -57,10 +56,6 @@ class Flux2Policy(PipelinePolicy):
     def guided(self) -> bool:
         """Guidance is an input of the network."""
         return False
-
-    def guidance_advice(self) -> str:
-        """There is no way."""
-        return "this model has no classifier-free guidance to turn on"
 
     def embedded_guidance(self, sigma: Tensor) -> Tensor | None:
         """What the network is told of guidance."""
@@ -111,16 +106,12 @@ class Flux2Policy(PipelinePolicy):
 class Flux2KleinPolicy(Flux2Policy):
     """FLUX.2 klein: classifier-free guidance, off for models distilled in few steps."""
 
+    guided_by = "guidance of a model that is not distilled"
+
     @property
     def guided(self) -> bool:
         """As the pipeline decides."""
         return self.guidance > 1 and not self.pipe.config.is_distilled
-
-    def guidance_advice(self) -> str:
-        """Distilled models have none."""
-        if self.pipe.config.is_distilled:
-            return super().guidance_advice()
-        return PipelinePolicy.guidance_advice(self)
 
     def embedded_guidance(self, sigma: Tensor) -> Tensor | None:
         """None."""

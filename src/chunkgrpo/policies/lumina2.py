@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.encoding import with_negative
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy, renormalised
+from chunkgrpo.policies.pipeline import PipelinePolicy, renormalised
 from chunkgrpo.types import Conditioning
 
 
@@ -20,7 +20,6 @@ class Lumina2Policy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        generation: What is generated.
         cfg_normalization: Give guided velocities the norm of the conditional ones, along rows of
             latent pixels.
         system_prompt: Put before each prompt; the pipeline's own where None.
@@ -31,7 +30,6 @@ class Lumina2Policy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
         cfg_normalization: bool = True,
         system_prompt: str | None = None,
@@ -39,7 +37,7 @@ class Lumina2Policy(PipelinePolicy):
     ) -> None:
         self.cfg_normalization = cfg_normalization
         self.system_prompt = system_prompt
-        super().__init__(pipe, adaptation, generation, **options)
+        super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """What is put before each prompt, too."""

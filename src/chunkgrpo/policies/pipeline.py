@@ -96,14 +96,13 @@ class PipelinePolicy(PromptEncoding):
     latent_shape: tuple[int, ...]
     image_ids: Any  # positions of image tokens, where the pipeline's latents come with them
     lora_targets: ClassVar[tuple[str, ...]] = ATTENTION
-    guided_above: ClassVar[float] = 1.0
 
     def __init__(
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
+        generation: GenerationOptions | None = None,
         precision: str = "bf16",
         decode_batch: int = 64,
         gradient_checkpointing: bool = False,
@@ -152,7 +151,7 @@ class PipelinePolicy(PromptEncoding):
         """
         names = {field.name for field in fields(GenerationOptions)} & options.keys()
         generation = GenerationOptions(**{name: options.pop(name) for name in names})
-        return cls(pipe, adaptation, generation, **options)
+        return cls(pipe, adaptation, generation=generation, **options)
 
     def _use(self, generation: GenerationOptions) -> None:
         """Take over what is generated; find the latents' shape and the schedule's rounding."""
@@ -216,10 +215,6 @@ class PipelinePolicy(PromptEncoding):
     def default_side(self) -> int:
         """Return the side of the square image the pipeline makes unless told."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
-
-    def guidance_advice(self) -> str:
-        """Return how classifier-free guidance is turned on, for messages."""
-        return f"to turn it on, set guidance above {self.guided_above:g}"
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
         """Predict dx/dsigma of rows, each under the texts of its own row."""

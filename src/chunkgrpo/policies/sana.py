@@ -10,7 +10,7 @@ from torch import Tensor
 
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.encoding import with_negative
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -24,7 +24,6 @@ class SanaPolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        generation: What is generated.
         instruction: Put the pipeline's instruction to its language model before each prompt.
         options: Of :class:`PipelinePolicy`.
     """
@@ -33,13 +32,12 @@ class SanaPolicy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
         instruction: bool = True,
         **options: Any,
     ) -> None:
         self.instruction = instruction
-        super().__init__(pipe, adaptation, generation, **options)
+        super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
         """Whether the instruction comes before each prompt, too."""

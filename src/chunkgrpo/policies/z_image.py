@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.encoding import with_negative
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -24,7 +24,6 @@ class ZImagePolicy(PipelinePolicy):
     Args:
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
-        generation: What is generated.
         cfg_normalization: Bound on a guided velocity's norm, in norms of the conditional one; 0 is
             none.
         options: Of :class:`PipelinePolicy`.
@@ -36,13 +35,12 @@ class ZImagePolicy(PipelinePolicy):
         self,
         pipe: Any,
         adaptation: Adaptation | None = None,
-        generation: GenerationOptions | None = None,
         *,
         cfg_normalization: float = 0.0,
         **options: Any,
     ) -> None:
         self.cfg_normalization = cfg_normalization
-        super().__init__(pipe, adaptation, generation, **options)
+        super().__init__(pipe, adaptation, **options)
 
     def default_side(self) -> int:
         """What the pipeline's call falls back to."""
