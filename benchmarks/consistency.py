@@ -29,7 +29,7 @@ from scipy.stats import t as student
 from torch import Tensor
 
 from chunkgrpo.config import build_prompts, build_trainer, load_config
-from chunkgrpo.core.chunks import ChunkPlan
+from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.core.sde import predict_clean
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.files import atomic_write
@@ -68,7 +68,7 @@ class Probe:
 
     def sampled(self, trainer: Trainer) -> Trajectory:
         return rollout(
-            trainer.policy, self.prompts.texts, trainer.transition, trainer.sigmas, self.images,
+            trainer.policy, list(self.prompts), trainer.transition, trainer.sigmas, self.images,
             seeds=self.seeds, window=self.window, keep_velocities=True,
         )  # fmt: skip
 
@@ -81,7 +81,7 @@ class Probe:
         for start in self.plan.starts:
             sigma = base.trained_sigmas[start].expand(base.num_samples)
             velocities[:, start] = trainer.policy.velocity(
-                base.states[:, start], sigma, base.conditioning
+                base.states[:, start], sigma, base.conditioning_of(slice(None))
             )
         moved = clean_at_starts(base, velocities, self.plan) - self.base_clean
         found = trainer.evaluate(self.prompts, self.images, seed=11)

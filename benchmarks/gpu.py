@@ -25,13 +25,14 @@ from torch import Tensor
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, make_sigmas, whole_plan
-from chunkgrpo.core.chunks import explicit_plan
+from chunkgrpo.core.plans import explicit_plan
 from chunkgrpo.plan import ACCELERATORS
+from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.architecture import Architecture, build_network, decoder_work, network_work
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.train import Trainer, TrainSettings
-from chunkgrpo.types import Conditioning
+from chunkgrpo.types import Conditioning, Prompt
 
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
@@ -148,7 +149,7 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
     class Textless(base):
         """Answers prompts with random embeddings."""
 
-        def encode_texts(self, prompts: list[str]) -> Conditioning:
+        def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
             """Draw embeddings of the true shape."""
             c, rows, length = model.transformer, len(prompts), model.clip + model.text
             tensors: dict[str, Tensor] = {
@@ -160,10 +161,12 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
             return Conditioning(tensors)
 
     return Textless(
-        pipe, Adaptation(rank=rank, alpha=float(rank), targets=TARGETS), size=(size, size),
-        max_sequence_length=model.text, decode_batch=2,
+        pipe,
+        Adaptation(rank=rank, alpha=float(rank), targets=TARGETS),
+        generation=GenerationOptions(size=(size, size), max_sequence_length=model.text),
         precision="fp32" if device == "cpu" else "bf16",
-    )  # fmt: skip
+        decode_batch=2,
+    )
 
 
 class Brightness:
@@ -218,7 +221,7 @@ def measure(
     transition = Transition(FlowDiffusion(0.7))
     selection = UniformSelection(0.5 if steps == 17 else 1.0)
     algorithm = ChunkGRPO(chosen, transition, selection, num_updates=2, micro_batch=batch)
-    prompts = PromptSet(("a prompt",), ("all",))
+    prompts = PromptSet((Prompt("a prompt"),))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             policy, transition, algorithm, make_sigmas(steps), prompts, [(Brightness(), 1.0)],

@@ -24,7 +24,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from rich.console import Console
@@ -33,7 +33,8 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core.chunks import PAPER_SIZES, ChunkPlan, UniformSelection
+from chunkgrpo.core.plans import ChunkPlan, PAPER_SIZES
+from chunkgrpo.core.selection import UniformSelection
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Transition
 from chunkgrpo.policies.protocol import Policy
@@ -42,7 +43,7 @@ from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.runtime.attention import plain_attention
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.train import Trainer, TrainSettings
-from chunkgrpo.types import Conditioning, Experience, LossPart
+from chunkgrpo.types import Conditioning, Experience, LossPart, Prompt, as_prompts
 
 NUM_STEPS, ETA, CLIP, FRACTION, NUM_UPDATES = 17, 0.7, 5e-5, 0.5, 2
 # Large enough for random weights to leave the clip range by the second update, which the
@@ -103,6 +104,8 @@ class Clock:
 
 class FluxShapedPolicy:
     """A tiny FLUX transformer and VAE with random weights, as a policy."""
+
+    reads_images: ClassVar[bool] = False
 
     def __init__(self, scale: Scale) -> None:
         from diffusers import AutoencoderKL, FluxTransformer2DModel
@@ -165,12 +168,12 @@ class FluxShapedPolicy:
             return nullcontext()
         return torch.autocast("cpu", self.dtype)
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
         """Return embeddings that are random, but the same for the same prompt."""
         self.sampling = True
         joint, pooled = [], []
-        for prompt in prompts:
-            generator = Generator().manual_seed(zlib.crc32(prompt.encode()))
+        for prompt in as_prompts(prompts):
+            generator = Generator().manual_seed(zlib.crc32(prompt.text.encode()))
             joint.append(torch.randn(self.scale.text, 128, generator=generator))
             pooled.append(torch.randn(64, generator=generator))
         return Conditioning({"joint": torch.stack(joint), "pooled": torch.stack(pooled)})
@@ -303,7 +306,7 @@ class WatchedChunkGRPO(ChunkGRPO):
 def make_trainer(policy: FluxShapedPolicy) -> WatchedTrainer:
     """Return a trainer of the published settings, at its first iteration."""
     transition = Transition(FlowDiffusion(ETA))
-    prompts = PromptSet(PROMPTS, ("all",) * len(PROMPTS))
+    prompts = PromptSet(as_prompts(PROMPTS))
     reward = FunctionReward("warmth", warmth)
     return WatchedTrainer(
         policy=policy,
@@ -385,12 +388,12 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
 
     # The trainer's random choices, drawn in its order.
     generator = Generator().manual_seed(derive_seed(SEED, 0, 0))
-    texts = PromptSet(PROMPTS, ("all",) * 2).batch(0, len(PROMPTS), derive_seed(SEED, 1))
+    prompts = PromptSet(as_prompts(PROMPTS)).batch(0, len(PROMPTS), derive_seed(SEED, 1))
     base = int(torch.randint(2**62, (), generator=generator))
     seeds = [derive_seed(base, b) for b in range(num_images)]
 
     sigmas = make_sigmas(NUM_STEPS)
-    embeddings = [policy.encode([text]) for text in texts]
+    embeddings = [policy.encode([prompt]) for prompt in prompts]
     states: list[list[Tensor]] = []
     old: list[list[Tensor]] = []
     scores: list[Tensor] = []
@@ -413,7 +416,7 @@ def naive_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
             with clock.measure("decode"):
                 image = policy.decode(x)
             with clock.measure("reward"):
-                scores.append(warmth(image, texts[b // group : b // group + 1])[0])
+                scores.append(warmth(image, [prompts[b // group].text])[0])
             states.append(visited)
             old.append(log_probs)
     sampled = time.perf_counter() - started

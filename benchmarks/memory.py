@@ -10,7 +10,8 @@ import torch
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO, MicroBatch
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, equal_plan, make_sigmas
-from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.pipeline import GenerationOptions
 from chunkgrpo.policies.sd3 import StableDiffusion3Policy
 from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.memory import peak_memory
@@ -25,9 +26,8 @@ SIZE = PipelineSize(width=64, layers=4, head_dim=16, clip_width=16, clip_layers=
 def build_policy(device: str, size: PipelineSize = SIZE) -> StableDiffusion3Policy:
     """Build a small policy with random weights."""
     pipe = build_pipeline(size).to(device)
-    return StableDiffusion3Policy(
-        pipe, Adaptation(rank=8, alpha=8.0), precision="fp32", max_sequence_length=4
-    )
+    adaptation, generation = Adaptation(rank=8, alpha=8.0), GenerationOptions(max_sequence_length=4)
+    return StableDiffusion3Policy(pipe, adaptation, generation=generation, precision="fp32")
 
 
 def direct_loss(

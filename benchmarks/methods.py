@@ -36,7 +36,7 @@ from chunkgrpo.config import (
     resolve_model,
     unknown_name,
 )
-from chunkgrpo.evaluate import evaluate
+from chunkgrpo.evaluate import EvaluationSettings, evaluate
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import method_names, recipe_names
 from chunkgrpo.report.statistics import paired_difference
@@ -123,10 +123,8 @@ def judged(trainer: Trainer, options: argparse.Namespace) -> list[list[float]]:
     prompts = build_prompts(config, "final")
     policy = trainer.policy
     assert isinstance(policy, PipelinePolicy)
-    found = evaluate(
-        policy, prompts, build_sigmas(config, policy), [judge], options.images,
-        config.evaluation.seed, BATCH,
-    )  # fmt: skip
+    settings = EvaluationSettings(options.images, config.evaluation.seed, BATCH)
+    found = evaluate(policy, prompts, build_sigmas(config, policy), [judge], settings)
     return np.round(found.scores[judge.name].astype(float), 6).tolist()
 
 

@@ -22,16 +22,16 @@ def tiny_policy() -> Callable[..., Any]:
     """Build a Stable Diffusion 3 policy of a few thousand weights.
 
     Every call gives a new pipeline with the same weights. Call with ``adaptation=`` and whatever
-    ``PipelinePolicy`` takes; float32 by default.
+    ``PipelinePolicy.from_options`` takes; float32 by default.
     """
 
     def build(adaptation: Any = None, **options: Any) -> Any:
-        from chunkgrpo.policies.pipeline import Adaptation
+        from chunkgrpo.policies.adaptation import Adaptation
         from chunkgrpo.policies.sd3 import StableDiffusion3Policy
         from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
 
         options = {"precision": "fp32", "max_sequence_length": 4} | options
-        return StableDiffusion3Policy(
+        return StableDiffusion3Policy.from_options(
             build_pipeline(TEST_SIZE), adaptation or Adaptation(rank=4, alpha=4.0), **options
         )
 

@@ -78,7 +78,7 @@ def log_probs(policy, trajectory, samples, transition=FLOW):
     columns = []
     for i in range(trajectory.num_trained):
         x, sigma = trajectory.states[samples, i], trajectory.sigmas[i]
-        v = policy.velocity(x, sigma.expand(len(x)), trajectory.conditioning[samples])
+        v = policy.velocity(x, sigma.expand(len(x)), trajectory.conditioning_of(samples))
         step = transition(x, v, sigma, trajectory.sigmas[i + 1])
         columns.append(step.log_prob_per_dim(trajectory.states[samples, i + 1]))
     return torch.stack(columns, 1)

@@ -8,13 +8,19 @@ import pytest
 import torch
 
 from chunkgrpo.core import make_sigmas
-from chunkgrpo.evaluate import Evaluation, evaluate, sample_images
+from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate, sample_images
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.types import Prompt, as_prompts
 
 SIGMAS = make_sigmas(3)
 PROMPTS = PromptSet(
-    ("a star", "two circles", "a red cross", "a square"), ("one", "many", "one", "one")
+    (
+        Prompt("a star", group="one"),
+        Prompt("two circles", group="many"),
+        Prompt("a red cross", group="one"),
+        Prompt("a square", group="one"),
+    )
 )
 
 
@@ -44,7 +50,7 @@ def policy():
     from chunkgrpo.policies.sd3 import StableDiffusion3Policy
     from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
 
-    return StableDiffusion3Policy(
+    return StableDiffusion3Policy.from_options(
         build_pipeline(TEST_SIZE), precision="fp32", max_sequence_length=4
     )
 
@@ -72,7 +78,7 @@ def test_progress_counts_images(policy):
 def test_scores_line_up_with_prompts_and_images(policy):
     recorder = Recorder()
     lengths = FunctionReward("length", lambda images, prompts: [float(len(p)) for p in prompts])
-    result = evaluate(policy, PROMPTS, SIGMAS, [recorder, lengths], num_seeds=3, seed=2)
+    result = evaluate(policy, PROMPTS, SIGMAS, [recorder, lengths], EvaluationSettings(3, 2))
     assert result.images.shape == (12, 3, 32, 32) and result.num_seeds == 3
     assert recorder.prompts == [text for text in PROMPTS.texts for _ in range(3)]
     assert torch.equal((recorder.images[0] * 255).round().to(torch.uint8), result.images)
@@ -89,14 +95,14 @@ def test_scores_line_up_with_prompts_and_images(policy):
 
 
 def test_the_seed_decides_the_images_and_the_batch_does_not(policy):
-    first = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], 2, seed=2)
-    again = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], 2, seed=2, batch_size=3)
-    other = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], 2, seed=3)
+    first = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], EvaluationSettings(2, 2))
+    again = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], EvaluationSettings(2, 2, 3))
+    other = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], EvaluationSettings(2, 3))
     assert_same_images(first.images, again.images)
     assert np.allclose(first.scores["recorder"], again.scores["recorder"], atol=1e-4)
     assert (first.images.int() - other.images.int()).abs().float().mean() > 1
     # More seeds keep the images there were.
-    more = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], 3, seed=2)
+    more = evaluate(policy, PROMPTS, SIGMAS, [Recorder()], EvaluationSettings(3, 2))
     kept = more.images.unflatten(0, (4, 3))[:, :2].flatten(0, 1)
     assert_same_images(kept, first.images)
     assert "diversity" not in evaluate(policy, PROMPTS, SIGMAS, [Recorder()]).health
@@ -127,7 +133,7 @@ def test_long_sets_are_scored_in_order():
         def encode(self, prompts):
             from chunkgrpo.types import Conditioning
 
-            return Conditioning({"grey": torch.tensor([[float(p)] for p in prompts])})
+            return Conditioning({"grey": torch.tensor([[float(p.text)] for p in prompts])})
 
         def velocity(self, x, sigma, conditioning):
             # Euler steps from any noise end at the grey level exactly.
@@ -146,7 +152,7 @@ def test_long_sets_are_scored_in_order():
             pass
 
     number = 600
-    prompts = PromptSet(tuple(str(i % 256) for i in range(number)), ("all",) * number)
+    prompts = PromptSet(as_prompts(str(i % 256) for i in range(number)))
     reward = FunctionReward("grey", lambda images, prompts: images[:, 0, 0, 0] * 255)
-    result = evaluate(Flat(), prompts, make_sigmas(2), [reward], batch_size=200)
+    result = evaluate(Flat(), prompts, make_sigmas(2), [reward], EvaluationSettings(batch_size=200))
     assert np.allclose(result.scores["grey"][:, 0], [i % 256 for i in range(number)], atol=0.01)

@@ -8,13 +8,6 @@ import json
 
 import pytest
 import torch
-from rich.console import Console
-from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
-
-from chunkgrpo.cli import app
-from chunkgrpo.config import ConfigError, build_policy, build_trainer, parse_config
-from chunkgrpo.methods import shared_first_rows
 from chunkgrpo.plan import (
     ACCELERATORS,
     geometry,
@@ -22,6 +15,13 @@ from chunkgrpo.plan import (
     print_plan,
     sharing,
 )
+from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from chunkgrpo.cli import app
+from chunkgrpo.config import ConfigError, build_policy, build_trainer, parse_config
+from chunkgrpo.methods import shared_first_rows
 from chunkgrpo.policies.architecture import (
     Architecture,
     build_network,
@@ -94,7 +94,7 @@ def test_an_iteration_does_the_operations_that_were_planned(
     config = parse_config(values)
     plan = make_plan(config)
     trainer = build_trainer(config, tmp_path)
-    trainer.policy.encode([trainer.prompts.texts[row] for row in trainer.rows_of(0)])
+    trainer.policy.encode([trainer.prompts.prompts[row] for row in trainer.rows_of(0)])
     with FlopCounterMode(display=False) as counted:
         record = trainer.train_once()
     assert record["idle_pairs"] == 0
@@ -290,7 +290,7 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
         targets=TARGETS if method == "lora" else None, precision=precision, plain=True,
         lower=method == "lora",
     )  # fmt: skip
-    policy = StableDiffusion3Policy(
+    policy = StableDiffusion3Policy.from_options(
         build_pipeline(MEDIUM), Adaptation(method, rank=4), precision=precision,
         max_sequence_length=4,
     )  # fmt: skip
@@ -328,10 +328,10 @@ def test_the_run_holds_what_was_planned_to_stay(tiny_pipeline_path):
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_encoded_prompts_are_counted_as_a_rollout_holds_them(guidance, tiny_pipeline_path):
-    """A row for each image, and the negative prompt's beside it where guidance is on."""
+    """A row for each prompt, and the negative prompt's beside it where guidance is on."""
     config = settings(tiny_pipeline_path, model={"guidance": guidance})
     policy = build_policy(config)
-    rows = policy.encode(["a star", "two circles"]).repeat_interleave(3)  # as rollout does
+    rows = policy.encode(["a star", "two circles"])  # as rollout does
     held = sum(tensor.nbytes for tensor in rows.tensors.values())
     planned = make_plan(config)
     assert planned.resident["encoded prompts"] == held > 0

@@ -15,8 +15,9 @@ from chunkgrpo.core import FlowDiffusion, Transition, make_sigmas, whole_plan
 from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
 from chunkgrpo.shapes import grammar
 from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.types import Prompt, as_prompts
 
-NUMBERED = PromptSet(tuple(f"p{i}" for i in range(7)), ("all",) * 7)
+NUMBERED = PromptSet(as_prompts(f"p{i}" for i in range(7)))
 
 # --- files --------------------------------------------------------------------------------------
 
@@ -86,6 +87,39 @@ def test_the_prompt_column_can_be_named(tmp_path):
         read_prompts(write(tmp_path, "p.txt", "a star"), "words")
 
 
+def test_a_record_may_have_a_negative_prompt(tmp_path):
+    lines = (
+        '{"prompt": "a star", "negative_prompt": "blurred", "n": 1}\n'
+        '{"prompt": "a star", "negative_prompt": ""}\n'
+        '{"prompt": "a star", "negative_prompt": null}\n'
+        '{"prompt": "a star"}\n'
+    )
+    found = read_prompts(write(tmp_path, "p.jsonl", lines))
+    assert [each.negative_prompt for each in found] == ["blurred", "", None, None]
+    assert found.metadata == ({"n": 1}, {}, {}, {})
+    # A table cannot tell an empty text from none.
+    table = "prompt,negative_prompt\na star,blurred\na cross,\n"
+    found = read_prompts(write(tmp_path, "p.csv", table))
+    assert [each.negative_prompt for each in found] == ["blurred", None]
+    assert found.metadata == ({}, {})
+    # Named as the prompts' own column, it is one.
+    path = write(tmp_path, "q.jsonl", '{"prompt": "a star", "negative_prompt": "blurred"}\n')
+    assert read_prompts(path, "negative_prompt").prompts == (
+        Prompt("blurred", {"prompt": "a star"}),
+    )
+
+
+def test_a_list_of_paths_is_a_records_images(tmp_path):
+    lines = (
+        '{"prompt": "a star", "images": ["a.png", "b.png"], "n": 1}\n'
+        '{"prompt": "a star", "images": 4}\n'
+        '{"prompt": "a star", "image": "a.png"}\n'
+    )
+    found = read_prompts(write(tmp_path, "p.jsonl", lines))
+    assert [each.images for each in found] == [("a.png", "b.png"), (), ()]
+    assert found.metadata == ({"n": 1}, {"images": 4}, {"image": "a.png"})
+
+
 def test_a_configuration_names_files_and_column(tmp_path):
     path = write(tmp_path, "p.jsonl", "".join(f'{{"a": "x{i}", "b": {i}}}\n' for i in range(5)))
     config = parse_config(
@@ -119,6 +153,11 @@ def test_a_run_trains_on_some_tasks_and_is_judged_by_all() -> None:
         ),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": "  "}\n', "line 2 has no prompt"),
         ("p.jsonl", '{"prompt": null}\n', "line 1 has no prompt"),
+        (
+            "p.jsonl",
+            '{"prompt": "a"}\n{"prompt": "a", "negative_prompt": ["b"]}\n',
+            r"line 2 has the negative prompt \['b'\], which is no text",
+        ),
         ("p.csv", "task,prompt\nx,a\ny,\n", "line 3 has no prompt"),
         ("p.csv", "task,words\nx,a\n", "no prompt column: its columns are task, words"),
         ("p.csv", "prompt,x\na,1\nb,1,2\n", "line 3 has more cells than the header"),
@@ -210,7 +249,7 @@ def test_a_folder_of_data_files(tmp_path):
     found = read_prompts(tmp_path / "set")
     assert found.texts == ("a star",) and found.metadata == ({"n": 3},)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="can not be read as a dataset") as caught:
+    with pytest.raises(ValueError, match="cannot be read as a dataset") as caught:
         read_prompts(tmp_path / "empty")
     assert "\n" not in str(caught.value)
 
@@ -273,7 +312,7 @@ def test_no_public_prompt_set_is_left_out():
 
 @pytest.mark.parametrize("number", [1, 2, 3, 7, 10, 20])
 def test_every_pass_is_a_permutation(number):
-    stream = [text for i in range(21) for text in NUMBERED.batch(i, number, seed=4)]
+    stream = [p.text for i in range(21) for p in NUMBERED.batch(i, number, seed=4)]
     assert len(stream) == 21 * number
     epochs = [stream[i : i + 7] for i in range(0, len(stream) - 6, 7)]
     assert all(sorted(epoch) == sorted(NUMBERED.texts) for epoch in epochs)
@@ -289,34 +328,39 @@ def test_a_batch_depends_on_nothing_but_its_arguments():
 
 def test_no_prompts_can_not_be_dealt():
     with pytest.raises(ValueError, match="no prompts to draw from"):
-        PromptSet((), ()).batch(0, 1, 0)
+        PromptSet(()).batch(0, 1, 0)
 
 
 def test_the_head_keeps_its_labels():
-    both = PromptSet(("a", "b", "c"), ("x", "y", "x"))
-    assert both.head(2) == PromptSet(("a", "b"), ("x", "y"))
+    both = PromptSet(tuple(Prompt(text, group=g) for text, g in zip("abc", "xyx", strict=True)))
+    assert both.head(2) == PromptSet((Prompt("a", group="x"), Prompt("b", group="y")))
+    assert both.head(2).texts == ("a", "b") and both.head(2).groups == ("x", "y")
     assert len(both.head(9)) == 3
-    noted = PromptSet(("a", "b"), ("x", "y"), ({"n": 1}, {"n": 2}))
-    assert noted[1:] == PromptSet(("b",), ("y",), ({"n": 2},))
-    assert noted[1:] != PromptSet(("b",), ("y",))
+    noted = PromptSet((Prompt("a", {"n": 1}, group="x"), Prompt("b", {"n": 2}, group="y")))
+    assert noted[1:] == PromptSet((Prompt("b", {"n": 2}, group="y"),))
+    assert noted[1:] != PromptSet((Prompt("b", group="y"),))
+    assert noted.metadata == ({"n": 1}, {"n": 2})
+    assert list(noted) == list(noted.prompts)
 
 
-def test_every_prompt_has_its_label_and_metadata():
-    with pytest.raises(ValueError, match="2 prompts with 2 labels and 1 mappings"):
-        PromptSet(("a", "b"), ("x", "y"), ({},))
-    assert PromptSet(("a",), ("x",)).metadata == ({},)
+def test_texts_become_records_and_records_pass():
+    record = Prompt("a", {"n": 1}, "blurred", ("a.png",), "x")
+    first, second = as_prompts([record, "b"])
+    assert first is record
+    assert second == Prompt("b", {}, None, (), "all")
+    # Two with one text are two, but a mapping does not keep one from being a key.
+    assert Prompt("a", {"n": 1}) != Prompt("a", {"n": 2})
+    assert hash(Prompt("a", {"n": 1})) == hash(Prompt("a", {"n": 1}))
 
 
-def test_rows_and_texts_of_a_batch_agree():
+def test_rows_and_prompts_of_a_batch_agree():
     rows = NUMBERED.batch_rows(3, 5, seed=4)
-    assert NUMBERED.batch(3, 5, seed=4) == [NUMBERED.texts[row] for row in rows]
+    assert NUMBERED.batch(3, 5, seed=4) == [NUMBERED.prompts[row] for row in rows]
 
 
 def test_metadata_reach_the_rewards_that_ask(tiny_policy, tmp_path):
     """Training and evaluation hand every image's own mapping to its reward."""
-    prompts = PromptSet(
-        tuple(f"p{i}" for i in range(5)), ("all",) * 5, tuple({"n": i} for i in range(5))
-    )
+    prompts = PromptSet(tuple(Prompt(f"p{i}", {"n": i}) for i in range(5)))
     seen = []
 
     class Noted:
@@ -339,6 +383,35 @@ def test_metadata_reach_the_rewards_that_ask(tiny_policy, tmp_path):
     assert len(seen[-1]) == 10
     for call in seen:
         assert all(text == f"p{noted['n']}" for text, noted in call)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_two_records_of_one_text_are_rewarded_by_their_own_metadata(tiny_policy, tmp_path, overlap):
+    """In training, synchronous or not, and in evaluation."""
+    prompts = PromptSet((Prompt("a star", {"n": 1}), Prompt("a star", {"n": 2})))
+    seen = []
+
+    class Noted:
+        name, needs_metadata = "noted", True
+
+        def __call__(self, images, prompts, metadata):
+            assert prompts == ["a star"] * len(images)
+            seen.append([each["n"] for each in metadata])
+            return images.mean((1, 2, 3)).cpu() + torch.tensor([100.0 * n for n in seen[-1]])
+
+    flow = Transition(FlowDiffusion(0.7))
+    trainer = Trainer(
+        tiny_policy(), flow, ChunkGRPO(whole_plan(2), flow, num_updates=1), make_sigmas(3),
+        prompts, [(Noted(), 1.0)], prompts, Noted(), tmp_path,
+        TrainSettings(num_prompts=2, group_size=3, async_rewards=overlap),
+    )  # fmt: skip
+    first, second = trainer.rows_of(0)
+    trainer.train_once()
+    assert {first, second} == {0, 1}
+    assert seen == [[first + 1] * 3 + [second + 1] * 3]
+    found = trainer.evaluate(prompts, 2, seed=0)
+    assert seen[-1] == [1, 1, 2, 2]
+    assert (found.scores["noted"] // 100).tolist() == [[1, 1], [2, 2]]
 
 
 # --- the embedded world -------------------------------------------------------------------------

@@ -18,9 +18,9 @@ from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.health import image_health
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import described_problem, usable_scores
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import ProgressHook
+from chunkgrpo.types import ProgressHook, Prompt
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,30 @@ class Evaluation:
         }
 
 
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """How much is drawn and scored, and what happens to scores that are missing.
+
+    Attributes:
+        num_seeds: Images a prompt.
+        seed: The same seed gives every policy the same initial noise.
+        batch_size: Images at once.
+        lenient: Names of rewards whose missing scores become NaN.
+        folder: Where the image concerned is saved if there is an error; nowhere where None.
+        label: Begins the name of a saved image.
+    """
+
+    num_seeds: int = 1
+    seed: int = 0
+    batch_size: int = 128
+    lenient: Collection[str] = ()
+    folder: Path | None = None
+    label: str = "evaluation-"
+
+
 def sample_images(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     sigmas: Tensor,
     seeds: Sequence[int],
     batch_size: int = 128,
@@ -86,19 +107,11 @@ def sample_images(
         uint8 [P, 3, H, W].
     """
     images = []
-    transition = Transition(OdeDiffusion())
+    # No state of the later steps is kept.
+    sampler = Sampler(Transition(OdeDiffusion()), sigmas, window=range(1), batch_size=batch_size)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
-        trajectory = rollout(
-            policy,
-            prompts[part],
-            transition,
-            sigmas,
-            1,
-            seeds=seeds[part],
-            batch_size=batch_size,
-            window=range(1),  # no state of the others is kept
-        )
+        trajectory = sampler.rollout(policy, prompts[part], seeds=seeds[part])
         decoded = policy.decode(trajectory.final)
         images.append((decoded * 255).round().to(torch.uint8).cpu())
         if progress:
@@ -111,56 +124,45 @@ def evaluate(
     prompts: PromptSet,
     sigmas: Tensor,
     rewards: Sequence[Reward],
-    num_seeds: int = 1,
-    seed: int = 0,
-    batch_size: int = 128,
+    settings: EvaluationSettings | None = None,
     progress: ProgressHook | None = None,
-    lenient: Collection[str] = (),
-    folder: Path | None = None,
-    label: str = "evaluation-",
 ) -> Evaluation:
-    """Sample ``num_seeds`` images a prompt and score them.
+    """Sample images of every prompt and score them, each against its own record.
 
     Args:
         policy: The policy.
         prompts: What to draw.
         sigmas: [K+1], of the deterministic sampler.
         rewards: Scorers; each is reported by itself.
-        num_seeds: Images a prompt.
-        seed: The same seed gives every policy the same initial noise.
-        batch_size: Images at once.
+        settings: See :class:`EvaluationSettings`; one image a prompt where None.
         progress: Called with (done, total) images.
-        lenient: Names of rewards whose missing scores become NaN.
-        folder: Where the image concerned is saved if there is an error; nowhere where None.
-        label: Begins the name of a saved image.
 
     Raises:
         RewardError: If a reward that is not lenient gives no usable score; it names the reward, the
             prompt and the saved image.
     """
-    texts = [text for text in prompts.texts for _ in range(num_seeds)]
-    seeds = [derive_seed(seed, p, s) for p in range(len(prompts)) for s in range(num_seeds)]
-    images = sample_images(policy, texts, sigmas, seeds, batch_size, progress)
-    metadata = [each for each in prompts.metadata for _ in range(num_seeds)]
+    s = settings or EvaluationSettings()
+    repeated = [prompt for prompt in prompts for _ in range(s.num_seeds)]
+    seeds = [derive_seed(s.seed, p, i) for p in range(len(prompts)) for i in range(s.num_seeds)]
+    images = sample_images(policy, repeated, sigmas, seeds, s.batch_size, progress)
     scores = {reward.name: [] for reward in rewards}
     # Whole groups, few enough to be held as floats. A remote reward sends them in smaller requests,
     # each with a deadline of its own, so this size decides nothing there.
-    size = max(1, 512 // num_seeds) * num_seeds
-    for start in range(0, len(texts), size):
+    size = max(1, 512 // s.num_seeds) * s.num_seeds
+    for start in range(0, len(repeated), size):
         part = slice(start, start + size)
         for reward in rewards:
             pictures = images[part].float() / 255
-            found, problems = usable_scores(
-                reward, pictures, texts[part], num_seeds, metadata[part]
-            )
-            if problems and reward.name not in lenient:
+            found, problems = usable_scores(reward, pictures, repeated[part], s.num_seeds)
+            if problems and reward.name not in s.lenient:
                 first = problems[0]
-                name = f"{label}{reward.name}-{start + first.index}.png"
+                name = f"{s.label}{reward.name}-{start + first.index}.png"
                 raise RewardError(
-                    reward.name, described_problem(first, pictures, texts[part], folder, name)
+                    reward.name,
+                    described_problem(first, pictures, repeated[part], s.folder, name),
                 )
             scores[reward.name].append(found.numpy())
-    shape = (len(prompts), num_seeds)
-    health = image_health(images.float() / 255, len(prompts) if num_seeds > 1 else None)
-    joined = {name: np.concatenate(s).reshape(shape) for name, s in scores.items()}
-    return Evaluation(prompts, num_seeds, joined, images, health)
+    shape = (len(prompts), s.num_seeds)
+    health = image_health(images.float() / 255, len(prompts) if s.num_seeds > 1 else None)
+    joined = {name: np.concatenate(parts).reshape(shape) for name, parts in scores.items()}
+    return Evaluation(prompts, s.num_seeds, joined, images, health)

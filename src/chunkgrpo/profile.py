@@ -18,22 +18,15 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from chunkgrpo.core.chunks import (
-    PAPER_SIZES,
-    ChunkPlan,
-    adaptive_plan,
-    equal_plan,
-    explained_variation,
-    optimal_plan,
-    paper_plan,
-)
+from chunkgrpo.core.measured_plans import adaptive_plan, explained_variation, optimal_plan
+from chunkgrpo.core.plans import PAPER_SIZES, ChunkPlan, equal_plan, paper_plan
 from chunkgrpo.core.sde import Kernel
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.report.curves import CurvePanel, save_profile_curves
 from chunkgrpo.rollout import measured_speed
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.types import ProgressHook
+from chunkgrpo.types import ProgressHook, Prompt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,7 +51,7 @@ LABELS = {
 
 def measure_speed(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     transition: Kernel,
     sigmas: Tensor,
     num_seeds: int,
@@ -434,7 +427,7 @@ class SamplerProfile:
 
 def profile_policy(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     sigmas: Tensor,
     num_seeds: int,
     samplers: Mapping[str, Kernel],

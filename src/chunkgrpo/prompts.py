@@ -7,53 +7,57 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from chunkgrpo.runtime.seeds import derive_seed
+from chunkgrpo.types import Prompt
 
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts with the group each belongs to in a report.
+    """Prompts in a fixed order.
 
     Attributes:
-        texts: The prompts.
-        groups: One label each, such as a task.
-        metadata: What else the source says of each prompt, by field: GenEval's ``include`` and
-            ``exclude``, a text to be rendered. Empty mappings where not given.
+        prompts: The records; two with one text are two prompts.
     """
 
-    texts: tuple[str, ...]
-    groups: tuple[str, ...]
-    metadata: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    prompts: tuple[Prompt, ...]
 
-    def __post_init__(self) -> None:
-        if not self.metadata:
-            object.__setattr__(self, "metadata", ({},) * len(self.texts))
-        numbers = (len(self.texts), len(self.groups), len(self.metadata))
-        if len(set(numbers)) != 1:
-            raise ValueError(
-                f"{numbers[0]} prompts with {numbers[1]} labels and {numbers[2]} mappings of "
-                "metadata; give one of each a prompt"
-            )
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each prompt."""
+        return tuple(prompt.text for prompt in self.prompts)
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The label of each prompt in reports, such as a task."""
+        return tuple(prompt.group for prompt in self.prompts)
+
+    @property
+    def metadata(self) -> tuple[Mapping[str, Any], ...]:
+        """What else the source says of each prompt, by field; empty where it says nothing."""
+        return tuple(prompt.metadata for prompt in self.prompts)
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return len(self.prompts)
 
-    def batch(self, iteration: int, number: int, seed: int) -> list[str]:
-        """Return the texts of an iteration's prompts, see :meth:`batch_rows`."""
-        return [self.texts[i] for i in self.batch_rows(iteration, number, seed)]
+    def __iter__(self) -> Iterator[Prompt]:
+        return iter(self.prompts)
+
+    def batch(self, iteration: int, number: int, seed: int) -> list[Prompt]:
+        """Return an iteration's prompts, see :meth:`batch_rows`."""
+        return [self.prompts[i] for i in self.batch_rows(iteration, number, seed)]
 
     def batch_rows(self, iteration: int, number: int, seed: int) -> list[int]:
         """Return which prompts an iteration takes: passes over the set, each in a new order.
 
         A pure function of its arguments, so a resumed run sees the prompts it would have seen.
         """
-        if not self.texts:
+        if not self.prompts:
             raise ValueError("there are no prompts to draw from")
         rows: list[int] = []
         position = iteration * number
@@ -64,8 +68,8 @@ class PromptSet:
         return rows
 
     def __getitem__(self, index: slice) -> PromptSet:
-        """Return some of the prompts, with their labels and metadata."""
-        return PromptSet(self.texts[index], self.groups[index], self.metadata[index])
+        """Return some of the prompts."""
+        return PromptSet(self.prompts[index])
 
     def head(self, number: int) -> PromptSet:
         """Return the first prompts."""
@@ -88,13 +92,13 @@ def shapes_prompts(
     chosen = tuple(tasks or grammar.TASKS)
     if number is not None:
         found = grammar.sample_prompts(number, split, seed, chosen)
-        return PromptSet(tuple(p.text for p in found), tuple(p.task for p in found))
+        return PromptSet(tuple(Prompt(p.text, group=p.task) for p in found))
     pools = [grammar.prompts(task, split) for task in chosen]
     largest = min(max(len(pool) for pool in pools), 1200)
     rng = np.random.default_rng(seed)
     columns = [rng.permutation(np.resize(np.arange(len(p)), largest)) for p in pools]
     every = [pools[t][columns[t][i]] for i in range(largest) for t in range(len(pools))]
-    return PromptSet(tuple(p.text for p in every), tuple(p.task for p in every))
+    return PromptSet(tuple(Prompt(p.text, group=p.task) for p in every))
 
 
 def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
@@ -107,15 +111,18 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
 
     The prompt is the field ``column``, or the first of ``prompt``, ``prompts``, ``text``,
     ``caption`` and ``description`` (in any case) that the first record has. A field ``tag``,
-    ``task`` or ``group`` labels it, and all fields but the prompt are its metadata.
+    ``task`` or ``group`` labels it. A field ``negative_prompt`` is its negative prompt (none where
+    it is null, or an empty cell of a table), and a field ``images`` that is a list of paths holds
+    its source images. All other fields are its metadata, labels included.
 
     Args:
         source: The file, folder or name.
         column: Field of the prompt; only where records have fields.
 
     Raises:
-        ValueError: If the source is missing, empty, of another kind, or a record is broken or has
-            no prompt; the message names the line (of a dataset, the row).
+        ValueError: If the source is missing, empty, of another kind, or a record is broken, has
+            no prompt or a negative prompt that is no text; the message names the line (of a
+            dataset, the row).
     """
     path = Path(source)
     if path.suffix in READERS:
@@ -124,29 +131,51 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
         found, place = READERS[path.suffix](path), "line"
     else:
         found, place = _dataset_records(str(source)), "row"
-    texts, groups, metadata = [], [], []
+    prompts: list[Prompt] = []
     key = None
     for n, record in found:
         if isinstance(record, str):
             record = {"prompt": record}
         elif key is None:
             key = _prompt_column(source, record, column)
-        text = record.get(key or "prompt")
-        if not isinstance(text, str) or not text.strip():
-            told = f" {key!r}" if key else ""
-            if key and key not in record:
-                told += f"; its fields are {', '.join(map(str, record)) or 'none'}"
-            raise ValueError(f"{source}, {place} {n} has no prompt{told}")
-        texts.append(text.strip())
-        groups.append(str(record.get("tag") or record.get("task") or record.get("group") or "all"))
-        metadata.append({k: v for k, v in record.items() if k != (key or "prompt")})
-    if not texts:
+        prompts.append(_prompt_of(record, key, f"{source}, {place} {n}"))
+    if not prompts:
         raise ValueError(f"prompt file {source} holds no prompts")
     if column and key is None:
         raise ValueError(
             f"{source} holds plain texts, which have no column {column!r}; leave the column out"
         )
-    return PromptSet(tuple(texts), tuple(groups), tuple(metadata))
+    return PromptSet(tuple(prompts))
+
+
+def _prompt_of(record: Mapping[str, Any], key: str | None, where: str) -> Prompt:
+    """Return a record's prompt.
+
+    Args:
+        record: Its fields.
+        key: Field of the text; None for a plain text, which is ``prompt``.
+        where: Names the record in errors.
+    """
+    text = record.get(key or "prompt")
+    if not isinstance(text, str) or not text.strip():
+        told = f" {key!r}" if key else ""
+        if key and key not in record:
+            told += f"; its fields are {', '.join(map(str, record)) or 'none'}"
+        raise ValueError(f"{where} has no prompt{told}")
+    rest = {name: value for name, value in record.items() if name != (key or "prompt")}
+    negative = rest.pop("negative_prompt", None)
+    if negative is not None and not isinstance(negative, str):
+        raise ValueError(
+            f"{where} has the negative prompt {negative!r:.80}, which is no text; quote it, or "
+            "leave it out for the model's own setting"
+        )
+    images = rest.get("images")
+    if isinstance(images, list) and all(isinstance(path, str) for path in images):
+        del rest["images"]
+    else:  # not paths, so metadata like any other field
+        images = []
+    group = str(record.get("tag") or record.get("task") or record.get("group") or "all")
+    return Prompt(text.strip(), rest, negative, tuple(images), group)
 
 
 def _prompt_column(source: str | Path, record: Mapping[str, Any], column: str | None) -> str:
@@ -259,6 +288,8 @@ def _csv_records(path: Path) -> Iterator[NumberedRecord]:
                 f"{path}, line {reader.line_num} has fewer cells than the header; end it with a "
                 "comma for each empty cell"
             )
+        if row.get("negative_prompt") == "":  # a table has no other way to say nothing
+            del row["negative_prompt"]
         yield reader.line_num, row
 
 
@@ -291,7 +322,7 @@ def _dataset_records(source: str) -> Iterator[NumberedRecord]:
         )
     except Exception as error:  # its many kinds share no base, and the user must see one line
         reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{source} can not be read as a dataset: {reason}") from error
+        raise ValueError(f"{source} cannot be read as a dataset: {reason}") from error
     if isinstance(found, dict):
         names = list(found)
         split = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)

@@ -26,7 +26,7 @@ from chunkgrpo.config import (
     policy_options,
     resolve_model,
 )
-from chunkgrpo.evaluate import Evaluation, evaluate, sample_images
+from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate, sample_images
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
@@ -46,7 +46,7 @@ from chunkgrpo.rewards import make_reward
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.rewards.scoring import is_share
 from chunkgrpo.runtime.files import atomic_write
-from chunkgrpo.types import ProgressHook
+from chunkgrpo.types import ProgressHook, Prompt
 
 # Health of tuned images over that of the base's; outside, a gain may have been hacked.
 HEALTH_BANDS = {
@@ -113,9 +113,10 @@ def shown_rows(result: Evaluation) -> list[int]:
 def load_evaluation(path: Path) -> Evaluation:
     """Load what ``save_evaluation`` saved; images are only those shown."""
     with np.load(path) as file:
+        labelled = zip(file["texts"].tolist(), file["groups"].tolist(), strict=True)
         scores = {k.removeprefix("score."): file[k] for k in file.files if k.startswith("score.")}
         return Evaluation(
-            PromptSet(tuple(file["texts"].tolist()), tuple(file["groups"].tolist())),
+            PromptSet(tuple(Prompt(text, group=group) for text, group in labelled)),
             int(file["num_seeds"]),
             scores,
             torch.from_numpy(file["images"]),
@@ -153,7 +154,7 @@ def train_run(
     e = config.evaluation
     final = build_prompts(config, "final")
     if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
-        encode_ahead(trainer.policy, trainer.texts() + list(final.texts), on_phase)
+        encode_ahead(trainer.policy, [*trainer.every_prompt(), *final], on_phase)
     base_file = folder / "evaluation" / "base.npz"
     if not base_file.exists():
         hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
@@ -171,7 +172,9 @@ def train_run(
 
 
 def encode_ahead(
-    policy: PipelinePolicy, texts: Sequence[str], on_phase: Callable[[str], ProgressHook]
+    policy: PipelinePolicy,
+    prompts: Sequence[Prompt | str],
+    on_phase: Callable[[str], ProgressHook],
 ) -> None:
     """Encode every prompt a run will meet, onto the disk, and release the text encoders.
 
@@ -179,8 +182,8 @@ def encode_ahead(
     """
     cache = policy.embeddings
     assert cache is not None
-    wanted = list(dict.fromkeys(texts))
-    missing = [text for text in wanted if text not in cache]
+    wanted = list(dict.fromkeys(policy.encoding_keys(prompts)))
+    missing = [key for key in wanted if key not in cache]
     found = len(wanted) - len(missing)
     if missing:
         new = f"{len(missing)} prompt{'s' * (len(missing) > 1)}"
@@ -424,8 +427,11 @@ def evaluate_run(
         prompts = shapes_prompts(split, e.final_prompts, e.seed)
     judge = make_reward(e.reward.name, e.reward.options)
     sigmas = build_sigmas(config, policy)
-    found = evaluate(
-        policy, prompts, sigmas, [judge], e.final_seeds, e.seed if seed is None else seed,
-        batch_size=config.sampling.batch_size, progress=progress, folder=folder / "unscored",
-    )  # fmt: skip
+    settings = EvaluationSettings(
+        e.final_seeds,
+        e.seed if seed is None else seed,
+        config.sampling.batch_size,
+        folder=folder / "unscored",
+    )
+    found = evaluate(policy, prompts, sigmas, [judge], settings, progress)
     return found, judge

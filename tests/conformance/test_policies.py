@@ -32,7 +32,7 @@ from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.policies.sana import SanaPolicy
 from chunkgrpo.rollout import rollout
-from chunkgrpo.types import Experience
+from chunkgrpo.types import Experience, Prompt
 from stock_sampling import sample
 
 STEPS = 4
@@ -357,6 +357,25 @@ def test_each_prompt_is_encoded_once(family, folders):
         assert not tensor.requires_grad
     policy.encode(["a new prompt"])
     assert calls
+
+
+def test_a_records_negative_prompt_counts_as_the_policys_own(family, folders):
+    """Also beside records whose negative prompts have other lengths."""
+    options = family.guidances[-1].options
+    negatives = ["a small green circle", None, "red"]
+    records = [Prompt(p, negative_prompt=n) for p, n in zip(PROMPTS, negatives, strict=True)]
+    policy = load(family, folders, **options)
+    x = torch.randn(3, *policy.latent_shape, generator=Generator().manual_seed(0))
+    sigma = torch.tensor([0.9, 0.5, 0.1])
+    with torch.no_grad():
+        found = policy.velocity(x, sigma, policy.encode(records))
+        for i, negative in enumerate(negatives):
+            rows = slice(i, i + 1)
+            given = options if negative is None else {**options, "negative_prompt": negative}
+            own = load(family, folders, **given)
+            assert_close(found[rows], own.velocity(x[rows], sigma[rows], own.encode(PROMPTS[rows])))
+        plain = policy.velocity(x, sigma, policy.encode(PROMPTS))
+    assert policy.guided == bool((plain[0] - found[0]).abs().max() > 1e-6)
 
 
 # --- what is trained ----------------------------------------------------------------------------

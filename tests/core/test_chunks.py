@@ -9,23 +9,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from chunkgrpo.core.chunks import (
-    DIFFERENCES,
+from chunkgrpo.core.measured_plans import DIFFERENCES, adaptive_plan, optimal_plan
+from chunkgrpo.core.plackett_luce import plackett_luce_inclusion
+from chunkgrpo.core.plans import (
     ChunkPlan,
+    equal_plan,
+    explicit_plan,
+    paper_plan,
+    step_plan,
+    whole_plan,
+)
+from chunkgrpo.core.selection import (
     ListedSelection,
     UniformSelection,
     WeightedSelection,
-    adaptive_plan,
     chosen_mask,
     chunk_weights,
-    equal_plan,
-    explicit_plan,
     num_selected,
-    optimal_plan,
-    paper_plan,
-    plackett_luce_inclusion,
-    step_plan,
-    whole_plan,
 )
 
 sizes_lists = st.lists(st.integers(1, 6), min_size=1, max_size=8)

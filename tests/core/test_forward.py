@@ -5,9 +5,6 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from chunkgrpo.core.forward import (
     PSEUDO_LOG_PROBS,
     ghuber_log_prob,
@@ -24,7 +21,10 @@ from chunkgrpo.core.forward import (
     stratified_times,
     uniform_log_prob,
     velocity_distance,
-)
+)  # FIXME PSEUDO_LOG_PROBS
+from hypothesis import given
+from hypothesis import strategies as st
+
 from chunkgrpo.core.sde import predict_clean
 from oracles import seeded
 

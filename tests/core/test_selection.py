@@ -13,24 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chi2
 
-from chunkgrpo.core.chunks import (
-    ChunkPlan,
+from chunkgrpo.core.dynamics import DISTANCES, cosine_distance, relative_l1, relative_l2
+from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
+from chunkgrpo.core.measured_plans import explained_variation, optimal_plan
+from chunkgrpo.core.plackett_luce import plackett_luce_inclusion
+from chunkgrpo.core.plans import ChunkPlan, explicit_plan, step_plan, whole_plan
+from chunkgrpo.core.selection import (
     ListedSelection,
     UniformSelection,
     WeightedSelection,
     chunk_weights,
-    explained_variation,
-    explicit_plan,
     importance_weights,
     num_selected,
-    optimal_plan,
-    plackett_luce_inclusion,
-    step_plan,
     unit_weights,
-    whole_plan,
 )
-from chunkgrpo.core.dynamics import DISTANCES, cosine_distance, relative_l1, relative_l2
-from chunkgrpo.core.learned import LearnedSelection, gradient_usefulness, reward_usefulness
 
 PLAN = ChunkPlan((2, 3, 4, 7))
 SPEED = torch.tensor([0.75, 0.77, 0.53, 0.45, 0.40, 0.37, 0.36, 0.34,

@@ -12,15 +12,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from chunkgrpo.core.chunks import ChunkPlan, paper_plan
-from chunkgrpo.core.windows import (
-    AllSteps,
-    ChunkWindow,
-    FixedWindow,
-    RandomWindow,
-    SlidingWindow,
-    restrict_plan,
-)
+from chunkgrpo.core.plans import ChunkPlan, paper_plan, restrict_plan
+from chunkgrpo.core.windows import AllSteps, ChunkWindow, FixedWindow, RandomWindow, SlidingWindow
 from oracles import seeded
 
 # Upper 0.1 % points of chi-squared, by degrees of freedom.

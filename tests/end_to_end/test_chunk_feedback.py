@@ -24,13 +24,13 @@ from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.rollout import rollout
 from chunkgrpo.train import ChunkObserver, Trainer, TrainSettings
-from chunkgrpo.types import Experience
+from chunkgrpo.types import Experience, as_prompts
 from oracles import seeded, toy
 
 FLOW = Transition(FlowDiffusion(0.7))
 PLAN = ChunkPlan((1, 2, 3))
 SIGMAS = make_sigmas(7)
-PROMPTS = PromptSet(("a star", "two circles", "a red cross"), ("all",) * 3)
+PROMPTS = PromptSet(as_prompts(("a star", "two circles", "a red cross")))
 BRIGHTNESS = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
 SETTINGS = TrainSettings(
     iterations=5, num_prompts=3, group_size=6, learning_rate=1e-2, evaluate_every=0,
@@ -133,7 +133,9 @@ def test_gradient_usefulness_is_each_chunks_own_gradient(weighted):
     for chunk, size in enumerate(PLAN.sizes):
         loss = torch.zeros((), dtype=torch.float64)
         for i in PLAN.steps_of(chunk):
-            v = policy.velocity(t.states[:, i], t.sigmas[i].expand(18), t.conditioning)
+            v = policy.velocity(
+                t.states[:, i], t.sigmas[i].expand(18), t.conditioning_of(slice(None))
+            )
             step = FLOW(t.states[:, i], v, t.sigmas[i], t.sigmas[i + 1])
             density = step.log_prob_per_dim(t.states[:, i + 1])
             loss = loss - (given.advantages * density).sum() / size / (18 * 3)

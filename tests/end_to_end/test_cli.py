@@ -304,7 +304,7 @@ def test_chunks_of_a_window_are_trained_as_the_last_line_says(
 )
 def test_the_choice_of_chunks_fits_the_new_ones(recipe, settings, choice) -> None:
     from chunkgrpo.cli import listed_again
-    from chunkgrpo.core.chunks import ChunkPlan
+    from chunkgrpo.core.plans import ChunkPlan
 
     assignments = [f"chunks.{each}" for each in settings]
     config = load_config(recipe, assignments, check_chunks=False)

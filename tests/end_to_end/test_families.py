@@ -17,9 +17,10 @@ from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.rollout import rollout
 from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
-PROMPTS = PromptSet(("a red star", "two circles"), ("all",) * 2)
+PROMPTS = PromptSet(as_prompts(("a red star", "two circles")))
 FAMILIES = {
     "sd3": (tiny_pipelines.sd3, {"size": (32, 32), "guidance": 3.0, "max_sequence_length": 8}),
     "flux": (tiny_pipelines.flux, {"size": (16, 16), "guidance": 3.5, "max_sequence_length": 8}),

@@ -287,7 +287,7 @@ def test_pairs_that_do_not_go_together_are_refused(name, setting, message, tmp_p
 def test_a_window_that_stays_is_cut_from_its_own_dynamics(tiny_pipeline_path, tmp_path):
     """A measured plan covers the window, by its speed with noise in it alone."""
     from chunkgrpo.config import build_trainer
-    from chunkgrpo.core.chunks import optimal_plan
+    from chunkgrpo.core.measured_plans import optimal_plan
     from chunkgrpo.rollout import measured_speed
     from chunkgrpo.train import plan_of
 

@@ -21,16 +21,12 @@ from chunkgrpo.config import (
     num_chunks,
     parse_config,
 )
-from chunkgrpo.core.chunks import (
-    ChunkPlan,
-    WeightedSelection,
-    adaptive_plan,
-    explained_variation,
-    optimal_plan,
-)
 from chunkgrpo.core.learned import LearnedSelection
+from chunkgrpo.core.measured_plans import adaptive_plan, explained_variation, optimal_plan
+from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion, Transition
+from chunkgrpo.core.selection import WeightedSelection
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.profile import (
     RULES,

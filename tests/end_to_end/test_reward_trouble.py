@@ -25,9 +25,10 @@ from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards import FunctionReward, RewardError
 from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
 from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
-PROMPTS = PromptSet(("a star", "two circles", "a red cross"), ("all",) * 3)
+PROMPTS = PromptSet(as_prompts(("a star", "two circles", "a red cross")))
 SETTINGS = TrainSettings(
     iterations=4, num_prompts=2, group_size=3, learning_rate=1e-2, evaluate_every=0,
     checkpoint_every=2,

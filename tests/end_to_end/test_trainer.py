@@ -19,10 +19,11 @@ from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
 from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
-TRAIN = PromptSet(("a star", "two circles", "a red cross"), ("all",) * 3)
-HELD_OUT = PromptSet(("a blue square", "a star"), ("all",) * 2)
+TRAIN = PromptSet(as_prompts(("a star", "two circles", "a red cross")))
+HELD_OUT = PromptSet(as_prompts(("a blue square", "a star")))
 BRIGHTNESS = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
 SETTINGS = TrainSettings(
     iterations=6,
@@ -85,7 +86,7 @@ def reference_run(tmp_path_factory):
     from chunkgrpo.policies.sd3 import StableDiffusion3Policy
     from chunkgrpo.shapes.build import TEST_SIZE, build_pipeline
 
-    policy = StableDiffusion3Policy(
+    policy = StableDiffusion3Policy.from_options(
         build_pipeline(TEST_SIZE), Adaptation(rank=4), precision="fp32", max_sequence_length=4
     )
     before = [p.detach().clone() for p in policy.parameters()]
@@ -173,7 +174,8 @@ from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.train import Trainer, TrainSettings
-flow, prompts = Transition(FlowDiffusion(0.7)), PromptSet(("a star", "two circles"), ("all",) * 2)
+from chunkgrpo.types import as_prompts
+flow, prompts = Transition(FlowDiffusion(0.7)), PromptSet(as_prompts(("a star", "two circles")))
 reward = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
 def pace(record):
     print(record["iteration"], flush=True)
@@ -206,7 +208,7 @@ def finish_here(folder, iterations):
     runs = []
     for place in (folder, folder.parent / "uninterrupted"):
         settings = TrainSettings(iterations, 2, 4, evaluate_every=0, checkpoint_every=3)
-        prompts = PromptSet(("a star", "two circles"), ("all",) * 2)
+        prompts = PromptSet(as_prompts(("a star", "two circles")))
         trainer = Trainer(
             GaussianPolicy(torch.zeros(4)), FLOW, ChunkGRPO(ChunkPlan((1, 2)), FLOW),
             make_sigmas(4), prompts, [(BRIGHTNESS, 1.0)], prompts, BRIGHTNESS, place, settings,

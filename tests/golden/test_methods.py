@@ -32,9 +32,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from chunkgrpo.config import build_trainer, load_config
 from chunkgrpo.recipes import method_names, recipe_names
 from chunkgrpo.shapes import pipeline_path

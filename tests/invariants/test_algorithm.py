@@ -207,7 +207,7 @@ def test_chunks_of_one_are_step_level_grpo_to_the_last_bit(tiny_policy, network)
 
     for part in algorithm.losses(policy, experience, seeded(3)):
         b, i = part.diagnostics["sample"], part.diagnostics["step"]
-        v = policy.velocity(t.states[b, i], t.sigmas[i], t.conditioning[b])
+        v = policy.velocity(t.states[b, i], t.sigmas[i], t.conditioning_of(b))
         step = FLOW(t.states[b, i], v, t.sigmas[i], t.sigmas[i + 1])
         new = step.log_prob_per_dim(t.states[b, i + 1]).float()
         old = new.detach() if update == 0 else t.old_log_prob[b, i]
@@ -485,9 +485,16 @@ def torch_kl(policy, trajectory):
     for i in range(trajectory.num_trained):
         x, (sigma, sigma_next) = trajectory.states[:, i], trajectory.sigmas[i : i + 2]
         rows = sigma.expand(len(x))
-        new = FLOW(x, policy.velocity(x, rows, trajectory.conditioning), sigma, sigma_next)
+        new = FLOW(
+            x, policy.velocity(x, rows, trajectory.conditioning_of(slice(None))), sigma, sigma_next
+        )
         with policy.reference(), torch.no_grad():
-            ref = FLOW(x, policy.velocity(x, rows, trajectory.conditioning), sigma, sigma_next)
+            ref = FLOW(
+                x,
+                policy.velocity(x, rows, trajectory.conditioning_of(slice(None))),
+                sigma,
+                sigma_next,
+            )
         new, ref = (torch.distributions.Normal(g.mean, g.std) for g in (new, ref))
         total = total + torch.distributions.kl_divergence(new, ref).mean() / trajectory.num_trained
     return total

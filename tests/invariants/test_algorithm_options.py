@@ -66,7 +66,7 @@ def direct(policy, experience, algorithm, samples, mask):
     logs, bias, kls, clean = [], [], [], []
     for i in range(t.num_trained):
         x, s, n = t.states[samples, i], sigmas[i], sigmas[i + 1]
-        v = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+        v = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
         new = a.transition(x, v, s, n)
         old_v = t.velocities[samples, i].to(v.dtype)
         old = a.transition(x, old_v, s, n)
@@ -74,7 +74,7 @@ def direct(policy, experience, algorithm, samples, mask):
         bias.append(((new.mean - old.mean) ** 2 / (2 * old.std**2)).mean(1))
         clean.append(-s * (v - old_v))
         with torch.no_grad(), policy.reference():
-            v_ref = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+            v_ref = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
         ref = a.transition(x, v_ref, s, n)
         kl = ((new.mean - ref.mean) ** 2 / (2 * ref.std**2)).mean(1)
         kls.append(kl * (s - n) if a.kl_form == "rate" else kl)
@@ -284,7 +284,7 @@ def test_cps_ratio_is_the_difference_of_squared_errors():
             errors = []
             for i in range(7):
                 x, s, n = t.states[samples, i], t.sigmas[i], t.sigmas[i + 1]
-                v = policy.velocity(x, s.expand(len(x)), t.conditioning[samples])
+                v = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
                 old = kernel(x, t.velocities[samples, i], s, n)
                 after = t.states[samples, i + 1]
                 new_error = (after - kernel(x, v, s, n).mean).square().mean(1)

@@ -35,9 +35,9 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
+from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from chunkgrpo.core import (
     ChunkPlan,
     CpsTransition,
@@ -61,7 +61,7 @@ from chunkgrpo.core import (
 )
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.rollout import rollout
-from chunkgrpo.types import Conditioning, Experience, Trajectory
+from chunkgrpo.types import Experience, Trajectory
 from oracles import collect, seeded
 
 STD = 0.5
@@ -312,7 +312,9 @@ def injected_noise(trajectory, policy, kernel):
     found = []
     for i, (sigma, after) in enumerate(pairwise(trajectory.trained_sigmas)):
         x = trajectory.states[:, i].double()
-        velocity = policy.velocity(x, sigma.expand(len(x)), trajectory.conditioning).detach()
+        velocity = policy.velocity(
+            x, sigma.expand(len(x)), trajectory.conditioning_of(slice(None))
+        ).detach()
         step = kernel(x, velocity, sigma.double(), after.double())
         found.append((trajectory.states[:, i + 1] - step.mean) / step.std)
     return torch.stack(found, 1)
@@ -492,12 +494,13 @@ def portions(trajectory):
     """Rollouts of 60 groups each, as if made one by one."""
     for index in range(NUM_PORTIONS):
         rows = slice(index * PORTION, (index + 1) * PORTION)
+        groups = slice(rows.start // GROUP, rows.stop // GROUP)
         yield Trajectory(
             states=trajectory.states[rows],
             sigmas=trajectory.sigmas,
             old_log_prob=trajectory.old_log_prob[rows],
             final=trajectory.final[rows],
-            conditioning=Conditioning({"rows": trajectory.conditioning.tensors["rows"][rows]}),
+            conditioning=trajectory.conditioning[groups],
             num_prompts=PORTION // GROUP,
             num_evaluations=0,
             offset=trajectory.offset,

@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from chunkgrpo.core import KlMask
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.rollout import rollout
@@ -127,6 +127,15 @@ def test_forward_methods_send_all_they_draw_without_waiting(name):
     assert parts > 8
     assert not watch.mixed
     assert watch.waiting == 0
+
+
+def test_the_conditioning_of_samples_is_found_on_the_device():
+    trajectory = experience_away().trajectory
+    sample = torch.zeros(5, dtype=torch.long, device="meta")
+    with Watch() as watch:
+        assert len(trajectory.conditioning_of(sample)) == 5
+        assert len(trajectory.conditioning_of(slice(2, 9))) == 7
+    assert not watch.mixed and not watch.copies
 
 
 @pytest.mark.parametrize("shared", [True, False], ids=["one start", "own starts"])

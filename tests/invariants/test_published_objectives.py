@@ -67,7 +67,7 @@ def by_hand(name, policy, experience, samples, sigmas):
     levels, losses, stds, kls = sigmas.double().tolist(), [], [], []
     for i in range(t.num_trained):
         x, result = t.states[samples, i].double(), t.states[samples, i + 1].double()
-        at, sigma, after = t.conditioning[samples], levels[i], levels[i + 1]
+        at, sigma, after = t.conditioning_of(samples), levels[i], levels[i + 1]
         level = torch.full((len(x),), sigma, dtype=torch.float64)
         mean, nu = step(x, policy.velocity(x, level, at), sigma, after, eta, i == 0)
         before, _ = step(x, t.velocities[samples, i].double(), sigma, after, eta, i == 0)

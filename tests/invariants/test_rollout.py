@@ -25,7 +25,7 @@ from chunkgrpo.core import (
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.rollout import Store, rollout
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
-from chunkgrpo.types import Experience
+from chunkgrpo.types import Conditioning, Experience, as_prompts
 
 SIGMAS = make_sigmas(6)
 FLOW = Transition(FlowDiffusion(0.7))
@@ -136,10 +136,45 @@ def test_same_noise_equals_the_naive_computation():
     for i in range(5):
         assert torch.equal(trajectory.states[:, i], x)
         sigma, sigma_next = trajectory.sigmas[i], trajectory.sigmas[i + 1]
-        v = policy.velocity(x, sigma.expand(12), trajectory.conditioning)
+        v = policy.velocity(x, sigma.expand(12), trajectory.conditioning_of(slice(None)))
         step = FLOW(x, v, sigma, sigma_next)
         x = (step.mean + step.std * source.draw((10,))).float()
     assert torch.equal(trajectory.states[:, 5], x)
+
+
+class TextPolicy(GaussianPolicy):
+    """The toy whose velocity depends on the prompt; it counts the rows it encodes."""
+
+    def __init__(self, mean, std):
+        super().__init__(mean, std)
+        self.encoded = []
+
+    def encode(self, prompts):
+        prompts = as_prompts(prompts)
+        self.encoded.append(len(prompts))
+        return Conditioning({"rows": torch.tensor([[float(ord(p.text))] for p in prompts])})
+
+    def velocity(self, x, sigma, conditioning):
+        return super().velocity(x, sigma, conditioning) + 0.01 * conditioning.tensors["rows"]
+
+
+@pytest.mark.parametrize("same_noise", [True, False])
+def test_encoded_prompts_are_kept_once_a_prompt(same_noise):
+    policy = TextPolicy(torch.zeros(10, dtype=torch.float64), 0.5)
+    trajectory = rollout(
+        policy, "abc", FLOW, SIGMAS, 4, seeds=SEEDS, same_noise=same_noise, batch_size=5
+    )
+    assert policy.encoded == [3] and len(trajectory.conditioning) == 3
+    expected = torch.tensor([float(ord(c)) for c in "aaaabbbbcccc"])[:, None]
+    sample = torch.tensor([11, 0, 4, 3])
+    assert torch.equal(trajectory.conditioning_of(sample).tensors["rows"], expected[sample])
+    for part in (slice(None), slice(2, 9), slice(1, None, 4)):
+        assert torch.equal(trajectory.conditioning_of(part).tensors["rows"], expected[part])
+    # Each sample went its own prompt's way, wherever batches were cut.
+    for i, prompt in enumerate("abc"):
+        rows = slice(4 * i, 4 * i + 4)
+        alone = rollout(policy, [prompt], FLOW, SIGMAS, 4, seeds=SEEDS[rows], same_noise=same_noise)
+        torch.testing.assert_close(trajectory.final[rows], alone.final, rtol=0, atol=1e-6)
 
 
 # --- what is kept -------------------------------------------------------------------------------
@@ -151,7 +186,7 @@ def test_the_last_step_is_deterministic():
     assert trajectory.states.shape == (6, 6, 10) and trajectory.num_trained == 5
     assert trajectory.num_prompts == 2 and trajectory.group_size == 3
     x, sigma = trajectory.states[:, -1], trajectory.sigmas[-2]
-    v = policy.velocity(x, sigma.expand(6), trajectory.conditioning).detach()
+    v = policy.velocity(x, sigma.expand(6), trajectory.conditioning_of(slice(None))).detach()
     assert torch.allclose(trajectory.final, (x - sigma * v).float(), rtol=0, atol=1e-6)
 
 
@@ -161,7 +196,7 @@ def test_log_probs_are_those_of_the_normal_distribution(diffusion):
     trajectory = rollout(policy, "ab", transition, SIGMAS, 3, seeds=SEEDS[:6])
     for i in range(trajectory.num_trained):
         x, (sigma, sigma_next) = trajectory.states[:, i], trajectory.sigmas[i : i + 2]
-        v = policy.velocity(x, sigma.expand(6), trajectory.conditioning).detach()
+        v = policy.velocity(x, sigma.expand(6), trajectory.conditioning_of(slice(None))).detach()
         g = diffusion(sigma, sigma_next)
         dt = sigma - sigma_next
         mean = x - dt * (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v))
@@ -176,7 +211,7 @@ def test_the_ode_is_eulers_method():
     assert (trajectory.old_log_prob == 0).all()
     x = trajectory.states[:, 0].double()
     for sigma, sigma_next in pairwise(SIGMAS):
-        v = policy.velocity(x, sigma.expand(6), trajectory.conditioning).detach()
+        v = policy.velocity(x, sigma.expand(6), trajectory.conditioning_of(slice(None))).detach()
         x = x + (sigma_next - sigma) * v
     assert torch.allclose(trajectory.final.double(), x, rtol=0, atol=1e-6)
 

@@ -283,13 +283,12 @@ def test_demands_come_with_the_prompts(tmp_path: Path) -> None:
     reader = scene_reader(scenes)
     reward: Any = make_reward("geneval", {"detector": reader, "color_model": reader.colors})
     assert reward.needs_metadata and reward.share
-    check_prompts(reward, prompts.texts, prompts.metadata)
-    metadata = dict(zip(prompts.texts, prompts.metadata))
-    scorer = Scorer([(reward, 1.0)], metadata=metadata)
-    scores = scorer(grey(*range(9)), prompts.texts).total
+    check_prompts(reward, prompts.prompts)
+    scorer = Scorer([(reward, 1.0)])
+    scores = scorer(grey(*range(9)), prompts.prompts).total
     assert scores.tolist() == [1, 1, 0, 1, 1, 1, 1, 1, 1]
     # Each image is judged by its own prompt's demands.
-    swapped = scorer(grey(1, 0, 3), prompts.texts[:3]).total
+    swapped = scorer(grey(1, 0, 3), prompts.prompts[:3]).total
     assert swapped.tolist() == [1, 0, 0]
 
 
@@ -309,7 +308,7 @@ def test_the_published_prompts_bring_their_demands() -> None:
         scenes = [right_scene(dict(known)) for _, known in part]
         reader = scene_reader(scenes)
         reward: Any = make_reward("geneval", {"detector": reader, "color_model": reader.colors})
-        check_prompts(reward, prompts.texts, prompts.metadata)
+        check_prompts(reward, prompts.prompts)
         texts, metadata = [text for text, _ in part], [known for _, known in part]
         assert reward(grey(*range(len(part))), texts, metadata).all()
         scenes[0].clear()

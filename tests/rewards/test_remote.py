@@ -28,6 +28,7 @@ from chunkgrpo.rewards import FunctionReward, RewardError, Scorer, make_reward
 from chunkgrpo.rewards.remote import RemoteReward, png_base64
 from chunkgrpo.rewards.scoring import eight_bit, quantised
 from chunkgrpo.rewards.server import Limits, Refused, create_app, parse_request, serve
+from chunkgrpo.types import Prompt
 
 TOKEN = "a long secret"
 SERVED = """
@@ -650,8 +651,9 @@ wanted.share = True
     child, address = started([*arguments, "--max-batch", "2"], {"PYTHONPATH": paths})
     try:
         remote = make_reward(address)
-        metadata = {text: {"count": number} for number, text in enumerate("abc")}
-        batch = Scorer([(remote, 1.0)], metadata=metadata)(some_images(3), list("cab"))
+        # Two records of one text, each with metadata of its own.
+        records = [Prompt("c", {"count": 2}), Prompt("a", {"count": 0}), Prompt("a", {"count": 1})]
+        batch = Scorer([(remote, 1.0)])(some_images(3), records)
         assert batch.raw["wanted"].tolist() == [2.0, 0.0, 1.0]
         assert remote.share  # type: ignore[attr-defined]
     finally:

@@ -13,7 +13,7 @@ from PIL import Image
 from chunkgrpo.rewards import FunctionReward, RewardError, Scorer, make_reward
 from chunkgrpo.rewards.overlap import ScoringQueue
 from chunkgrpo.rewards.scoring import check_prompts, jointly_kept
-from chunkgrpo.types import RewardBatch
+from chunkgrpo.types import Prompt, RewardBatch
 
 IMAGES = torch.tensor([0.2, 0.4, 0.6, 0.8]).view(4, 1, 1, 1).expand(4, 3, 2, 2).contiguous()
 PROMPTS = ["a", "a", "b", "b"]
@@ -97,11 +97,12 @@ def test_a_reward_that_works_in_place_changes_nothing_for_the_next(overlap: bool
 
     vandal.needs_metadata = counted.needs_metadata = True  # type: ignore[attr-defined]
     seen: list[tuple[list[str], list[str]]] = []
-    images, prompts = IMAGES.clone(), list(PROMPTS)
+    known = [{"word": "one"}, {"word": "one"}, {"word": "two"}, {"word": "three"}]
+    records = [Prompt(text, dict(each)) for text, each in zip(PROMPTS, known, strict=True)]
+    images, prompts = IMAGES.clone(), list(records)
     scorer = Scorer(
         [(FunctionReward("vandal", vandal), 1.0), (FunctionReward("counted", counted), 1.0)],
         [LIGHT],
-        metadata={"a": {"word": "one"}, "b": {"word": "two"}},
     )
     with ScoringQueue(scorer, overlap) as queue:
         pending = queue.batch(prompts, 2)
@@ -110,9 +111,10 @@ def test_a_reward_that_works_in_place_changes_nothing_for_the_next(overlap: bool
     expected = [0.2, 0.4, 0.6, 0.8]
     for scores in (*batch.raw.values(), *batch.watched.values()):
         assert scores.tolist() == pytest.approx(expected)
-    assert seen == [(PROMPTS, ["one", "one", "two", "two"])]
-    assert torch.equal(images, IMAGES) and prompts == PROMPTS
-    assert scorer.metadata["a"] == {"word": "one"}
+    # Two records of one text keep their own metadata.
+    assert seen == [(PROMPTS, ["one", "one", "two", "three"])]
+    assert torch.equal(images, IMAGES) and prompts == records
+    assert [record.metadata for record in records] == known
 
 
 def test_prompts_are_checked_with_what_is_known_of_them() -> None:
@@ -132,9 +134,9 @@ def test_prompts_are_checked_with_what_is_known_of_them() -> None:
         needs_metadata = True
 
     for reward, expected in ((Plain(), (["a"],)), (Informed(), (["a"], [{"count": 2}]))):
-        check_prompts(reward, ["a"], [{"count": 2}])  # type: ignore[arg-type]
+        check_prompts(reward, [Prompt("a", {"count": 2})])  # type: ignore[arg-type]
         assert reward.asked == [expected]
-    check_prompts(LIGHT, ["a"], [{}])  # has no opinion
+    check_prompts(LIGHT, ["a"])  # has no opinion
 
 
 # --- several scorings of the same samples -------------------------------------------------------

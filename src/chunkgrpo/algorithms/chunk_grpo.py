@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
-from chunkgrpo.algorithms.chunk_loss import Chunks, ChunkLoss
+from chunkgrpo.algorithms.chunk_loss import ChunkLoss, Chunks
 from chunkgrpo.algorithms.observing import ChunkObserver
 from chunkgrpo.core.learned import LearnedSelection
 from chunkgrpo.core.plans import ChunkPlan

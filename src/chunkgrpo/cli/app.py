@@ -359,16 +359,16 @@ def chunks(
         window = None
         if s.window.kind not in ("all", "chunk"):
             window = Window(s.window.size, window_places(config), s.window.prefix)
-        texts = build_prompts(config, "train").texts[:prompts]
+        probe = build_prompts(config, "train").prompts[:prompts]
         policy = load_untrained(config, resolve_model(config.model.path))
         sigmas = build_sigmas(config, policy)
         display = Display(0, 0)
         samplers = samplers_of(config)
         number = f"{len(samplers)} samplers"
-        hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, {number}")
+        hook = display.phase(f"measuring {len(probe)} prompts x {seeds} seeds, {number}")
         profiles = profile_policy(
             policy,
-            texts,
+            probe,
             sigmas,
             seeds,
             samplers,
@@ -383,7 +383,7 @@ def chunks(
         levels = sigmas.tolist()
         folder = out or new_folder(Path("runs"), "chunks")
         chosen = profiles[0].proposal(rule)
-        title = f"{config.model.path}, {s.steps} steps, {len(texts)} prompts x {seeds} seeds, "
+        title = f"{config.model.path}, {s.steps} steps, {len(probe)} prompts x {seeds} seeds, "
         title += c.distance
         title += f"; chunks of {window}" if window else ""
         choice = listed_again(config, chosen.plan)
@@ -453,7 +453,7 @@ def listed_again(config: Any, plan: Any) -> dict[str, Any]:
     and else the choice becomes uniform.
     """
     from chunkgrpo.config import MEASURED_PLANS, build_plan, num_planned
-    from chunkgrpo.core.chunks import ChunkPlan
+    from chunkgrpo.core.plans import ChunkPlan
     from chunkgrpo.profile import carried_indices
 
     c = config.chunks
@@ -495,10 +495,10 @@ def plan(
     Of the model only its config.json files are read.
     """
     with clear_errors():
+        from chunkgrpo.plan import make_plan, print_plan
         from rich.console import Console
 
         from chunkgrpo.config import load_config
-        from chunkgrpo.plan import make_plan, print_plan
 
         found = make_plan(load_config(config, set_ or [], chunks))
         print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of the settings: which exist, what they mean, and how those of version 0.1 are spelt now."""
+"""The keys of the settings: which exist, what they mean, and what became of former ones."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def kind_of(section: type) -> str | None:
 
 @cache
 def documented(section: type) -> dict[str, str]:
-    """Return the descriptions of a dataclass's fields, from the ``Attributes`` of its docstrings."""
+    """Return the descriptions of a dataclass's fields, from its docstring's ``Attributes``."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
         text = inspect.cleandoc(base.__dict__.get("__doc__") or "")

@@ -22,8 +22,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from chunkgrpo.policies.adaptation import train_weights
 from chunkgrpo.policies.execution import lower_frozen
-from chunkgrpo.policies.pipeline import train_weights
 from chunkgrpo.runtime.attention import plain_attention
 
 Inputs = dict[str, Any]
@@ -108,7 +108,7 @@ def read_architecture(model: str | Path) -> Architecture:
     Raises:
         ValueError: If the model is missing, or a file that a pipeline must have.
     """
-    from chunkgrpo.policies.pipeline import pipeline_class_name
+    from chunkgrpo.policies.loading import pipeline_class_name
 
     name = pipeline_class_name(model)
 

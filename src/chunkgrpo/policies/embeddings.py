@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from chunkgrpo.runtime.files import atomic_write
-from chunkgrpo.types import Conditioning
+from chunkgrpo.types import Conditioning, Prompt
 
 # Files up to this size are read whole to tell two models apart, larger ones at a few places.
 WHOLE = 1 << 20
@@ -24,9 +24,9 @@ SAMPLES, SAMPLE = 16, 1 << 16
 class EmbeddingCache:
     """A folder of encoded prompts, one safetensors file each.
 
-    A file's name is a hash of the prompt, that of its folder a hash of the identity: all that
-    decides what the text encoders answer. Files appear whole or not at all, so several processes
-    may share the folder.
+    A file's name is a hash of the prompt (and of its negative prompt, if it has one of its own),
+    that of its folder a hash of the identity: all else that decides what the text encoders answer.
+    Files appear whole or not at all, so several processes may share the folder.
 
     Args:
         root: Holds the caches of all models.
@@ -41,14 +41,20 @@ class EmbeddingCache:
         name = _hash(json.dumps(dict(self.identity), sort_keys=True))[:24]
         object.__setattr__(self, "folder", Path(self.root) / name)
 
-    def path_of(self, prompt: str) -> Path:
-        """Return the file that holds, or would hold, a prompt."""
-        return self.folder / f"{_hash(prompt)[:32]}.safetensors"
+    def path_of(self, prompt: Prompt | str) -> Path:
+        """Return the file that holds, or would hold, a prompt.
 
-    def __contains__(self, prompt: str) -> bool:
+        A record with a negative prompt has a file of its own. The identity says what stands for
+        the negative prompt of texts, and of records without one.
+        """
+        text, negative = _parts(prompt)
+        more = "" if negative is None else f"-{_hash(negative)[:32]}"
+        return self.folder / f"{_hash(text)[:32]}{more}.safetensors"
+
+    def __contains__(self, prompt: Prompt | str) -> bool:
         return self.path_of(prompt).is_file()
 
-    def load(self, prompt: str, device: torch.device | str = "cpu") -> Conditioning | None:
+    def load(self, prompt: Prompt | str, device: torch.device | str = "cpu") -> Conditioning | None:
         """Return a prompt's row, bit for bit as it was saved; None where there is none.
 
         A file that cannot be read counts as none: the prompt is encoded again and replaces it.
@@ -60,13 +66,14 @@ class EmbeddingCache:
             return None
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                if (file.metadata() or {}).get("prompt") != prompt:
+                noted = file.metadata() or {}
+                if (noted.get("prompt"), noted.get("negative_prompt")) != _parts(prompt):
                     return None
                 return Conditioning({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except SafetensorError:
             return None
 
-    def save(self, prompt: str, row: Conditioning) -> None:
+    def save(self, prompt: Prompt | str, row: Conditioning) -> None:
         """Keep a prompt's row."""
         from safetensors.torch import save
 
@@ -75,7 +82,14 @@ class EmbeddingCache:
             atomic_write(note, json.dumps(dict(self.identity), indent=1, sort_keys=True) + "\n")
         # Cloned: safetensors refuses tensors that share memory, as expanded negatives may.
         tensors = {n: t.detach().cpu().contiguous().clone() for n, t in row.tensors.items()}
-        atomic_write(self.path_of(prompt), save(tensors, {"prompt": prompt}))
+        text, negative = _parts(prompt)
+        noted = {"prompt": text} | ({} if negative is None else {"negative_prompt": negative})
+        atomic_write(self.path_of(prompt), save(tensors, noted))
+
+
+def _parts(prompt: Prompt | str) -> tuple[str, str | None]:
+    """Return what tells a prompt's row from others: its text and negative prompt."""
+    return (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.negative_prompt)
 
 
 def _hash(text: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import BOTH_STREAMS, Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -27,6 +29,7 @@ class FluxPolicy(PipelinePolicy):
     """
 
     lora_targets = BOTH_STREAMS
+    guided_by = "true_cfg"
 
     def __init__(
         self,
@@ -49,7 +52,7 @@ class FluxPolicy(PipelinePolicy):
         """Not ``guidance``, which is an input of the network."""
         return self.true_cfg
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with CLIP and T5."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -58,7 +61,7 @@ class FluxPolicy(PipelinePolicy):
             )
             return {"joint": joint, "pooled": pooled, "ids": ids.expand(len(texts), -1, -1)}
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import BOTH_STREAMS, Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import BOTH_STREAMS, Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -27,6 +29,7 @@ class Flux2Policy(PipelinePolicy):
 
     # The single-stream blocks fuse the projections of attention and MLP.
     lora_targets = (*BOTH_STREAMS, "to_qkv_mlp_proj")
+    guided_by = None
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class Flux2Policy(PipelinePolicy):
             "mu": self.stock_module.compute_empirical_mu(self.latent_shape[0], num_steps),
         }
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with three layers of the language model, padded to one length without a mask."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -77,7 +80,7 @@ class Flux2Policy(PipelinePolicy):
             )
             return {"joint": joint, "ids": ids}
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
@@ -102,6 +105,8 @@ class Flux2Policy(PipelinePolicy):
 
 class Flux2KleinPolicy(Flux2Policy):
     """FLUX.2 klein: classifier-free guidance, off for models distilled in few steps."""
+
+    guided_by = "guidance of a model that is not distilled"
 
     @property
     def guided(self) -> bool:

@@ -3,19 +3,17 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.embeddings import text_encoder_names
-from chunkgrpo.policies.pipeline import (
-    Adaptation,
-    PipelinePolicy,
-    pipeline_class_name,
-    quiet_diffusers,
-)
+from chunkgrpo.policies.pipeline import PipelinePolicy
+from chunkgrpo.policies.quiet import quiet_diffusers
 
 FAMILIES = {
     "StableDiffusion3Pipeline": ("chunkgrpo.policies.sd3", "StableDiffusion3Policy"),
@@ -47,7 +45,7 @@ def load_policy(
         lora: Folder of a trained LoRA to fuse into the weights.
         embedding_cache: Folder of encoded prompts. Text encoders are then not loaded before a
             prompt that is missing there.
-        options: Passed to :class:`PipelinePolicy`.
+        options: Of :meth:`PipelinePolicy.from_options`, and those of the family.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
@@ -55,7 +53,8 @@ def load_policy(
     module, attribute = family(model)
     # In host memory; the policy brings to the device what belongs there, in the type it has there.
     pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
-    policy = getattr(import_module(module), attribute)(pipe, adaptation, device=device, **options)
+    kind: type[PipelinePolicy] = getattr(import_module(module), attribute)
+    policy = kind.from_options(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
     return policy
@@ -74,6 +73,37 @@ def family(model: str | Path) -> tuple[str, str]:
             "docs/models.md says how to add one"
         )
     return FAMILIES[name]
+
+
+def pipeline_class_name(model: str | Path) -> str:
+    """Read a model folder's pipeline class.
+
+    Raises:
+        ValueError: If the folder is missing or holds no diffusers pipeline.
+    """
+    path = Path(model)
+    if not path.exists():
+        if len(path.parts) == 2 and not str(model).startswith((".", "/", "~")):
+            from diffusers import DiffusionPipeline
+
+            try:
+                config: Any = DiffusionPipeline.load_config(str(model))
+                return str(config["_class_name"])
+            except OSError as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(
+                    f"{model} is neither a folder nor a pipeline on the hub: {reason}"
+                ) from error
+        raise ValueError(
+            f"model folder {model} does not exist; give a folder or a hub id owner/name"
+        )
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ValueError(
+            f"{model} is no diffusers pipeline: it has no model_index.json; "
+            "point to the folder that save_pretrained wrote"
+        )
+    return str(json.loads(index.read_text())["_class_name"])
 
 
 def load_pipeline(

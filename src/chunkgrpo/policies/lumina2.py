@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, renormalised, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy, renormalised
 from chunkgrpo.types import Conditioning
 
 
@@ -45,12 +47,12 @@ class Lumina2Policy(PipelinePolicy):
         """As elsewhere, but the pipeline takes the channels for the number of tokens."""
         return super().schedule_options(num_steps) | {"mu": self.linear_mu(self.latent_channels)}
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with Gemma; the negative prompt has no system prompt."""
         captions, mask, negative, negative_mask = self.pipe.encode_prompt(
             prompts,
             self.guided,
-            negative_prompt=[self.negative_prompt] * len(prompts),
+            negative_prompt=negative_prompts,
             system_prompt=self.system_prompt,
             device=self.device,
             max_sequence_length=self.max_sequence_length,

@@ -8,12 +8,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import (
-    BOTH_STREAMS,
-    PipelinePolicy,
-    renormalised,
-    with_negative,
-)
+from chunkgrpo.policies.adaptation import BOTH_STREAMS
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy, renormalised
 from chunkgrpo.types import Conditioning
 
 
@@ -31,7 +28,7 @@ class QwenImagePolicy(PipelinePolicy):
         """Four latent pixels are one token."""
         return self.pipe.transformer.config.in_channels // 4
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode in the pipeline's chat template, without the template's own tokens."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -42,7 +39,7 @@ class QwenImagePolicy(PipelinePolicy):
                 mask = torch.ones(joint.shape[:2], dtype=torch.long, device=joint.device)
             return {"joint": joint, "mask": mask}
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:

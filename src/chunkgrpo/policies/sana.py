@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -54,13 +56,13 @@ class SanaPolicy(PipelinePolicy):
         """The scheduler's own grid, whose end points FlowMatchEuler shifts once more."""
         return {}
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with Gemma."""
         instruction = self.stock_default("complex_human_instruction") if self.instruction else None
         captions, mask, negative, negative_mask = self.pipe.encode_prompt(
             prompts,
             self.guided,
-            negative_prompt=self.negative_prompt,
+            negative_prompt=negative_prompts,
             device=self.device,
             max_sequence_length=self.max_sequence_length,
             complex_human_instruction=instruction,

@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from chunkgrpo.policies.pipeline import BOTH_STREAMS, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import BOTH_STREAMS
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -30,13 +32,13 @@ class StableDiffusion3Policy(PipelinePolicy):
         patch = self.pipe.transformer.config.patch_size
         return {"mu": self.linear_mu((height // patch) * (width // patch))}
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode with both CLIPs and T5, and the negative prompt where guidance needs it."""
         joint, negative, pooled, negative_pooled = self.pipe.encode_prompt(
             prompts,
             None,
             None,
-            negative_prompt=[self.negative_prompt] * len(prompts),
+            negative_prompt=negative_prompts,
             do_classifier_free_guidance=self.guided,
             device=self.device,
             max_sequence_length=self.max_sequence_length,

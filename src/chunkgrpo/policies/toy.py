@@ -6,15 +6,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from chunkgrpo.types import Conditioning
+from chunkgrpo.policies.protocol import without_images
+from chunkgrpo.types import Conditioning, Prompt
 
 
 class GaussianPolicy:
-    r"""The exact velocity of data :math:`x_0 \sim N(m, s^2)`, with m learnt.
+    r"""The exact velocity of data :math:`x_0 \sim N(m, s^2)`, with m learned.
 
     .. math:: v(x, \sigma) = \frac{\sigma - (1-\sigma) s^2}{(1-\sigma)^2 s^2 + \sigma^2}
               (x - (1-\sigma) m) - m
@@ -28,6 +30,8 @@ class GaussianPolicy:
         dtype: Precision of the arithmetic.
     """
 
+    reads_images: ClassVar[bool] = False
+
     def __init__(self, mean: Tensor, std: float = 0.5, dtype: torch.dtype = torch.float64) -> None:
         self.mean = mean.detach().to(dtype, copy=True).requires_grad_()
         self._base = self.mean.detach().clone()
@@ -36,9 +40,14 @@ class GaussianPolicy:
         self.device = mean.device
         self.calls: list[int] = []
 
-    def encode(self, prompts: Sequence[str]) -> Conditioning:
-        """Return one zero row per prompt."""
-        return Conditioning({"rows": torch.zeros(len(prompts), 1)})
+    def encode(self, prompts: Sequence[Prompt | str]) -> Conditioning:
+        """Return one zero row per prompt.
+
+        Raises:
+            ValueError: If a prompt has images.
+        """
+        number = len(without_images(prompts))
+        return Conditioning({"rows": torch.zeros(number, 1, device=self.device)})
 
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Return the exact velocity; ``calls`` records the rows of each call."""
@@ -57,6 +66,10 @@ class GaussianPolicy:
     def parameters(self) -> list[Tensor]:
         """Return [m]."""
         return [self.mean]
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return m by its name."""
+        return {"mean": self.mean}
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -86,6 +99,8 @@ class CountingPolicy:
         trained_rows: Rows asked for with gradient.
         decoded: Images decoded.
     """
+
+    reads_images: ClassVar[bool] = False
 
     def __init__(self) -> None:
         self.weight = torch.zeros(1, requires_grad=True)

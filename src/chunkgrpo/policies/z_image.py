@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy, with_negative
+from chunkgrpo.policies.adaptation import Adaptation
+from chunkgrpo.policies.encoding import with_negative
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.types import Conditioning
 
 
@@ -52,7 +54,7 @@ class ZImagePolicy(PipelinePolicy):
             "mu": self.linear_mu((height // 2) * (width // 2)),
         }
 
-    def encode_texts(self, prompts: list[str]) -> Conditioning:
+    def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
         """Encode in the tokenizer's chat template; rows have as many tokens as their text."""
 
         def encoded(texts: list[str]) -> dict[str, Tensor]:
@@ -68,7 +70,7 @@ class ZImagePolicy(PipelinePolicy):
                 "mask": pad_sequence(masks, batch_first=True),
             }
 
-        negative = encoded([self.negative_prompt] * len(prompts)) if self.guided else {}
+        negative = encoded(negative_prompts) if self.guided else {}
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.rewards.scoring import Scorer
-from chunkgrpo.types import RewardBatch
+from chunkgrpo.types import Prompt, RewardBatch
 
 
 class ScoringQueue:
@@ -51,12 +51,16 @@ class ScoringQueue:
             thread.shutdown(wait=error is None, cancel_futures=True)
 
     def batch(
-        self, prompts: Sequence[str], group_size: int, label: str = "", watched: bool = True
+        self,
+        prompts: Sequence[Prompt | str],
+        group_size: int,
+        label: str = "",
+        watched: bool = True,
     ) -> PendingScores:
         """Begin a batch.
 
         Args:
-            prompts: The text of each image to come, prompt-major, B.
+            prompts: The prompt of each image to come, prompt-major, B.
             group_size: G.
             label: See :meth:`Scorer.checked`.
             watched: Whether rewards that are only watched score it too.
@@ -81,7 +85,7 @@ class PendingScores:
         self,
         queue: ScoringQueue,
         rewards: Sequence[Reward],
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt | str],
         group_size: int,
         label: str,
     ) -> None:
@@ -107,7 +111,7 @@ class PendingScores:
         self.calls.append([self._call(reward, piece, prompts, start) for reward in self.rewards])
 
     def _call(
-        self, reward: Reward, images: Tensor, prompts: Sequence[str], start: int
+        self, reward: Reward, images: Tensor, prompts: Sequence[Prompt | str], start: int
     ) -> Callable[[], Tensor]:
         scorer, size = self.queue.scorer, self.group_size
         label = f"{self.label}{start}-" if start else self.label

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.core.credit import COMBINATIONS, combined_rewards
+from chunkgrpo.core.combination import COMBINATIONS, combined_rewards
 from chunkgrpo.rewards.protocol import Reward, RewardBroken, RewardError
-from chunkgrpo.types import RewardBatch
+from chunkgrpo.types import Prompt, RewardBatch, as_prompts
 
 ON_ERROR = ("stop", "drop")
 
@@ -43,21 +43,19 @@ def is_groupwise(reward: Reward) -> bool:
 def scores_of(
     reward: Reward,
     images: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     group_size: int | None = None,
-    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> Tensor:
     """Call a reward, without gradient, and check the form of its answer.
 
     The reward gets copies: one that works in place must not change what the next one sees.
 
     Args:
-        reward: Called with the images and prompts, and with the group size if it is groupwise.
+        reward: Called with the images and the prompts' texts, with the group size if it is
+            groupwise, and last with the prompts' metadata if its ``needs_metadata`` is true.
         images: [B, 3, H, W] in [0, 1].
-        prompts: B texts.
+        prompts: B, the prompt of each image; a text has empty metadata.
         group_size: G, a divisor of B; needed by groupwise rewards only.
-        metadata: What the prompts' source says of each, B mappings; passed last to rewards whose
-            ``needs_metadata`` is true, empty ones where None.
 
     Returns:
         float32 [B] on the CPU; may hold numbers that are not finite (None counts as NaN).
@@ -67,7 +65,7 @@ def scores_of(
             none; :class:`RewardBroken` if it raised something else.
         ValueError: If a groupwise reward is not told its groups.
     """
-    more: list[Any] = []
+    records, more = as_prompts(prompts), []
     if is_groupwise(reward):
         if group_size is None or len(prompts) % group_size:
             raise ValueError(
@@ -76,10 +74,10 @@ def scores_of(
             )
         more.append(group_size)
     if getattr(reward, "needs_metadata", False):
-        more.append([dict(each) for each in metadata or [{}] * len(prompts)])
+        more.append([dict(record.metadata) for record in records])
     try:
         with torch.no_grad():
-            answer = reward(images.clone(), list(prompts), *more)
+            answer = reward(images.clone(), [record.text for record in records], *more)
     except RewardError:
         raise
     except Exception as error:
@@ -117,15 +115,13 @@ def as_scores(answer: Any, name: str) -> Tensor:
         ) from error
 
 
-def check_prompts(
-    reward: Reward, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]]
-) -> None:
+def check_prompts(reward: Reward, prompts: Sequence[Prompt | str]) -> None:
     """Let a reward refuse prompts that it could never score, if it has a way to.
 
     Args:
-        reward: Whose ``check_prompts`` is called; with the metadata too if it ``needs_metadata``.
-        prompts: B texts.
-        metadata: What the prompts' source says of each, B mappings.
+        reward: Whose ``check_prompts`` is called with the texts, and with their metadata too if it
+            ``needs_metadata``.
+        prompts: What it would be asked to score.
 
     Raises:
         ValueError: The reward's, naming a prompt.
@@ -133,10 +129,12 @@ def check_prompts(
     check = getattr(reward, "check_prompts", None)
     if check is None:
         return
+    records = as_prompts(prompts)
+    texts = [record.text for record in records]
     if getattr(reward, "needs_metadata", False):
-        check(prompts, metadata)
+        check(texts, [record.metadata for record in records])
     else:
-        check(prompts)
+        check(texts)
 
 
 @dataclass(frozen=True)
@@ -150,21 +148,20 @@ class Problem:
 def usable_scores(
     reward: Reward,
     images: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     group_size: int | None = None,
-    metadata: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[Tensor, list[Problem]]:
     """Call a reward and tell usable scores from others.
 
     Returns:
         float32 [B], NaN where there is no usable score, and a problem for each of these. A reward
-        that fails as a whole, or returns a number of scores that can not be told apart, has none.
+        that fails as a whole, or returns a number of scores that does not fit its images, has none.
 
     Raises:
         RewardBroken: See :func:`scores_of`.
     """
     try:
-        scores = scores_of(reward, images, prompts, group_size, metadata)
+        scores = scores_of(reward, images, prompts, group_size)
     except RewardBroken:
         raise
     except RewardError as error:
@@ -190,8 +187,6 @@ class Scorer:
         folder: Where the image concerned is saved; nowhere where None.
         quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
             behind a server see the same pixels.
-        metadata: What the prompts' source says of a prompt, by its text; for rewards whose
-            ``needs_metadata`` is true.
 
     Raises:
         ValueError: If ``combine`` or ``on_error`` is unknown, two rewards have one name, or a
@@ -204,7 +199,6 @@ class Scorer:
     on_error: str = "stop"
     folder: Path | None = None
     quantise: bool = False
-    metadata: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     _told: set[str] = field(default_factory=set, repr=False)
 
     def __post_init__(self) -> None:
@@ -252,7 +246,7 @@ class Scorer:
         self,
         reward: Reward,
         images: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt | str],
         group_size: int | None = None,
         label: str = "",
     ) -> Tensor:
@@ -267,8 +261,7 @@ class Scorer:
             RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image; under
                 either if the reward is broken.
         """
-        metadata = [self.metadata.get(prompt, {}) for prompt in prompts]
-        scores, problems = usable_scores(reward, images, prompts, group_size, metadata)
+        scores, problems = usable_scores(reward, images, prompts, group_size)
         if self.combine == "product" and any(reward is trained for trained, _ in self.rewards):
             # A power of it may not exist, and the product of two bad scores would be a good one.
             for i in (scores < 0).nonzero().flatten().tolist():
@@ -295,7 +288,7 @@ class Scorer:
     def __call__(
         self,
         images: Tensor,
-        prompts: Sequence[str],
+        prompts: Sequence[Prompt | str],
         group_size: int | None = None,
         label: str = "",
     ) -> RewardBatch:
@@ -324,16 +317,22 @@ class Scorer:
                 worst, "and the others left no image with a usable score; there is nothing to learn"
             )
         total = combined_rewards(rewards_RB, self.weights, self.combine, kept)
-        return RewardBatch(raw, total, None if kept.all() else kept, watched)
+        lost = None if kept.all() else kept
+        return RewardBatch(raw, total, self.weights, self.combine, lost, watched)
 
 
 def described_problem(
-    problem: Problem, images: Tensor, prompts: Sequence[str], folder: Path | None, name: str
+    problem: Problem,
+    images: Tensor,
+    prompts: Sequence[Prompt | str],
+    folder: Path | None,
+    name: str,
 ) -> str:
     """Save the image that a problem is about; return the problem with its prompt and the path."""
     path = saved_image(images[problem.index], folder, name)
     saved = f" (image saved as {path})" if path else ""
-    return f"{problem.reason}; prompt {prompts[problem.index]!r}{saved}"
+    [prompt] = as_prompts([prompts[problem.index]])
+    return f"{problem.reason}; prompt {prompt.text!r}{saved}"
 
 
 def saved_image(image: Tensor, folder: Path | None, name: str) -> Path | None:
@@ -384,7 +383,7 @@ def num_unscored(columns: Iterable[Tensor]) -> int:
 def score(
     rewards: Sequence[tuple[Reward, float]],
     images: Tensor,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt | str],
     group_size: int | None = None,
     combine: str = "sum",
 ) -> RewardBatch:
@@ -393,7 +392,7 @@ def score(
     Args:
         rewards: (reward, weight) pairs.
         images: [B, 3, H, W] in [0, 1].
-        prompts: B texts.
+        prompts: B, the prompt of each image.
         group_size: G, needed by groupwise rewards.
         combine: How rewards become one (``core.credit.COMBINATIONS``).
 

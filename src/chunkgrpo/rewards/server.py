@@ -28,6 +28,7 @@ from torch import Tensor
 
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import is_groupwise, is_share, scores_of
+from chunkgrpo.types import Prompt
 
 PROTOCOL = 1
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -81,6 +82,11 @@ class Request:
     prompts: list[str]
     group_size: int | None
     metadata: list[dict[str, Any]] | None = None
+
+    def records(self) -> list[Prompt]:
+        """Return the prompts with their metadata."""
+        known = self.metadata or [{}] * len(self.prompts)
+        return [Prompt(text, each) for text, each in zip(self.prompts, known, strict=True)]
 
 
 def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Request:
@@ -234,9 +240,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
             asked = await within(reader, lambda: parse_request(body, limits, groupwise))
             scores = await within(
                 worker,
-                lambda: scores_of(
-                    reward, asked.images, asked.prompts, asked.group_size, asked.metadata
-                ).tolist(),
+                lambda: scores_of(reward, asked.images, asked.records(), asked.group_size).tolist(),
             )
         finally:
             num_waiting -= 1

@@ -16,8 +16,13 @@ from torch import Tensor
 KEEP = 2
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Flatten an optimizer's state to named tensors, by parameter position."""
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """Flatten an optimizer's state to tensors by name: ``optimizer.PARAMETER:MOMENT``.
+
+    Args:
+        optimizer: Over one list of parameters.
+        names: Theirs, in their order.
+    """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for index, values in optimizer.state_dict()["state"].items():
@@ -26,7 +31,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
             # Files refuse tensors that share memory, as tables of 8-bit states do.
             shared = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
-            found[f"optimizer.{index}.{name}"] = tensor.clone() if shared else tensor
+            found[f"optimizer.{names[index]}:{name}"] = tensor.clone() if shared else tensor
     return found
 
 
@@ -39,14 +44,18 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Sequence[str]
+) -> None:
     """Restore what ``optimizer_tensors`` flattened; settings stay those of the optimizer."""
     state: dict[int, dict[str, Any]] = {}
+    positions = {name: index for index, name in enumerate(names)}
     for key, value in tensors.items():
         if key.startswith("optimizer."):
-            _, index, name = key.split(".", 2)
+            parameter, _, name = key.removeprefix("optimizer.").rpartition(":")
+            index = positions[parameter]
             counter = value.ndim == 0 and not value.is_floating_point()
-            state.setdefault(int(index), {})[name] = int(value) if counter else value
+            state.setdefault(index, {})[name] = int(value) if counter else value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
 
@@ -92,8 +101,3 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     from safetensors.torch import load_file
 
     return load_file(path / "state.safetensors"), json.loads((path / "state.json").read_text())
-
-
-def name_parameters(prefix: str, values: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Name tensors by position."""
-    return {f"{prefix}.{i}": value for i, value in enumerate(values)}

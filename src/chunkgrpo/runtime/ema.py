@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from chunkgrpo.runtime.weights import swapped
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Ema:
 
     The decay of update n (from 1) is min(decay, n / (n + warmup)). While it rises, the average of n
     updates gives the i-th a weight of about i^(warmup - 1): 1 is the plain mean of all, 9 (usual)
-    has a mean age of a tenth of the updates, 3 of a quarter. An average can not be longer than
+    has a mean age of a tenth of the updates, 3 of a quarter. An average cannot be longer than
     that, whatever the decay: one of 0.97, over some 33 updates, is reached after 290 with 9.
 
     Args:
@@ -63,14 +65,6 @@ class Ema:
         decay = min(self.decay, self.num_updates / (self.num_updates + self.warmup))
         torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
 
-    @contextmanager
-    def applied(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside this context the parameters hold the average."""
-        kept = [p.detach().clone() for p in parameters]
-        with torch.no_grad():
-            torch._foreach_copy_(list(parameters), self.values)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                torch._foreach_copy_(list(parameters), kept)
+    def applied(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Inside this context the parameters hold the average, and must not be changed."""
+        return swapped(parameters, self.values)

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
+
+from chunkgrpo.core.names import check_name
+from chunkgrpo.runtime.weights import swapped
 
 DecaySchedule = Callable[[int], float]
 """Optimizer steps taken -> d in [0, 1), the share of the old parameters that is kept."""
@@ -51,26 +54,24 @@ DECAY_SCHEDULES: dict[str, DecaySchedule] = {
 """Decay schedules by the name a configuration uses."""
 
 
-class Old:
+class OldPolicy:
     r"""Keeps :math:`\theta_{old} \leftarrow d\,\theta_{old} + (1-d)\,\theta`, d by schedule.
 
     Whoever trains calls :meth:`update` once after each rollout's optimizer steps. Nothing but the
     tensors of :meth:`state` needs to be saved: d depends on the step alone.
 
     Args:
-        parameters: What to follow; the copy starts equal to them.
+        parameters: What to follow, by name; the copy starts equal to them.
         schedule: A name in ``DECAY_SCHEDULES``.
 
     Raises:
         ValueError: If the schedule is unknown.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], schedule: str = "none") -> None:
-        if schedule not in DECAY_SCHEDULES:
-            known = ", ".join(DECAY_SCHEDULES)
-            raise ValueError(f"unknown decay schedule {schedule!r}; known: {known}")
-        self.schedule = schedule
-        self.values = [p.detach().clone() for p in parameters]
+    def __init__(self, parameters: Mapping[str, Tensor], schedule: str = "none") -> None:
+        check_name("decay schedule", schedule, DECAY_SCHEDULES)
+        self.schedule, self.names = schedule, list(parameters)
+        self.values = [p.detach().clone() for p in parameters.values()]
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], step: int) -> None:
@@ -83,25 +84,13 @@ class Old:
         decay = DECAY_SCHEDULES[self.schedule](step)
         torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
 
-    @contextmanager
-    def applied(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Inside this context the parameters hold the old values.
-
-        Storage is swapped, not copied: it costs no memory and no time, and graphs built outside
-        stay valid. Parameters must not be changed inside.
-        """
-        kept = [p.data for p in parameters]
-        for parameter, value in zip(parameters, self.values, strict=True):
-            parameter.data = value
-        try:
-            yield
-        finally:
-            for parameter, tensor in zip(parameters, kept, strict=True):
-                parameter.data = tensor
+    def applied(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Inside this context the parameters hold the old values, and must not be changed."""
+        return swapped(parameters, self.values)
 
     def state(self) -> dict[str, Tensor]:
-        """Return the tensors of a checkpoint, named ``old.0``, ``old.1`` and so on."""
-        return {f"old.{i}": value for i, value in enumerate(self.values)}
+        """Return the tensors of a checkpoint, named ``old.NAME``."""
+        return {f"old.{name}": v for name, v in zip(self.names, self.values, strict=True)}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:

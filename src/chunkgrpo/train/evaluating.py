@@ -63,7 +63,7 @@ class Evaluator:
         return evaluate(policy, prompts, self.sigmas, unique, settings, progress)
 
     def summary(self, policy: Policy, seed: int, label: str) -> dict[str, Any]:
-        """Evaluate on the held-out prompts, one image each; return the judge's mean, with interval."""
+        """Evaluate on the held-out prompts, one image each; return the mean with its interval."""
         result = self.evaluate(policy, self.held_out, 1, seed, label)
         values = result.scores[self.judge.name]
         mean = float(values.mean())

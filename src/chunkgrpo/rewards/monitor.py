@@ -6,13 +6,14 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from chunkgrpo.core.credit import group_advantages, group_correlation, reward_shares
-from chunkgrpo.rewards.scoring import Scorer, num_unscored
+from chunkgrpo.core.advantages import group_advantages, group_correlation
+from chunkgrpo.core.combination import reward_shares
+from chunkgrpo.rewards.scoring import Scorer, jointly_kept, num_unscored
 from chunkgrpo.types import RewardBatch
 
 DROWNED = 0.05
@@ -20,7 +21,7 @@ DROWNED = 0.05
 log = logging.getLogger("chunkgrpo")
 
 
-class RewardWatch:
+class RewardMonitor:
     """Turns score batches into metrics, and warns once of each reward that does not teach.
 
     Args:
@@ -33,20 +34,15 @@ class RewardWatch:
         self._told: set[tuple[str, str]] = set()
 
     def record(
-        self,
-        batch: RewardBatch,
-        num_prompts: int,
-        iteration: int,
-        earlier: Sequence[RewardBatch] = (),
+        self, scores: Sequence[RewardBatch], num_prompts: int, iteration: int
     ) -> dict[str, Any]:
         """Return the metrics of a batch.
 
         Args:
-            batch: Of the finished images; its ``kept`` are the samples that are trained on.
+            scores: Of the finished images, last; before them of the same samples where these were
+                scored before they were finished: a sample dropped there is dropped altogether.
             num_prompts: P.
             iteration: For messages.
-            earlier: Of the same samples before they were finished, where these are scored too: a
-                sample dropped there is counted as well.
 
         Returns:
             ``reward_mean`` and ``reward_std`` of what the rewards combine to, kept samples only;
@@ -56,6 +52,7 @@ class RewardWatch:
             ``watched_correlation``, with each trained reward within groups. Where images may be
             dropped: ``dropped``, by reward, and ``dropped_samples``.
         """
+        batch = replace(scores[-1], kept=jointly_kept(scores))
         total = batch.total if batch.kept is None else batch.total[batch.kept]
         record: dict[str, Any] = {
             "reward_mean": total.mean(),
@@ -73,8 +70,7 @@ class RewardWatch:
                 for watched, values in batch.watched.items()
             }
         if self.scorer.on_error == "drop":
-            every = [*earlier, batch]
-            record["dropped"] = {n: num_unscored(b.raw[n] for b in every) for n in batch.raw}
+            record["dropped"] = {n: num_unscored(b.raw[n] for b in scores) for n in batch.raw}
             record["dropped"] |= {n: num_unscored([v]) for n, v in batch.watched.items()}
             record["dropped_samples"] = 0 if batch.kept is None else int((~batch.kept).sum())
         return record
@@ -97,7 +93,7 @@ class RewardWatch:
             return {}
         combine = self.scorer.combine
         shares_R = reward_shares(
-            torch.stack(list(batch.raw.values())),
+            batch.stacked,
             self.scorer.weights,
             num_prompts,
             combine,
