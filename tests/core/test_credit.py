@@ -503,7 +503,7 @@ def test_combinations_refuse_what_makes_no_sense(rewards, weights, combination, 
         combined_rewards(rewards, weights, combination)
 
 
-# --- choosing the largest_advantages -----------------------------------------------------------------------
+# --- the largest advantages ----------------------------------------------------------------------
 
 
 @given(st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=20), st.data())

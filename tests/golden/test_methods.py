@@ -31,11 +31,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 
+from chunkgrpo.algorithms.awm import AWM
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.config import build_trainer, load_config
+from chunkgrpo.algorithms.nft import DiffusionNFT
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_trainer
+from chunkgrpo.config.files import Assignment
 from chunkgrpo.recipes import method_names, recipe_names
 from chunkgrpo.shapes import pipeline_path
 
@@ -56,7 +58,7 @@ SMALL = {
 """What makes a recipe small, and its policy move far in one update."""
 
 # Among the chunks' log-ratios of the second update, so that the widths matter, each side's own.
-CLIP = {"clip_low": 2e-3, "clip_high": 3e-3}
+CLIP = {"low": 2e-3, "high": 3e-3}
 # What these are multiplied with where ratios have another scale: windows leave few pairs, often
 # of noisy steps, and a whole trajectory averages; guarded ratios and those of squared errors are
 # log-ratios times a standard deviation or two variances.
@@ -75,13 +77,15 @@ def settings_of(name):
     """Return the changes that make a recipe small and let its trust region bind."""
     config, changes = load_config(name), dict(SMALL)
     objective = config.objective
-    if objective.algorithm == "chunk_grpo" and objective.trust == "clip":
-        few = config.sampling.window.kind != "all" or config.chunks.plan == "whole"
+    if objective.kind != "chunk_grpo":
+        pass
+    elif objective.trust.kind == "clip":
+        few = objective.window.kind != "all" or objective.plan.kind == "whole"
         scale = (FEW if few else 1) * FORMS.get(objective.ratio, 1) * MILD.get(name, 1)
-        changes |= {f"objective.{side}": width * scale for side, width in CLIP.items()}
-    elif objective.trust == "kl_mask":
-        changes["objective.kl_threshold"] = KL_THRESHOLD
-    return [f"{k}={yaml.safe_dump(v, default_flow_style=True)}" for k, v in changes.items()]
+        changes |= {f"objective.trust.{side}": width * scale for side, width in CLIP.items()}
+    elif objective.trust.kind == "kl_mask":
+        changes["objective.trust.threshold"] = KL_THRESHOLD
+    return [Assignment(key, value, "golden figures") for key, value in changes.items()]
 
 
 def watched(losses, updates):
@@ -175,7 +179,7 @@ def test_the_figures_say_something(name, kept):
     records, objective = kept[name], load_config(name).objective
     assert max(update["grad_norm"] for r in records for update in r["updates"]) > 1e-4
     assert records[-1]["moved"] > 0
-    if objective.algorithm == "chunk_grpo" and objective.trust != "none":
+    if objective.kind == "chunk_grpo" and objective.trust.kind != "none":
         assert 0 < max(record["clip_fraction"] for record in records) < 1
 
 

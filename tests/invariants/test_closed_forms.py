@@ -35,9 +35,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 import pytest
 import torch
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 
+from chunkgrpo.algorithms.awm import AWM
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.core import (
     ChunkPlan,
     CpsTransition,

@@ -10,10 +10,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from chunkgrpo.algorithms.awm import AWM
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.core import KlMask
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.rollout import rollout

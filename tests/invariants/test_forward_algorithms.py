@@ -10,9 +10,10 @@ from itertools import chain
 
 import pytest
 import torch
-from chunkgrpo.algorithms.forward import AWM, DiffusionNFT
 
 import oracles
+from chunkgrpo.algorithms.awm import AWM
+from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.core import FlowDiffusion, OdeDiffusion, Transition, group_advantages, make_sigmas
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.policies.toy import GaussianPolicy

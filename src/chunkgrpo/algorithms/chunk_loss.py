@@ -341,10 +341,14 @@ class _Update:
     def parts(self, batch: list[MicroBatch]) -> Iterator[LossPart]:
         """Yield the pieces; only a moved policy can have ratios other than 1."""
         loss, number = self.loss, sum(len(part) for part in batch)
-        new = self.evaluator.measured(self.longer(batch) if self.moved else [], self.old)
+        # The ratio of a longer chunk must be known before its first step is back-propagated.
+        longer = self.by_size(batch, single=False) if self.moved else []
+        new = self.evaluator.measured(longer, self.old)
         tables, idle = self.tables(new), None
         if not loss.kl.weight:  # a KL pulls on every pair
             batch, idle = self.without_idle(batch, tables)
+        if self.moved and idle is not None:  # ratios are reported of all pairs
+            new = self.evaluator.measured(self.by_size([idle], single=True), new)
         neighbours = self.neighbours() if loss.consistency > 0 and self.moved else []
         total = len(batch) + len(neighbours) + (idle is not None)
         for index in range(total):
@@ -359,12 +363,12 @@ class _Update:
             last = self.chunk_diagnostics(self.tables(new)) if ends else {}
             yield LossPart(value, ends, diagnostics | last)
 
-    def longer(self, batch: list[MicroBatch]) -> list[MicroBatch]:
-        """Return the pairs whose chunk has several steps: its ratio must be known beforehand."""
+    def by_size(self, batch: list[MicroBatch], single: bool) -> list[MicroBatch]:
+        """Return the pairs that are a chunk by themselves, or those that are not."""
         sizes_N = torch.tensor(self.plan.sizes)[self.plan.chunk_of_step]
         sample, step = joined(batch)
-        long = sizes_N[step] > 1
-        return batch if long.all() else self.evaluator.cut((sample[long], step[long]))
+        wanted = (sizes_N[step] == 1) == single
+        return batch if wanted.all() else self.evaluator.cut((sample[wanted], step[wanted]))
 
     def tables(self, new: Densities) -> _Tables:
         """Work out the loss of every chunk from the densities of its steps."""
