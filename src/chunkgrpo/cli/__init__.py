@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line. Everything heavy is imported inside the commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import typer
+
+# Importing a module registers its commands, in this order.
+from chunkgrpo.cli import training, results, cutting, telling, serving, embedded  # noqa: F401, I001
+from chunkgrpo.cli.common import app
+
+__all__ = ["app", "main"]
+
+
+def main() -> None:
+    """Run the command line."""
+    # An installed command does not look for modules where it is called; rewards of your own are.
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        app()
+    except KeyboardInterrupt:
+        typer.echo("chunkgrpo: interrupted", err=True)
+        sys.exit(130)

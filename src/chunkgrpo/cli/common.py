@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the commands share: the application, options, and errors in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="chunkgrpo",
+    help="Post-train flow-matching text-to-image models with reinforcement learning: "
+    "sample step by step, optimise chunk by chunk (Chunk-GRPO, arXiv:2510.21583).\n\n"
+    "Start with `chunkgrpo train`: about five minutes on a laptop, nothing to download.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+shapes_app = typer.Typer(help="The embedded world: pretrain its pipeline, train its CLIP.")
+app.add_typer(shapes_app, name="shapes")
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting, e.g. --set optimizer.learning_rate=5e-5."),
+]
+RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
+ChunksOption = Annotated[
+    Path | None, typer.Option(help="Chunks, as `chunkgrpo chunks` writes them.")
+]
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Turn the errors of wrong input into one line and exit code 2."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+        typer.echo(f"chunkgrpo: {message}", err=True)
+        raise typer.Exit(2) from None

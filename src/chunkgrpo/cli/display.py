@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Live progress on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+class Display:
+    """Live progress on a terminal, plain lines elsewhere."""
+
+    def __init__(self, iterations: int, images: int) -> None:
+        from rich.console import Console
+
+        self.console = Console()
+        self.iterations, self.images = iterations, images
+        self.progress: Any = None
+        self.training: Any = None
+        self.accuracy, self.share = "", True
+
+    def say(self, text: str) -> None:
+        """Print a line."""
+        self.close()
+        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def close(self) -> None:
+        """End the live part."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = self.training = None
+
+    def _start(self, text: str, total: int) -> Any:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.close()
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+        )
+        self.progress.start()
+        return self.progress.add_task(text, total=total)
+
+    def phase(self, text: str) -> Callable[[int, int], None]:
+        """Show a phase; return its progress hook."""
+        if not self.console.is_terminal:
+            self.say(text)
+            return lambda done, total: None
+        task = self._start(text, 1)
+
+        def hook(done: int, total: int) -> None:
+            self.progress.update(task, completed=done, total=total)
+
+        return hook
+
+    def iteration(self, record: Mapping[str, Any]) -> None:
+        """Show one iteration."""
+        number = record["iteration"]
+        if "accuracy" in record:
+            value = record["accuracy"]
+            shown = f"{100 * value:.0f} %" if self.share else f"{value:.4g}"
+            self.accuracy = f"  held out {shown}"
+        text = (
+            f"reward {record['reward_mean']:.3f}{self.accuracy}  "
+            f"{record['images_per_second']:.0f} images/s"
+        )
+        if self.console.is_terminal:
+            if self.training is None:
+                self.training = self._start(text, self.iterations)
+            self.progress.update(self.training, completed=number, description=text)
+            return
+        left = record["seconds"] / number * (self.iterations - number) / 60
+        self.console.print(
+            f"{number:4}/{self.iterations}  {text}  clip {record.get('clip_fraction', 0):.2f}  "
+            f"grad {record['grad_norm']:.3f}  {left:.1f} min left",
+            highlight=False,
+            soft_wrap=True,
+        )

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands on a finished run: ``sample``, ``evaluate`` and ``export``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from chunkgrpo.cli.common import RunArgument, app, clear_errors
+from chunkgrpo.cli.display import Display
+
+
+@app.command()
+def sample(
+    run: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="What to draw.")],
+    images: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="PNG; in the run folder by default.")] = None,
+) -> None:
+    """Draw a prompt with the base and the tuned model side by side."""
+    with clear_errors():
+        from chunkgrpo.report.grids import save_comparison
+        from chunkgrpo.runs import draw_both
+
+        seeds = list(range(seed, seed + images))
+        config, drawn = draw_both(run, prompt, seeds)
+        marks = judge_marks(prompt, drawn) if config.model.path == "shapes" else None
+        words = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
+        path = out or run / "drawn" / f"{words}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_comparison(path, drawn, [f"{prompt} (seed {s})" for s in seeds], marks=marks)
+    if marks:
+        for name, right in marks.items():
+            typer.echo(f"{name}: {sum(right)} of {images} right")
+    typer.echo(f"The picture is {path}")
+
+
+def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] | None:
+    """Say of each image whether it is right, where the embedded world knows the prompt."""
+    from chunkgrpo.shapes.grammar import parse
+    from chunkgrpo.shapes.verifier import verify_batch
+
+    try:
+        ask = parse(prompt).ask
+    except ValueError as error:
+        typer.echo(f"not judged: {error}", err=True)
+        return None
+    arrays = {name: images.permute(0, 2, 3, 1).numpy() for name, images in drawn.items()}
+    return {
+        name: [verdict.strict for verdict in verify_batch(array, [ask] * len(array))]
+        for name, array in arrays.items()
+    }
+
+
+@app.command()
+def evaluate(
+    run: RunArgument,
+    split: Annotated[
+        str | None,
+        typer.Option(help="Of the embedded world: train, held_out or held_out_pairs."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the noises; the run's own by default.")
+    ] = None,
+    base: Annotated[
+        bool, typer.Option("--base", help="Score the model that the run started from instead.")
+    ] = False,
+) -> None:
+    """Score the tuned model of a run on its held-out prompts again, or from other noises."""
+    with clear_errors():
+        from chunkgrpo.report.statistics import Estimate, bootstrap_interval
+        from chunkgrpo.report.tables import score_text
+        from chunkgrpo.rewards.scoring import is_share
+        from chunkgrpo.runs import evaluate_run, read_run
+
+        read_run(run)
+        display = Display(0, 0)
+        phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
+        result, judge = evaluate_run(run, phase, split, seed, base)
+        display.close()
+        from rich.table import Table
+
+        name, share = judge.name, is_share(judge)
+
+        def cells(e: Estimate) -> tuple[str, str, str]:
+            span = f"{score_text(e.low, share)} to {score_text(e.high, share)}"
+            return score_text(e.estimate, share), span, str(e.n)
+
+        table = Table("task", "score", "95 % interval", "images", title=f"{name} score")
+        clusters = result.clusters()
+        for task, values in result.by_group(name).items():
+            table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
+        values = result.scores[name].ravel()
+        labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
+        table.add_row("[bold]all", *cells(bootstrap_interval(values, clusters=labels)))
+        display.console.print(table)
+    mean = score_text(result.mean(name), share)
+    typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the pipeline; RUN/pipeline by default.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Of the written weights: float32 or bfloat16.")
+    ] = "float32",
+) -> None:
+    """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.
+
+    DiffusionPipeline.from_pretrained loads it, without peft and without this package.
+    """
+    with clear_errors():
+        from chunkgrpo.runs import export_run
+
+        folder = out or run / "pipeline"
+        export_run(run, folder, dtype)
+    typer.echo(f"The pipeline is in {folder}")

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chunkgrpo serve-reward``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chunkgrpo.cli.common import app, clear_errors
+
+
+@app.command("serve-reward")
+def serve_reward(
+    name: Annotated[
+        str, typer.Argument(help="A reward's name, or package.module:function, as in a recipe.")
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", help="An option of the reward, e.g. --option mode=strict."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Interface; others than this need a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8900,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="CHUNKGRPO_REWARD_TOKEN", help="What clients must know."),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images a request.")] = 64,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 80,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Most pixels a request, all images together.")
+    ] = 1 << 24,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take.")] = 120.0,
+) -> None:
+    """Serve a reward over HTTP; train with it by naming http://HOST:PORT as a reward.
+
+    Needs the packages of chunkgrpo[server].
+    """
+    with clear_errors():
+        import yaml
+
+        from chunkgrpo.rewards import make_reward
+        from chunkgrpo.rewards.server import Limits, serve
+
+        options = {}
+        for assignment in option or []:
+            key, separator, text = assignment.partition("=")
+            if not separator:
+                raise ValueError(f"--option {assignment!r} must look like key=value")
+            options[key] = yaml.safe_load(text)
+        limits = Limits(max_batch, max_megabytes << 20, max_pixels, timeout)
+        reward = make_reward(name, options)
+
+        def announce(address: str) -> None:
+            typer.echo(f"Serving {reward.name} at {address}; Ctrl-C ends it.")
+
+        serve(reward, host, port, token, limits, announce)

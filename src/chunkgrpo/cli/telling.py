@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands that say what there is and what it costs: ``estimate``, ``config``, ``recipes``,
+``methods``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+
+
+@app.command("plan", hidden=True)
+@app.command("estimate")
+def estimate(
+    config: Annotated[
+        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
+    ],
+    set_: SetOption = None,
+    chunks: ChunksOption = None,
+    utilisation: Annotated[
+        float, typer.Option(help="Share of the accelerator's peak rate that is reached.")
+    ] = 0.4,
+    price: Annotated[
+        float | None, typer.Option(help="Price of a GPU-hour, in any currency.")
+    ] = None,
+    gpus: Annotated[
+        list[int] | None, typer.Option(help="Numbers of GPUs to compare; 1, 8 and 64 by default.")
+    ] = None,
+) -> None:
+    """Say what a run will do and cost, before anything is loaded.
+
+    The batch in plain words; operations by phase, memory, time and cost on common accelerators.
+    Of the model only its config.json files are read. (`chunkgrpo plan` is the same command.)
+    """
+    with clear_errors():
+        from chunkgrpo.plan import make_plan, print_plan
+        from rich.console import Console
+
+        from chunkgrpo.config import load_config
+
+        found = make_plan(load_config(config, set_ or [], chunks))
+        print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
+
+
+@app.command()
+def config(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe's name (`chunkgrpo recipes`) or a .yaml file.")
+    ] = "demo",
+    set_: SetOption = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")
+    ] = False,
+) -> None:
+    """Print every setting of a recipe: its value, what it means, its default, and who set it."""
+    with clear_errors():
+        if schema:
+            import json
+
+            from chunkgrpo.config.describe import json_schema
+
+            typer.echo(json.dumps(json_schema(), indent=1))
+            return
+        from chunkgrpo.config import load_config
+        from chunkgrpo.config.describe import described_yaml
+        from chunkgrpo.config.files import load_tree
+
+        found = load_config(recipe, set_ or [])
+        typer.echo(described_yaml(found, load_tree(recipe, set_ or [])), nl=False)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Print this recipe in full.")] = None,
+) -> None:
+    """List the recipes, or print one with every setting it implies."""
+    with clear_errors():
+        from chunkgrpo.recipes import recipe_names, recipe_summary
+
+        if name is None:
+            for each in recipe_names():
+                typer.echo(f"{each:24} {recipe_summary(each)}")
+            return
+        from chunkgrpo.config import dump_config, load_config
+
+        config = load_config(name)
+        typer.echo(f"# {recipe_summary(name)}")
+        typer.echo(dump_config(config))
+
+
+@app.command()
+def methods(
+    name: Annotated[str | None, typer.Argument(help="Print this method's recipe.")] = None,
+) -> None:
+    """List the published methods: what each needs and costs; or print one's recipe.
+
+    Every method is a recipe on the embedded model: `chunkgrpo train NAME` runs it.
+    """
+    with clear_errors():
+        from chunkgrpo.core.names import unknown_name
+        from chunkgrpo.methods import read_method, read_methods
+        from chunkgrpo.recipes import method_names, recipe_path
+
+        if name is not None:
+            if name not in method_names():
+                raise ValueError(unknown_name("method", name, method_names()))
+            method = read_method(name)
+            typer.echo(recipe_path(name).read_text().rstrip())
+            cost = method.cost
+            typer.echo(
+                f"# costs: {cost.forwards} network rows an iteration: {cost.rollout:.0f} rolled out, "
+                f"{cost.measured:.0f} measured, {cost.trained:.0f} trained (forward and backward); "
+                f"{cost.rewards:.0f} images scored"
+            )
+            return
+        from rich.console import Console
+        from rich.table import Column, Table
+
+        headings = ("what", "paper", "needs", "rows", "trained", "scored")
+        table = Table(Column("method", no_wrap=True), *headings, box=None)
+        for method in read_methods():
+            cost = method.cost
+            numbers = (str(cost.forwards), f"{cost.trained:.0f}", f"{cost.rewards:.0f}")
+            table.add_row(method.name, method.summary, method.paper, method.needs, *numbers)
+        console = Console()
+        if not console.is_terminal:  # a file or a pipe: a line each
+            console = Console(width=1000)
+        console.print(table)
+        typer.echo(
+            "rows: network forwards an iteration; trained: how many of them go backward too; "
+            "scored: images the reward sees. `chunkgrpo methods NAME` prints a recipe."
+        )

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``chunkgrpo train``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.display import Display
+
+if TYPE_CHECKING:
+    from chunkgrpo.config.files import Assignment
+    from chunkgrpo.config.schema import Config
+    from chunkgrpo.rewards.protocol import Reward
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            help="A recipe's name (`chunkgrpo recipes`) or a .yaml file. "
+            "[default: demo, or paper with --model]"
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
+    ] = None,
+    prompts: Annotated[
+        str | None, typer.Option(help="Prompts to train on and to judge by: a file or dataset.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(help="A reward: its name, package.module:function or http://host:port."),
+    ] = None,
+    set_: SetOption = None,
+    chunks: ChunksOption = None,
+    out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Go on with an interrupted run folder.")
+    ] = None,
+    async_rewards: Annotated[
+        bool,
+        typer.Option(
+            "--async-rewards", help="Score images while later ones are rolled out; same results."
+        ),
+    ] = False,
+) -> None:
+    """Post-train a model; without arguments, the embedded one, in about five minutes.
+
+    Ctrl-C ends after the iteration, saves, and says how to go on.
+    """
+    with clear_errors():
+        given = Overrides(model, prompts, reward, async_rewards, set_ or [])
+        if resume is not None:
+            if out or chunks or given.any:
+                raise ValueError(
+                    "--resume takes no --set, --chunks, --out, --model, --prompts, --reward or "
+                    "--async-rewards: a run keeps its settings"
+                )
+            from chunkgrpo.runs import read_run
+
+            config, folder = read_run(resume), resume
+        else:
+            config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
+        run(config, folder)
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """The options of ``train`` that stand for settings.
+
+    Attributes:
+        model, prompts, rewards, async_rewards: The options themselves.
+        settings: ``--set key=value`` each, which have the last word.
+    """
+
+    model: str | None
+    prompts: str | None
+    rewards: Sequence[str] | None
+    async_rewards: bool
+    settings: Sequence[str]
+
+    @property
+    def any(self) -> bool:
+        """Whether one was given."""
+        options = (self.model, self.prompts, self.rewards, self.async_rewards, self.settings)
+        return any(bool(each) for each in options)
+
+    def assignments(self) -> list[Assignment | str]:
+        """Return the settings; paths and names are taken as they are, never read as YAML."""
+        from chunkgrpo.config.files import Assignment
+
+        found: list[Assignment | str] = []
+        if self.model:
+            found.append(Assignment("model.path", self.model, "--model"))
+        if self.prompts:
+            keys = ("prompts.train", "prompts.held_out")
+            found += [Assignment(key, self.prompts, "--prompts") for key in keys]
+        if self.rewards:
+            listed = [{"name": name} for name in self.rewards]
+            found.append(Assignment("rewards", listed, "--reward"))
+            # What is trained is judged, too, unless a setting names another judge.
+            judge = {"name": self.rewards[0], "options": {}}
+            found += [
+                Assignment(f"evaluation.reward.{key}", value, "--reward")
+                for key, value in judge.items()
+            ]
+        if self.async_rewards:
+            found.append(Assignment("async_rewards", True, "--async-rewards"))
+        return [*found, *self.settings]
+
+
+def new_run(
+    recipe: str, given: Overrides, chunks: Path | None, out: Path | None
+) -> tuple[Config, Path]:
+    """Return the settings and the folder of a run that does not exist yet."""
+    from chunkgrpo.config import ConfigError, load_config
+    from chunkgrpo.runs import new_folder
+
+    config = load_config(recipe, given.assignments(), chunks)
+    folder = out or new_folder(Path("runs"), config.name)
+    if (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder} holds a run already; go on with it by --resume {folder}, or "
+            "choose another --out"
+        )
+    return config, folder
+
+
+def run(config: Config, folder: Path) -> None:
+    """Train and show what came of it."""
+    from chunkgrpo.rewards.scoring import is_share
+    from chunkgrpo.runs import train_run
+
+    display = Display(config.iterations, config.sampling.images)
+
+    def start(judge: Reward) -> None:
+        display.share = is_share(judge)
+        display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
+
+    summary = train_run(config, folder, display.iteration, display.phase, start)
+    if summary is None:
+        display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
+        return
+    show_summary(display, summary, folder)
+
+
+def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
+    """Print the end of a run: the table, health, time, and where everything is."""
+    from chunkgrpo.report.statistics import Estimate
+    from chunkgrpo.report.tables import AccuracyRow, accuracy_table, score_text
+
+    rows = [
+        AccuracyRow(
+            task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], r["images"])
+        )
+        for task, r in summary["by_task"].items()
+    ]
+    title = (
+        f"{summary['judge']} score on {summary['prompts']} held-out prompts, "
+        f"{summary['seeds_per_prompt']} images each, same noise before and after"
+    )
+    share = summary["share"]
+    display.console.print(accuracy_table(rows, title, share))
+    ratios = ", ".join(f"{k} {v:.2f}" for k, v in summary["health_ratio"].items())
+    outside = summary["health_outside"]
+    verdict = f"outside its band: {', '.join(outside)}" if outside else "all within their bands"
+    display.say(f"Image health, tuned over base: {ratios} ({verdict})")
+    display.say(
+        f"Training took {summary['train_minutes']:.1f} minutes, everything "
+        f"{summary['total_minutes']:.1f}."
+    )
+    display.say(f"Pictures: {folder}/samples.png, {folder}/curves.png; page: {folder}/report.html")
+    display.say(
+        f"[bold]{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}"
+        "[/bold]; "
+        f"the tuned model is in {folder}/model"
+    )
