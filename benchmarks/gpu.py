@@ -27,7 +27,8 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, make_sigmas, whole_plan
 from chunkgrpo.core.chunks import explicit_plan
 from chunkgrpo.plan import ACCELERATORS
-from chunkgrpo.policies.architecture import Architecture, build_network, decoder_work, network_work
+from chunkgrpo.policies.architecture import Architecture, build_network
+from chunkgrpo.policies.counting import NetworkUse, decoder_work, network_work
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.train import Trainer, TrainSettings
@@ -233,10 +234,11 @@ def measure(
         record = trainer.train_once()
         seconds = time.perf_counter() - started
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    work = network_work(
-        model.architecture, (size, size), model.text, sampling_rows=1, training_rows=1, rank=rank,
-        targets=TARGETS, precision="fp32", plain=True,
+    use = NetworkUse(
+        (size, size), model.text, sampling_rows=1, training_rows=1, rank=rank, targets=TARGETS,
+        precision="fp32", plain=True,
     )  # fmt: skip
+    work = network_work(model.architecture, use)
     _, decoding = decoder_work(model.architecture, (size, size))
     pairs, phases = record["trained_pairs"], record["phase_seconds"]
     rolled = record["rollout_evaluations"] * work.sampling.forward

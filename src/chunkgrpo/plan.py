@@ -2,7 +2,7 @@
 """What a run will do and cost, told before anything is loaded.
 
 Only the ``config.json`` files of the model are read. Operations and memory come from the networks
-themselves, called on tensors without content (``policies.architecture``); time is operations over
+themselves, called on tensors without content (``policies.counting``); time is operations over
 the accelerator's peak rate times a stated utilisation.
 """
 
@@ -30,7 +30,7 @@ from chunkgrpo.methods import Cost, chunk_sizes, iteration_cost
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from chunkgrpo.policies.architecture import NetworkWork, Work
+    from chunkgrpo.policies.counting import NetworkWork, Work
 
 GIB = 2**30
 
@@ -150,7 +150,8 @@ def make_plan(config: Config) -> Plan:
     Raises:
         ConfigError: Or another ValueError, if the run could not start.
     """
-    from chunkgrpo.policies import architecture as arch
+    from chunkgrpo.policies import counting, network_inputs
+    from chunkgrpo.policies.architecture import read_architecture
 
     m, s, o, e = config.model, config.sampling, config.objective, config.evaluation
     check_algorithm(config)
@@ -159,13 +160,13 @@ def make_plan(config: Config) -> Plan:
     if (m.height is None) != (m.width is None):
         raise ConfigError("model.height and model.width must be given together")
     check_precision(m)
-    a = arch.read_architecture(resolve_model(m.path))
-    size, text = a.size(m.height, m.width), arch.text_rows(a, m.max_sequence_length)
+    a = read_architecture(resolve_model(m.path))
+    size, text = a.size(m.height, m.width), network_inputs.text_rows(a, m.max_sequence_length)
     cost, images, steps = iteration_cost(config), s.prompts * s.group_size, num_trained(config) + 1
     pairs = math.ceil(cost.pairs / o.updates)
-    guidance_rows = arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0)))
-    network = arch.network_work(
-        a,
+    true_cfg = float(m.options.get("true_cfg", 1.0))
+    guidance_rows = network_inputs.rows_of_guidance(a, m.guidance, true_cfg)
+    use = counting.NetworkUse(
         size,
         text,
         sampling_rows=min(s.batch_size, images),
@@ -179,7 +180,8 @@ def make_plan(config: Config) -> Plan:
         checkpointing=m.gradient_checkpointing,
         plain=m.device == "cpu",  # 'auto' may be planned on a laptop and run elsewhere
     )
-    vae_parameters, decoding = arch.decoder_work(a, size, m.precision)
+    network = counting.network_work(a, use)
+    vae_parameters, decoding = counting.decoder_work(a, size, m.precision)
     sampled = network.sampling.forward / network.sampling.rows
     measured = network.training.forward / network.training.rows
     backward = network.training.backward / network.training.rows
@@ -193,7 +195,7 @@ def make_plan(config: Config) -> Plan:
     looks = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + looks * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
-    prompts = images * arch.conditioning_bytes(a, text, guidance_rows)
+    prompts = images * network_inputs.conditioning_bytes(a, text, guidance_rows)
     resident, memory = _memory(config, network, decoding, vae_parameters, size, prompts, a)
     return Plan(config, size, text, network, cost, phases, evaluation, memory, resident)
 
@@ -220,7 +222,7 @@ def _memory(
     architecture: Any,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return what stays in memory, and the peak of each phase, in bytes."""
-    from chunkgrpo.policies.architecture import text_encoder_parameters
+    from chunkgrpo.policies.counting import text_encoder_parameters
     from chunkgrpo.policies.pipeline import PipelinePolicy
 
     m, s, o = config.model, config.sampling, config.objective
