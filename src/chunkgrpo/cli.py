@@ -345,7 +345,14 @@ def chunks(
         settings = ([f"model.path={model}"] if model else []) + (set_ or [])
         config = load_config(recipe, settings, check_chunks=False)
         check_can_cut(config, recipe)
-        from chunkgrpo.profile import RULES, Window, print_profile, profile_policy, save_profile
+        from chunkgrpo.profile import (
+            RULES,
+            Measurement,
+            Window,
+            print_profile,
+            profile_policy,
+            save_profile,
+        )
         from chunkgrpo.runs import load_untrained, new_folder
 
         s, c, planned = config.sampling, config.chunks, num_planned(config)
@@ -366,18 +373,11 @@ def chunks(
         samplers = samplers_of(config)
         number = f"{len(samplers)} samplers"
         hook = display.phase(f"measuring {len(texts)} prompts x {seeds} seeds, {number}")
+        measurement = Measurement(
+            texts, sigmas, seeds, c.distance, config.seed, batch_size=s.batch_size
+        )
         profiles = profile_policy(
-            policy,
-            texts,
-            sigmas,
-            seeds,
-            samplers,
-            distance=c.distance,
-            min_size=c.min_size,
-            window=window,
-            seed=config.seed,
-            batch_size=s.batch_size,
-            progress=hook,
+            policy, samplers, measurement, min_size=c.min_size, window=window, progress=hook
         )
         display.close()
         levels = sigmas.tolist()
