@@ -21,18 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from chunkgrpo.core.chunks import explicit_plan
+from chunkgrpo.plan import ACCELERATORS
 from torch import Tensor
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, make_sigmas, whole_plan
-from chunkgrpo.core.plans import explicit_plan
-from chunkgrpo.plan import ACCELERATORS
 from chunkgrpo.policies.adaptation import Adaptation
-from chunkgrpo.policies.architecture import Architecture, build_network, decoder_work, network_work
-from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
+from chunkgrpo.policies.architecture import Architecture, build_network
+from chunkgrpo.policies.counting import NetworkUse, decoder_work, network_work
+from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.train import Trainer, TrainSettings
-from chunkgrpo.types import Conditioning, Prompt
+from chunkgrpo.types import Conditioning
 
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
@@ -149,7 +150,7 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
     class Textless(base):
         """Answers prompts with random embeddings."""
 
-        def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
+        def encode_texts(self, prompts: list[str]) -> Conditioning:
             """Draw embeddings of the true shape."""
             c, rows, length = model.transformer, len(prompts), model.clip + model.text
             tensors: dict[str, Tensor] = {
@@ -161,12 +162,10 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
             return Conditioning(tensors)
 
     return Textless(
-        pipe,
-        Adaptation(rank=rank, alpha=float(rank), targets=TARGETS),
-        generation=GenerationOptions(size=(size, size), max_sequence_length=model.text),
+        pipe, Adaptation(rank=rank, alpha=float(rank), targets=TARGETS), size=(size, size),
+        max_sequence_length=model.text, decode_batch=2,
         precision="fp32" if device == "cpu" else "bf16",
-        decode_batch=2,
-    )
+    )  # fmt: skip
 
 
 class Brightness:
@@ -221,7 +220,7 @@ def measure(
     transition = Transition(FlowDiffusion(0.7))
     selection = UniformSelection(0.5 if steps == 17 else 1.0)
     algorithm = ChunkGRPO(chosen, transition, selection, num_updates=2, micro_batch=batch)
-    prompts = PromptSet((Prompt("a prompt"),))
+    prompts = PromptSet(("a prompt",), ("all",))
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             policy, transition, algorithm, make_sigmas(steps), prompts, [(Brightness(), 1.0)],
@@ -236,10 +235,11 @@ def measure(
         record = trainer.train_once()
         seconds = time.perf_counter() - started
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    work = network_work(
-        model.architecture, (size, size), model.text, sampling_rows=1, training_rows=1, rank=rank,
-        targets=TARGETS, precision="fp32", plain=True,
+    use = NetworkUse(
+        (size, size), model.text, sampling_rows=1, training_rows=1, rank=rank, targets=TARGETS,
+        precision="fp32", plain=True,
     )  # fmt: skip
+    work = network_work(model.architecture, use)
     _, decoding = decoder_work(model.architecture, (size, size))
     pairs, phases = record["trained_pairs"], record["phase_seconds"]
     rolled = record["rollout_evaluations"] * work.sampling.forward

@@ -33,10 +33,10 @@ from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core.plans import ChunkPlan, PAPER_SIZES
-from chunkgrpo.core.selection import UniformSelection
+from chunkgrpo.core.plans import PAPER_SIZES, ChunkPlan
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Transition
+from chunkgrpo.core.selection import UniformSelection
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward

@@ -84,10 +84,11 @@ def test_utilisation_counts_forwards_of_pairs_that_turn_out_idle(gpu, monkeypatc
     policy = SimpleNamespace(device=torch.device("cpu"))
     model = gpu.MODELS["sd3.5-medium"].tiny()
     row = gpu.measure(model, policy, 4, 64, batch=2, steps=3, images=2, peak_rate=1.0)
-    work = gpu.network_work(
-        model.architecture, (64, 64), model.text, sampling_rows=1, training_rows=1, rank=4,
-        targets=gpu.TARGETS, precision="fp32", plain=True,
+    use = gpu.NetworkUse(
+        (64, 64), model.text, sampling_rows=1, training_rows=1, rank=4, targets=gpu.TARGETS,
+        precision="fp32", plain=True,
     )  # fmt: skip
+    work = gpu.network_work(model.architecture, use)
     forward, backward = work.training.forward, work.training.backward
     assert row.train_use == pytest.approx(((12 + 4) / 2 * forward + 12 * (forward + backward)) / 4)
     assert row.rollout_use == pytest.approx(10 * work.sampling.forward / 2)

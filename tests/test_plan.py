@@ -25,11 +25,11 @@ from chunkgrpo.methods import shared_first_rows
 from chunkgrpo.policies.architecture import (
     Architecture,
     build_network,
+from chunkgrpo.policies.architecture import Architecture, build_network, read_architecture
+from chunkgrpo.policies.counting import NetworkUse, decoder_work, network_work
+from chunkgrpo.policies.network_inputs import (
     conditioning_bytes,
-    decoder_work,
     network_inputs,
-    network_work,
-    read_architecture,
     rows_of_guidance,
     text_rows,
 )
@@ -155,9 +155,9 @@ def test_every_transformer_is_counted_as_it_counts_itself(pipeline):
 
     architecture = Architecture(pipeline, FAMILIES[pipeline], VAE)
     planned = network_work(
-        architecture, SIZE, TEXT, sampling_rows=1, training_rows=2, rank=4, targets=TARGETS,
-        precision="fp32", plain=True,
-    )  # fmt: skip
+        architecture,
+        NetworkUse(SIZE, TEXT, 1, 2, rank=4, targets=TARGETS, precision="fp32", plain=True),
+    )
     network = build_network(architecture.transformer).requires_grad_(False)
     assert planned.parameters == sum(p.numel() for p in network.parameters())
     network.add_adapter(LoraConfig(r=4, target_modules=list(TARGETS)))
@@ -196,11 +196,11 @@ def test_checkpointing_computes_a_forward_again_and_keeps_less():
     measured.append(peak_memory(train) + held)
     kept, again = (
         network_work(
-            architecture, (256, 256), TEXT, sampling_rows=1, training_rows=4, targets=TARGETS,
-            checkpointing=checkpointing,
+            architecture,
+            NetworkUse((256, 256), TEXT, 1, 4, targets=TARGETS, checkpointing=checkpointing),
         ).training
         for checkpointing in (False, True)
-    )  # fmt: skip
+    )
     assert again.forward == kept.forward
     extra = again.backward - kept.backward
     assert 0.9 * kept.forward < extra <= kept.forward
@@ -215,11 +215,11 @@ def test_fused_and_plain_attention_differ_in_memory_alone():
     )
     plain, fused = (
         network_work(
-            architecture, (256, 256), TEXT, sampling_rows=1, training_rows=1, targets=TARGETS,
-            precision="fp32", plain=plain,
+            architecture,
+            NetworkUse((256, 256), TEXT, 1, 1, targets=TARGETS, precision="fp32", plain=plain),
         )
         for plain in (True, False)
-    )  # fmt: skip
+    )
     assert plain.sampling.forward == pytest.approx(fused.sampling.forward, rel=0.01)
     # The fused backward computes the scores again instead of keeping them.
     assert plain.training.backward < fused.training.backward
@@ -254,9 +254,9 @@ def test_flux_at_its_true_size():
         "joint_attention_dim": 4096, "pooled_projection_dim": 768, "guidance_embeds": True,
     }  # fmt: skip
     found = network_work(
-        Architecture("FluxPipeline", config, VAE), (720, 720), 512,
-        sampling_rows=1, training_rows=1, targets=TARGETS,
-    )  # fmt: skip
+        Architecture("FluxPipeline", config, VAE),
+        NetworkUse((720, 720), 512, sampling_rows=1, training_rows=1, targets=TARGETS),
+    )
     assert found.parameters == pytest.approx(11.9e9, rel=0.005)
     # 2,025 image and 512 text tokens; modulation weights see one vector a row, not every token.
     tokens = 2025 + 512
@@ -285,12 +285,14 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
     """One forward without gradient, one forward and backward, one image decoded."""
     architecture = read_architecture(medium)
     size = architecture.size(None, None)
-    planned = network_work(
-        architecture, size, 4, sampling_rows=6, training_rows=6, method=method, rank=4,
+    use = NetworkUse(
+        size, 4, sampling_rows=6, training_rows=6, method=method, rank=4,
         targets=TARGETS if method == "lora" else None, precision=precision, plain=True,
         lower=method == "lora",
     )  # fmt: skip
     policy = StableDiffusion3Policy.from_options(
+    planned = network_work(architecture, use)
+    policy = StableDiffusion3Policy(
         build_pipeline(MEDIUM), Adaptation(method, rank=4), precision=precision,
         max_sequence_length=4,
     )  # fmt: skip

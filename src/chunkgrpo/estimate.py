@@ -2,7 +2,7 @@
 """What a run will do and cost, told before anything is loaded.
 
 Only the ``config.json`` files of the model are read. Operations and memory come from the networks
-themselves, called on tensors without content (``policies.architecture``); time is operations over
+themselves, called on tensors without content (``policies.counting``); time is operations over
 the accelerator's peak rate times a stated utilisation.
 """
 
@@ -21,7 +21,7 @@ from chunkgrpo.config.schema import ChunkGRPOObjective, LoraAdaptation
 from chunkgrpo.cost import Cost, iteration_cost
 
 if TYPE_CHECKING:
-    from chunkgrpo.policies.architecture import NetworkWork, Work
+    from chunkgrpo.policies.counting import NetworkWork, Work
 
 GIB = 2**30
 
@@ -141,18 +141,20 @@ def make_estimate(config: Config) -> Estimate:
     Raises:
         ConfigError: Or another ValueError, if the run could not start.
     """
-    from chunkgrpo.policies import architecture as arch
+    from chunkgrpo.policies import counting, network_inputs
+    from chunkgrpo.policies.architecture import read_architecture
 
     m, s, o, e = config.model, config.sampling, config.objective, config.evaluation
     check(config)
     check_training(m)
-    a = arch.read_architecture(resolve_model(m.path))
-    size, text = a.size(m.height, m.width), arch.text_rows(a, m.max_sequence_length)
+    a = read_architecture(resolve_model(m.path))
+    size, text = a.size(m.height, m.width), network_inputs.text_rows(a, m.max_sequence_length)
     cost, images, steps = iteration_cost(config), s.images, num_trained(config) + 1
     pairs = math.ceil(cost.pairs / o.updates)
-    guidance_rows = arch.rows_of_guidance(a, m.guidance, float(m.options.get("true_cfg", 1.0)))
-    network = arch.network_work(
-        a,
+    guidance_rows = network_inputs.rows_of_guidance(
+        a, m.guidance, float(m.options.get("true_cfg", 1.0))
+    )
+    use = counting.NetworkUse(
         size,
         text,
         sampling_rows=min(s.batch_size, images),
@@ -166,7 +168,8 @@ def make_estimate(config: Config) -> Estimate:
         checkpointing=m.gradient_checkpointing,
         plain=m.device == "cpu",  # 'auto' may be estimated on a laptop and run elsewhere
     )
-    vae_parameters, decoding = arch.decoder_work(a, size, m.precision)
+    network = counting.network_work(a, use)
+    vae_parameters, decoding = counting.decoder_work(a, size, m.precision)
     sampled = network.sampling.forward / network.sampling.rows
     measured = network.training.forward / network.training.rows
     backward = network.training.backward / network.training.rows
@@ -180,9 +183,9 @@ def make_estimate(config: Config) -> Estimate:
     small = config.iterations // e.every if e.every else 0
     judged = 2 * e.final_prompts * e.final_seeds + small * e.prompts
     evaluation = judged * (steps * sampled + decoding.forward)
-    prompts = s.prompts * arch.conditioning_bytes(a, text, guidance_rows)
+    prompts = s.prompts * network_inputs.conditioning_bytes(a, text, guidance_rows)
     elements = a.latent_channels * (size[0] // a.vae_factor) * (size[1] // a.vae_factor)
-    weights = Weights(network, decoding, 4 * vae_parameters, arch.text_encoder_parameters(a))
+    weights = Weights(network, decoding, 4 * vae_parameters, counting.text_encoder_parameters(a))
     kept = images * elements * cost.stored
     resident, memory = _memory(config, weights, kept, prompts)
     return Estimate(config, size, text, network, cost, phases, evaluation, memory, resident)

@@ -14,18 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkgrpo.config import (
-    Config,
-    ConfigError,
+from chunkgrpo.config import Config, ConfigError, dump_config, parse_config
+from chunkgrpo.config.build import (
     build_prompts,
     build_sigmas,
     build_trainer,
     device_of,
-    dump_config,
-    parse_config,
     policy_options,
     resolve_model,
 )
+from chunkgrpo.config.files import read_yaml
 from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate, sample_images
 from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
@@ -74,12 +72,10 @@ def read_run(folder: Path) -> Config:
     Raises:
         ConfigError: If the folder holds no run.
     """
-    import yaml
-
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
-    return parse_config(yaml.safe_load(path.read_text()))
+    return parse_config(read_yaml(path))
 
 
 def save_evaluation(path: Path, result: Evaluation) -> None:
@@ -147,7 +143,7 @@ def train_run(
     """
     started = time.perf_counter()
     trainer = build_trainer(config, folder)
-    on_start(trainer.judge)
+    on_start(trainer.evaluator.judge)
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", dump_config(config))
     trainer.on_iteration = on_iteration
@@ -168,7 +164,7 @@ def train_run(
         trainer.policy.save(folder / "model")
     save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
     minutes = (time.perf_counter() - started) / 60
-    return write_report(config, folder, trainer.judge, trainer.seconds, minutes)
+    return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)
 
 
 def encode_ahead(
@@ -207,14 +203,36 @@ def write_report(
     name, share = judge.name, is_share(judge)
     rows = accuracy_rows(base.by_group(name), tuned.by_group(name), base.clusters())
     records = read_metrics(folder / "metrics.jsonl")
-    ratios = {k: tuned.health[k] / max(base.health[k], 1e-9) for k in base.health}
-    outside = [k for k, r in ratios.items() if not HEALTH_BANDS[k][0] <= r <= HEALTH_BANDS[k][1]]
-    overall = rows[-1]
-    summary: dict[str, Any] = {
+    summary = {
         "name": config.name,
         "seed": config.seed,
         "judge": name,
         "share": share,
+        **scores_of_summary(base, rows),
+        **health_of_summary(base, tuned),
+        "train_minutes": train_seconds / 60,
+        "total_minutes": total_minutes,
+        "iterations": len(records),
+    }
+    atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+    save_curves(folder / "curves.png", records, DEFAULT_PANELS if share else panels_of_score(name))
+    save_samples(folder / "samples.png", base, tuned, judge)
+    write_html(
+        folder,
+        page(config, folder, summary, rows),
+        (folder / "config.yaml").read_text(),
+        {
+            "Same prompt, same noise: base and tuned": folder / "samples.png",
+            "Training": folder / "curves.png",
+        },
+    )
+    return summary
+
+
+def scores_of_summary(base: Evaluation, rows: Sequence[AccuracyRow]) -> dict[str, Any]:
+    """Return the judge's scores before and after, in all and by task."""
+    overall = rows[-1]
+    return {
         "prompts": len(base.prompts),
         "seeds_per_prompt": base.num_seeds,
         "base": overall.base,
@@ -233,38 +251,35 @@ def write_report(
             }
             for row in rows
         },
+    }
+
+
+def health_of_summary(base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
+    """Return the health of the images before and after, and what left its band."""
+    ratios = {k: tuned.health[k] / max(base.health[k], 1e-9) for k in base.health}
+    outside = [k for k, r in ratios.items() if not HEALTH_BANDS[k][0] <= r <= HEALTH_BANDS[k][1]]
+    return {
         "health_base": base.health,
         "health_tuned": tuned.health,
         "health_ratio": ratios,
         "health_bands": HEALTH_BANDS,
         "health_outside": outside,
-        "train_minutes": train_seconds / 60,
-        "total_minutes": total_minutes,
-        "iterations": len(records),
     }
-    atomic_write(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-    save_curves(folder / "curves.png", records, DEFAULT_PANELS if share else panels_of_score(name))
+
+
+def save_samples(path: Path, base: Evaluation, tuned: Evaluation, judge: Reward) -> None:
+    """Draw images of the base and the tuned model side by side, with the judge's marks."""
     shown = shown_rows(base)
     marks = {
-        which: [bool(result.scores[name][row, 0] > 0.5) for row in shown]
+        which: [bool(result.scores[judge.name][row, 0] > 0.5) for row in shown]
         for which, result in (("base", base), ("tuned", tuned))
     }
     save_comparison(
-        folder / "samples.png",
+        path,
         {"base": base.images.float() / 255, "tuned": tuned.images.float() / 255},
         [base.prompts.texts[row] for row in shown],
-        marks=marks if share else None,
+        marks=marks if is_share(judge) else None,
     )
-    write_html(
-        folder,
-        page(config, folder, summary, rows),
-        (folder / "config.yaml").read_text(),
-        {
-            "Same prompt, same noise: base and tuned": folder / "samples.png",
-            "Training": folder / "curves.png",
-        },
-    )
-    return summary
 
 
 def page(
@@ -326,7 +341,7 @@ def find_tuned(folder: Path) -> tuple[Config, str, Path | None]:
         raise ConfigError(
             f"{folder} has no tuned model yet; finish it with: chunkgrpo train --resume {folder}"
         )
-    if config.model.method == "full":
+    if config.model.adaptation.kind == "full":
         return config, str(model), None
     return config, resolve_model(config.model.path), model
 

@@ -30,6 +30,7 @@ from chunkgrpo.core.selection import WeightedSelection
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.profile import (
     RULES,
+    Measurement,
     Window,
     carried_indices,
     crossed_interval,
@@ -75,7 +76,7 @@ def ode_speed(spread: float) -> np.ndarray:
 
 def test_speed_of_the_ode_is_the_closed_form() -> None:
     policy = SizedPolicy(torch.zeros(6))
-    speed = measure_speed(policy, PROMPTS, ODE, SIGMAS, 2)
+    speed = measure_speed(policy, ODE, Measurement(PROMPTS, SIGMAS, 2))
     assert speed.shape == (3, 2, 8)
     for prompt, rows in zip(PROMPTS, speed):
         for row in rows:
@@ -84,10 +85,10 @@ def test_speed_of_the_ode_is_the_closed_form() -> None:
 
 def test_seeds_are_the_same_noise_for_every_prompt() -> None:
     policy = GaussianPolicy(torch.zeros(6))
-    speed = measure_speed(policy, PROMPTS, FLOW, SIGMAS, 3, seed=5)
+    speed = measure_speed(policy, FLOW, Measurement(PROMPTS, SIGMAS, 3, seed=5))
     assert np.array_equal(speed[0], speed[1]) and np.array_equal(speed[0], speed[2])
     assert not np.allclose(speed[0, 0], speed[0, 1])
-    again = measure_speed(policy, PROMPTS[:1], FLOW, SIGMAS, 2, seed=5)
+    again = measure_speed(policy, FLOW, Measurement(PROMPTS[:1], SIGMAS, 2, seed=5))
     assert np.array_equal(again[0], speed[0, :2])
 
 
@@ -155,7 +156,7 @@ def test_too_few_values_are_refused() -> None:
     with pytest.raises(ValueError, match="speeds above 0"):
         variance_shares(np.zeros((2, 2, 3)))
     with pytest.raises(ValueError, match="1 prompts and 2 seeds"):
-        profile_policy(GaussianPolicy(torch.zeros(2)), ["a"], SIGMAS, 2, SAMPLERS)
+        profile_policy(GaussianPolicy(torch.zeros(2)), SAMPLERS, Measurement(["a"], SIGMAS, 2))
 
 
 # --- proposals ----------------------------------------------------------------------------------
@@ -190,10 +191,11 @@ def test_listed_chunks_are_carried_over_by_their_steps() -> None:
 
 
 def test_a_policy_that_ignores_the_prompt_is_found_invariant_and_another_is_not() -> None:
-    blind = profile_policy(GaussianPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, SAMPLERS)
+    measurement = Measurement(PROMPTS, SIGMAS, 3)
+    blind = profile_policy(GaussianPolicy(torch.zeros(64)), SAMPLERS, measurement)
     seen: list[tuple[int, int]] = []
     sized = profile_policy(
-        SizedPolicy(torch.zeros(64)), PROMPTS, SIGMAS, 3, SAMPLERS,
+        SizedPolicy(torch.zeros(64)), SAMPLERS, measurement,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert seen == [(i, 9) for i in range(1, 10)]
@@ -239,15 +241,16 @@ def test_a_window_is_measured_with_noise_inside_it_alone() -> None:
     policy = GaussianPolicy(torch.zeros(64))
     window = Window(3, {1: 0.5, 4: 0.5})
     seen: list[tuple[int, int]] = []
+    measurement = Measurement(PROMPTS, SIGMAS, 2, seed=3)
     first, *others = profile_policy(
-        policy, PROMPTS, SIGMAS, 2, SAMPLERS, window=window, seed=3,
+        policy, SAMPLERS, measurement, window=window,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     # Three samplers and two places, three prompts each.
     assert seen == [(i, 15) for i in range(1, 16)]
     for start, curve in first.inside.items():
         steps = range(start, start + 3)
-        alone = measure_speed(policy, PROMPTS, FLOW, SIGMAS, 2, seed=3, window=steps).mean((0, 1))
+        alone = measure_speed(policy, FLOW, measurement, window=steps).mean((0, 1))
         assert curve == pytest.approx(alone)
         assert not np.allclose(curve, first.mean[start : start + 3], rtol=1e-3)
     for other in others:
@@ -262,7 +265,9 @@ def test_a_window_is_measured_with_noise_inside_it_alone() -> None:
 def test_files_and_terminal(tmp_path: Path) -> None:
     from rich.console import Console
 
-    profiles = profile_policy(GaussianPolicy(torch.zeros(16)), PROMPTS, SIGMAS, 2, SAMPLERS)
+    profiles = profile_policy(
+        GaussianPolicy(torch.zeros(16)), SAMPLERS, Measurement(PROMPTS, SIGMAS, 2)
+    )
     file = save_profile(
         tmp_path / "out", profiles, SIGMAS.tolist(), "equal", {"selection": "uniform"}, "a title"
     )

@@ -455,7 +455,7 @@ GENEVAL_LINES = [
 def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_path, monkeypatch):
     """As ``chunkgrpo train --prompts FILE --reward geneval``, with stand-ins for the models."""
     from chunkgrpo.cli import chosen
-    from chunkgrpo.rewards import geneval
+    from chunkgrpo.rewards.geneval import Detection, reward
 
     class Finder:
         classes = frozenset({"star", "circle", "cross"})
@@ -469,7 +469,7 @@ def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_
             numbers = (images.mean((1, 2, 3)) * 6 - 2).round().clamp(0, 3).int().tolist()
             box = (2.0, 2.0, 30.0, 30.0)
             return [
-                [geneval.Detection(label, 0.95, box) for label in each for _ in range(number)]
+                [Detection(label, 0.95, box) for label in each for _ in range(number)]
                 for each, number in zip(labels, numbers, strict=True)
             ]
 
@@ -481,8 +481,8 @@ def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_
             return ["red"] * len(detections)
 
     asked = []
-    monkeypatch.setattr(geneval, "TransformersDetector", Finder)
-    monkeypatch.setattr(geneval, "ClipColorNamer", Namer)
+    monkeypatch.setattr(reward, "TransformersDetector", Finder)
+    monkeypatch.setattr(reward, "ClipColorNamer", Namer)
     path = tmp_path / "geneval.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in GENEVAL_LINES))
     settings = chosen(str(tiny_pipeline_path), str(path), ["geneval"], False)
@@ -499,7 +499,7 @@ def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_
         ({"prompt": "a star"}, "'a star' demands: its record has no tag and no include"),
         (
             {**GENEVAL_LINES[0], "include": [{"class": "pear", "count": 1}]},
-            "ask for 'pear', which the detector can not find: it knows 3 classes, such as circle",
+            "ask for 'pear', which the detector cannot find: it knows 3 classes, such as circle",
         ),
     ]:
         path.write_text("\n".join(json.dumps(each) for each in [*GENEVAL_LINES[1:], line]))

@@ -68,11 +68,11 @@ def test_functions_classes_and_objects_score(
         ("own_rewards:mean", {"level": 1}, "is no class and takes no options, but has level"),
         ("own_rewards:ready", {"level": 1}, "is no class and takes no options"),
         ("own_rewards:Level", {"height": 1}, "does not take these options: .*height"),
-        ("own_rewards:number", {}, "is a int, which can not be called"),
-        ("own_rewards:Dumb", {}, "is a Dumb, which can not be called"),
-        ("own_rewards:absent", {}, "can not be imported: .*no attribute 'absent'"),
-        ("no_such_module:x", {}, "can not be imported: No module named"),
-        (":x", {}, "can not be imported: Empty module name"),
+        ("own_rewards:number", {}, "is a int, which cannot be called"),
+        ("own_rewards:Dumb", {}, "is a Dumb, which cannot be called"),
+        ("own_rewards:absent", {}, "cannot be imported: .*no attribute 'absent'"),
+        ("no_such_module:x", {}, "cannot be imported: No module named"),
+        (":x", {}, "cannot be imported: Empty module name"),
         ("own_rewards", {}, "unknown reward 'own_rewards'; known: .*package.module:function"),
     ],
 )
@@ -98,4 +98,4 @@ def test_the_command_finds_modules_where_it_is_called(tmp_path: Path) -> None:
         [sys.executable, "-c", code, "serve-reward", "own_rewards:number"],
         cwd=tmp_path, env={"PYTHONPATH": source}, capture_output=True, text=True,
     )  # fmt: skip
-    assert "which can not be called" in result.stderr and result.returncode == 2
+    assert "which cannot be called" in result.stderr and result.returncode == 2

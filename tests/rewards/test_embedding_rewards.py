@@ -98,7 +98,7 @@ def test_pickscore_takes_the_processor_from_elsewhere(clip_folder: Path, tmp_pat
     own = make_reward("clip", {"model": str(clip_folder)})(images, PROMPTS)
     other = make_reward("pickscore", {"model": str(tmp_path), "processor": str(clip_folder)})
     torch.testing.assert_close(other(images, PROMPTS), own)
-    with pytest.raises(OSError, match="'pickscore' can not be loaded"):
+    with pytest.raises(OSError, match="'pickscore' cannot be loaded"):
         make_reward("pickscore", {"model": str(tmp_path), "processor": None})
 
 

@@ -366,7 +366,7 @@ def test_classes_that_the_detector_can_not_find_are_named(from_file: bool, tmp_p
     texts = [line["prompt"] for line in lines]
     known = [] if from_file else [lines]
     reward.check_prompts(texts[:1], *([lines[:1]] if known else []))
-    message = "'geneval': prompts ask for 'yeti', 'dodo', which the detector can not find: it knows"
+    message = "'geneval': prompts ask for 'yeti', 'dodo', which the detector cannot find: it knows"
     with pytest.raises(ValueError, match=f"{message} 2 classes, such as bowl, cup; leave these"):
         reward.check_prompts(texts, *known)
     with pytest.raises(ValueError, match=message):
@@ -384,7 +384,7 @@ def test_detectors_say_what_they_can_find(tmp_path: Path) -> None:
     reward: Any = make_reward("geneval", {"detector": str(tmp_path / "fixed")})
     good = {"tag": "single_object", "include": [{"class": "computer mouse", "count": 1}]}
     reward.check_prompts(["a mouse"], [good])
-    with pytest.raises(ValueError, match="prompts ask for 'mouse', which the detector can not"):
+    with pytest.raises(ValueError, match="prompts ask for 'mouse', which the detector cannot"):
         reward.check_prompts(["a"], [{**good, "include": [{"class": "mouse", "count": 1}]}])
 
 

@@ -676,7 +676,7 @@ def test_open_interfaces_need_a_token_and_ports_must_be_free() -> None:
         serve(reward, "0.0.0.0")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"can not listen on 127.0.0.1, port {port}"):
+        with pytest.raises(ValueError, match=f"cannot listen on 127.0.0.1, port {port}"):
             serve(reward, port=port)
     with pytest.raises(ValueError, match="the limit batch is 0"):
         Limits(batch=0)

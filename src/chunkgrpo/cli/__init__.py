@@ -9,7 +9,7 @@ from pathlib import Path
 import typer
 
 # Importing a module registers its commands, in this order.
-from chunkgrpo.cli import training, results, cutting, telling, serving, embedded  # noqa: F401, I001
+from chunkgrpo.cli import cutting, embedded, results, serving, telling, training  # noqa: F401
 from chunkgrpo.cli.common import app
 
 __all__ = ["app", "main"]

@@ -35,10 +35,10 @@ def estimate(
     Of the model only its config.json files are read. (`chunkgrpo plan` is the same command.)
     """
     with clear_errors():
-        from chunkgrpo.plan import make_plan, print_plan
         from rich.console import Console
 
         from chunkgrpo.config import load_config
+        from chunkgrpo.plan import make_plan, print_plan
 
         found = make_plan(load_config(config, set_ or [], chunks))
         print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))

@@ -131,7 +131,7 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
     try:
         found = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"reward {path!r} can not be imported: {error}") from error
+        raise ValueError(f"reward {path!r} cannot be imported: {error}") from error
     if isinstance(found, type):
         found = constructed(path, found, options)
     elif options:
@@ -141,7 +141,7 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
         )
     if not callable(found):
         raise ValueError(
-            f"reward {path!r} is a {type(found).__name__}, which can not be called; it must be a "
+            f"reward {path!r} is a {type(found).__name__}, which cannot be called; it must be a "
             "function (images, prompts) -> scores, or a class whose objects are called so"
         )
     # A function's __name__ is not what it is filed under: a decorator may have changed it.

@@ -60,7 +60,7 @@ class AestheticReward:
         name: What metrics are filed under.
 
     Raises:
-        OSError: If something can not be loaded.
+        OSError: If something cannot be loaded.
         ValueError: If an option is out of its range or the head does not fit the CLIP.
 
     Reference: LAION-5B, arXiv:2210.08402, section 3.1 (the aesthetics subsets).

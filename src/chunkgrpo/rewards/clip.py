@@ -35,7 +35,7 @@ class ClipReward:
         name: What metrics are filed under.
 
     Raises:
-        OSError: If the checkpoint can not be loaded.
+        OSError: If the checkpoint cannot be loaded.
         ValueError: If an option is out of its range.
 
     Reference: CLIP, arXiv:2103.00020; as a score of images, CLIPScore, arXiv:2104.08718.

@@ -30,7 +30,7 @@ class DualEncoder:
             and reads the last position) or to the longest of the batch.
 
     Raises:
-        OSError: If something can not be loaded.
+        OSError: If something cannot be loaded.
         ValueError: If an option is out of its range.
     """
 

@@ -111,7 +111,7 @@ class HpsV2Reward:
         name: What metrics are filed under.
 
     Raises:
-        OSError: If something can not be loaded.
+        OSError: If something cannot be loaded.
         ValueError: If an option is out of its range or the weights do not fit.
 
     Reference: HPSv2, arXiv:2306.09341, section 4.

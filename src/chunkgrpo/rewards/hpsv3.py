@@ -155,7 +155,7 @@ class HpsV3Reward:
 
     Raises:
         FileNotFoundError: If the question or a checkpoint is missing.
-        OSError: If something can not be loaded.
+        OSError: If something cannot be loaded.
         ValueError: If an option is out of its range or the weights do not fit.
 
     Reference: HPSv3, arXiv:2508.03789, section 4.

@@ -97,7 +97,7 @@ class ImageRewardReward:
 
     Raises:
         ImportError: If ``use_package`` is set and the package is not installed or does not import.
-        OSError: If something can not be loaded.
+        OSError: If something cannot be loaded.
         ValueError: If an option is out of its range or the weights do not fit.
 
     Reference: ImageReward, arXiv:2304.05977, section 3.

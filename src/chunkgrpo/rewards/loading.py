@@ -54,13 +54,13 @@ def load(reward: str, source: str | Path, loader: Callable[[str], Loaded]) -> Lo
 
     Raises:
         FileNotFoundError: If ``source`` is a path and leads nowhere.
-        OSError: If the checkpoint lacks files, or the hub does not have it or can not be reached.
+        OSError: If the checkpoint lacks files, or the hub does not have it or cannot be reached.
     """
     text = check_source(reward, source)
     try:
         return loader(text)
     except OSError as error:
-        raise OSError(f"reward {reward!r} can not be loaded from {text}: {error}") from error
+        raise OSError(f"reward {reward!r} cannot be loaded from {text}: {error}") from error
 
 
 def load_model(reward: str, source: str | Path, kind: Any, dtype: torch.dtype) -> Any:
@@ -77,7 +77,7 @@ def load_model(reward: str, source: str | Path, kind: Any, dtype: torch.dtype) -
 
     Raises:
         FileNotFoundError: If ``source`` is a path and leads nowhere.
-        OSError: If the checkpoint lacks files, or the hub does not have it or can not be reached.
+        OSError: If the checkpoint lacks files, or the hub does not have it or cannot be reached.
         ValueError: If weights are missing or of another shape.
     """
     model, info = load(
@@ -101,7 +101,7 @@ def weight_file(reward: str, source: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: If ``source`` is a path and leads nowhere.
-        OSError: If the hub does not have the file or can not be reached.
+        OSError: If the hub does not have the file or cannot be reached.
     """
     text = str(source)
     path = Path(text).expanduser()
@@ -118,7 +118,7 @@ def weight_file(reward: str, source: str | Path) -> Path:
     try:
         return Path(hf_hub_download(repository, file))
     except Exception as error:  # the hub's client raises a family of its own for each cause
-        raise OSError(f"reward {reward!r}: {text} can not be fetched: {error}") from error
+        raise OSError(f"reward {reward!r}: {text} cannot be fetched: {error}") from error
 
 
 def state_dict(reward: str, source: str | Path) -> dict[str, Tensor]:

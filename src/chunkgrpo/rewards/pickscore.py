@@ -24,7 +24,7 @@ class PickScoreReward(ClipReward):
         name: What metrics are filed under.
 
     Raises:
-        OSError: If the checkpoint can not be loaded.
+        OSError: If the checkpoint cannot be loaded.
         ValueError: If an option is out of its range.
 
     Reference: Pick-a-Pic, arXiv:2305.01569, section 3.

@@ -205,7 +205,7 @@ class RemoteReward:
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
             except httpx.HTTPError as error:
-                raise RewardError(self.name, f"answered what can not be read: {error}") from None
+                raise RewardError(self.name, f"answered what cannot be read: {error}") from None
             left = deadline - time.monotonic()
             if pause >= left:
                 raise RewardError(

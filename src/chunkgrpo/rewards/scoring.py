@@ -181,7 +181,7 @@ class Scorer:
         watched: Rewards that are only logged.
         combine: How rewards become one (``core.credit.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
-            ``"drop"`` drops the image from its group and counts it. What a watched reward can not
+            ``"drop"`` drops the image from its group and counts it. What a watched reward cannot
             score is missing from its mean only. A negative score of a trained reward is not usable
             in a product.
         folder: Where the image concerned is saved; nowhere where None.

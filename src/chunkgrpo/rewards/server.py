@@ -93,7 +93,7 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
     """Read and check the body of ``POST /score``.
 
     Raises:
-        Refused: 400 for what is no request, 413 for too much of it, 422 for one that can not be
+        Refused: 400 for what is no request, 413 for too much of it, 422 for one that cannot be
             scored.
     """
     try:
@@ -330,7 +330,7 @@ def serve(
     try:
         listener = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise ValueError(f"can not listen on {host}, port {port}: {error}") from None
+        raise ValueError(f"cannot listen on {host}, port {port}: {error}") from None
     with listener:
         shown = f"[{host}]" if ":" in host else host
         announce(f"http://{shown}:{listener.getsockname()[1]}")

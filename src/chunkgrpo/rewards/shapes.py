@@ -76,7 +76,7 @@ class ShapesReward:
         return verify_batch(pixels, asks)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Refuse prompts that the grammar can not produce.
+        """Refuse prompts that the grammar cannot produce.
 
         Raises:
             ValueError: Naming the first one.

@@ -30,7 +30,7 @@ class SiglipReward:
         name: What metrics are filed under.
 
     Raises:
-        OSError: If the checkpoint can not be loaded.
+        OSError: If the checkpoint cannot be loaded.
         ValueError: If an option is out of its range.
 
     Reference: SigLIP, arXiv:2303.15343, section 3.

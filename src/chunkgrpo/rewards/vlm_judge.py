@@ -152,7 +152,7 @@ class VlmJudgeReward:
         """Return the model's answer about one image.
 
         Raises:
-            RewardError: If the server can not be reached, refuses, or answers something else
+            RewardError: If the server cannot be reached, refuses, or answers something else
                 than a chat completion, after all attempts.
         """
         import httpx
@@ -199,7 +199,7 @@ class VlmJudgeReward:
         """Return the score of one image [H, W, 3] of ``uint8``.
 
         Raises:
-            RewardError: If there is no answer, or one that can not be read.
+            RewardError: If there is no answer, or one that cannot be read.
         """
         text = self.ask(image, prompt)
         try:
@@ -207,7 +207,7 @@ class VlmJudgeReward:
         except ValueError as error:
             raise RewardError(
                 self.name,
-                f"can not read the judgement of the prompt {prompt!r}: {error}; "
+                f"cannot read the judgement of the prompt {prompt!r}: {error}; "
                 "make the template ask for nothing else, or raise max_tokens",
             ) from error
 

@@ -56,7 +56,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 
     Merging by frequency over the whole list, instead of chaining the letters of each word,
     guarantees that replaying the merges in order yields exactly these tokens: a merge made for
-    one word can not break another that was already settled.
+    one word cannot break another that was already settled.
 
     Args:
         words: Lower-case words.

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GenEval: are the objects there, as many, in those colours and places as the prompt says?
+
+``rules`` judges detections, ``demands`` reads what a prompt asks for, ``models`` finds objects and
+names colours, ``reward`` puts them together.
+"""
+
+from chunkgrpo.rewards.geneval.demands import demands, read_metadata
+from chunkgrpo.rewards.geneval.models import ClipColorNamer, Detector, TransformersDetector
+from chunkgrpo.rewards.geneval.reward import GenEvalReward
+from chunkgrpo.rewards.geneval.rules import (
+    COLORS,
+    RELATIONS,
+    ColorNamer,
+    Detection,
+    Judgement,
+    Rules,
+    judge,
+    overlap,
+    relations,
+)
+
+__all__ = [
+    "COLORS",
+    "RELATIONS",
+    "ClipColorNamer",
+    "ColorNamer",
+    "Detection",
+    "Detector",
+    "GenEvalReward",
+    "Judgement",
+    "Rules",
+    "TransformersDetector",
+    "demands",
+    "judge",
+    "overlap",
+    "read_metadata",
+    "relations",
+]
