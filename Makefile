@@ -14,6 +14,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Without it mkdocs-material prints an advertisement at every build.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 
 ifeq ($(shell uname -s),Linux)
 ifeq ($(shell command -v nvidia-smi)$(PIP_FIND_LINKS),)
@@ -22,22 +26,26 @@ endif
 endif
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help install demo test lint format docs docs-serve wheel bench clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1|\2/' \
-		| awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
+		| awk -F'|' '{ printf "%-18s %s\n", $$1, $$2 }'
 
 $(STAMP): pyproject.toml constraints.txt
 	@[ -n "$(PYTHON)" ] && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "chunkgrpo needs Python 3.11 or newer; found: $$("$(PYTHON)" --version 2>&1 || true)." \
 			"Name one with PYTHON=/path/to/python3.11 make ..." >&2; exit 1; }
 	@[ -x $(BIN)/python ] || "$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt $(TORCH_OPTIONS) torch
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt $(TORCH_OPTIONS) -e ".[dev]"
+	$(INSTALL) $(TORCH_OPTIONS) torch
+	$(INSTALL) $(TORCH_OPTIONS) -e ".[dev]"
 	@touch $@
+
+$(DOCS_STAMP): $(STAMP)
+	$(INSTALL) $(TORCH_OPTIONS) -e ".[dev,docs]"
+	@touch $@
+
+install: $(STAMP) ## Prepare the environment, .venv, and nothing else
 
 demo: $(STAMP) ## Train on the built-in shapes world and show what was learned
 	$(BIN)/chunkgrpo train
@@ -56,12 +64,23 @@ format: $(STAMP) ## Repair what can be repaired automatically
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP) ## Build the documentation into site/; a broken link is an error
+	$(MKDOCS) build --strict
+
+docs-serve: $(DOCS_STAMP) ## Show the documentation on http://127.0.0.1:8000 while it is written
+	$(MKDOCS) serve --strict
+
+wheel: $(STAMP) ## Build the wheel into dist/, install it somewhere else and train with it
+	rm -f dist/chunkgrpo-*.whl
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
+	CHUNKGRPO_WHEEL="$$(echo dist/chunkgrpo-*.whl)" $(BIN)/pytest -q tests/test_wheel.py
+
 bench: $(STAMP) ## Run the benchmarks of speed; each prints one table
 	@set -e; for script in benchmarks/iteration.py benchmarks/verifier.py; do \
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
 clean: ## Remove the environment, caches and builds (runs/ stays)
-	rm -rf $(VENV) dist build .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) dist build site .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

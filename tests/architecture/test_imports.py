@@ -60,7 +60,8 @@ SPDX = "# SPDX-License-Identifier: Apache-2.0"
 # Put together from pieces, so that this file does not hold them itself.
 TRACES = ["/" + "work/", "METHOD" + ".md", "HOUSE" + ".md"]
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".yaml", ".yml", ".j2", ".txt", ".json", ".jsonl", ".cfg"}
-TEXT_PLACES = ("src", "tests", "docs", "benchmarks", "examples", ".ci")
+TEXT_SUFFIXES |= {".ipynb", ".css", ".cff"}
+TEXT_PLACES = ("src", "tests", "docs", "benchmarks", "examples", ".ci", ".github")
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -233,7 +234,7 @@ def test_no_module_is_a_drawer() -> None:
 def python_files() -> list[Path]:
     return [
         path
-        for place in ("src", "tests", "benchmarks", "examples")
+        for place in ("src", "tests", "benchmarks", "examples", "docs")
         for path in sorted((ROOT / place).rglob("*.py"))
     ]
 

@@ -40,8 +40,9 @@ class Algorithm(Protocol):
         """Yield the loss in pieces.
 
         The caller back-propagates each piece as it comes, by
-        :meth:`~chunkgrpo.types.LossPart.backward`, and takes an optimizer step after each piece that ends an update, before asking for the
-        next one: later pieces are computed with the moved policy.
+        :meth:`~chunkgrpo.types.LossPart.backward`, and takes an optimizer step after each piece
+        that ends an update, before asking for the next one: later pieces are computed with the
+        moved policy.
         """
         ...
 

@@ -9,7 +9,12 @@ from pathlib import Path
 import typer
 
 # Importing a module registers its commands, in this order.
-from chunkgrpo.cli import cutting, embedded, results, serving, telling, training  # noqa: F401
+from chunkgrpo.cli import training  # noqa: F401  # isort: skip
+from chunkgrpo.cli import results  # noqa: F401  # isort: skip
+from chunkgrpo.cli import telling  # noqa: F401  # isort: skip
+from chunkgrpo.cli import cutting  # noqa: F401  # isort: skip
+from chunkgrpo.cli import serving  # noqa: F401  # isort: skip
+from chunkgrpo.cli import embedded  # noqa: F401  # isort: skip
 from chunkgrpo.cli.common import app
 
 __all__ = ["app", "main"]

@@ -110,7 +110,7 @@ def methods(
             typer.echo(recipe_path(name).read_text().rstrip())
             cost = method.cost
             typer.echo(
-                f"# costs: {cost.forwards} network rows an iteration: {cost.rollout:.0f} rolled out, "
+                f"# costs: {cost.forwards} network rows an iteration: {cost.rollout:.0f} sampled, "
                 f"{cost.measured:.0f} measured, {cost.trained:.0f} trained (forward and backward); "
                 f"{cost.rewards:.0f} images scored"
             )
