@@ -87,13 +87,13 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
     """Read and check the body of ``POST /score``.
 
     Raises:
-        Refused: 400 for what is no request, 413 for too much of it, 422 for one that cannot be
+        Refused: 400 for what is not a request, 413 for too much of it, 422 for one that cannot be
             scored.
     """
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refused(400, "the body is no JSON") from None
+        raise Refused(400, "the body is not JSON") from None
     if not isinstance(found, dict) or not {"prompts", "images"} <= found.keys():
         raise Refused(400, "the body must be an object with prompts and images")
     prompts, encoded, group_size = found["prompts"], found["images"], found.get("group_size")
@@ -102,10 +102,10 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
             raise Refused(400, f"{name} must be a list of strings")
     if len(prompts) != len(encoded) or not prompts:
         raise Refused(
-            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image a prompt"
+            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image per prompt"
         )
     if len(prompts) > limits.batch:
-        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} a request")
+        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} per request")
     if groupwise or group_size is not None:
         whole = type(group_size) is int and group_size > 0 and len(prompts) % group_size == 0
         if not whole:
@@ -118,7 +118,7 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
         and len(metadata) == len(prompts)
         and all(isinstance(each, dict) for each in metadata)
     ):
-        raise Refused(422, "metadata must be a list of objects, one a prompt")
+        raise Refused(422, "metadata must be a list of objects, one per prompt")
     return Request(decode_images(encoded, limits.pixels), prompts, group_size, metadata)
 
 
@@ -137,9 +137,9 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
         try:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise Refused(400, f"image {index} is no base64") from None
+            raise Refused(400, f"image {index} is not base64") from None
         if len(data) < 33 or not data.startswith(PNG_HEADER):
-            raise Refused(400, f"image {index} is no PNG")
+            raise Refused(400, f"image {index} is not a PNG")
         size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
         depth, color = data[24], data[25]
         if 0 in size:
@@ -155,7 +155,7 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
             )
         files.append(data)
     if len(sizes) > 1:
-        raise Refused(422, f"images of {len(sizes)} sizes; send one size a request")
+        raise Refused(422, f"images of {len(sizes)} sizes; send one size per request")
     pixels = []
     for index, data in enumerate(files):
         try:
@@ -273,7 +273,7 @@ async def read_body(
     try:
         announced = int(headers.get("content-length", "0"))
     except ValueError:
-        raise Refused(400, "the content length is no number") from None
+        raise Refused(400, "the content length is not a number") from None
     body = bytearray()
     if announced <= max_bytes:
         async for part in stream:
