@@ -29,7 +29,7 @@ class Architecture:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels to a latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         v = self.vae
         if "temperal_downsample" in v:
             return 2 ** len(v["temperal_downsample"])
@@ -84,7 +84,7 @@ def _is_module(value: Any) -> bool:
 
 
 def build_network(config: Mapping[str, Any]) -> Any:
-    """Build a network of diffusers with random weights on the present device."""
+    """Build a network of diffusers with random weights on the current default device."""
     import diffusers
 
     return getattr(diffusers, str(config["_class_name"])).from_config(dict(config))

@@ -93,7 +93,7 @@ class NetworkUse:
 
 
 def materialise(network: torch.nn.Module) -> None:
-    """Give a network of the meta device float32 weights of the present mode, on the CPU."""
+    """Give a network of the meta device float32 weights on the CPU, or fake ones in that mode."""
     for module in network.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -107,8 +107,8 @@ def materialise(network: torch.nn.Module) -> None:
 class Meter(TorchDispatchMode):
     """Adds up operations, and the storages that live at once.
 
-    Operations are those of the formulas of ``torch.utils.flop_counter``, and of the same for the
-    fused attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
+    Operations are counted by the formulas of ``torch.utils.flop_counter``, extended to the fused
+    attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
     alive what gradient checkpointing frees.
 
     Args:
@@ -133,7 +133,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it dies."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.live:
@@ -144,7 +144,7 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self.forget, key)
 
     def forget(self, key: int) -> None:
-        """Take a dead storage off."""
+        """Subtract a storage that was freed."""
         self.now -= self.live.pop(key, 0)
 
 

@@ -137,7 +137,7 @@ def print_profile(
 def plot_lines(
     curves: Sequence[Sequence[float]], plan: ChunkPlan, height: int = 10, offset: int = 0
 ) -> list[str]:
-    """Draw curves in characters, a column of four a step, from 0 to the largest value.
+    """Draw curves in characters, four columns per step, from 0 to the largest value.
 
     Args:
         curves: [N] >= 0 each; where two meet, the earlier one is seen.
