@@ -7,6 +7,8 @@ Axes: P prompts, B samples, prompt-major; R scores, C chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -91,6 +93,8 @@ def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: T
     ]).flatten(1)  # fmt: skip
     all_BC = advantages.double().reshape(len(advantages), -1)
     x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
+    # Typed by hand: torch says nothing about it.
+    pinv: Callable[[Tensor], Tensor] = cast(Any, torch.linalg).pinv
     left_BC = torch.zeros_like(all_BC)
-    left_BC[chosen] = a_SC - x_SR @ (torch.linalg.pinv(x_SR) @ a_SC)
+    left_BC[chosen] = a_SC - x_SR @ (pinv(x_SR) @ a_SC)
     return left_BC.reshape(advantages.shape).float()
