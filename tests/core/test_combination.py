@@ -14,7 +14,7 @@ from chunkgrpo.core.combination import (
     combined_rewards,
     reward_shares,
 )
-from closed_forms import by_definition
+from closed_forms import by_definition, seeded
 
 NAN = float("nan")
 TWO = torch.tensor([[1.0, 2.0, 6.0, 0.5, 0.5, 2.0], [0.3, 0.1, 0.2, 0.9, 0.4, 0.2]]).double()
@@ -188,6 +188,27 @@ def test_chunks_are_credited_with_what_they_add_to_several_rewards(combination):
             gain = gain - combined_rewards(before, WEIGHTS, combination)
             expected = group_advantages(gain, 2).values
         assert torch.allclose(found[:, chunk], expected)
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("dropped", [[], [2], [0, 4]])
+def test_totals_that_are_known_need_not_be_computed_again(combination, dropped):
+    """Also where those of dropped samples are garbage."""
+    rewards = torch.rand(2, 6, 3, generator=seeded(1), dtype=torch.float64)
+    kept = torch.ones(6, dtype=torch.bool)
+    kept[dropped] = False
+    totals = torch.stack([combined_rewards(r, WEIGHTS, combination) for r in rewards.unbind(2)], 1)
+    totals[dropped] = 1e9
+    options = {"kept_B": kept if dropped else None}
+    expected = combined_advantages(rewards[:, :, 2], WEIGHTS, 2, combination, **options)
+    found = combined_advantages(
+        rewards[:, :, 2], WEIGHTS, 2, combination, total_B=totals[:, 2], **options
+    )
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.spread, expected.spread)
+    by_chunk = combined_chunk_advantages(rewards, WEIGHTS, 2, combination, **options)
+    again = combined_chunk_advantages(rewards, WEIGHTS, 2, combination, totals_BE=totals, **options)
+    assert torch.equal(again, by_chunk)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_the_slope_of_every_region_is_the_difference_quotient_of_its_loss(region
             a, d = torch.full((41,), advantage, dtype=torch.float64), torch.full_like(r, divergence)
             quotient = (region.value(r + h, a, d) - region.value(r - h, a, d)) / (2 * h)
             slope = region_slope(region, r, a, d)
+            assert torch.equal(region.slope(r, a, d), slope)
             assert torch.allclose(slope, quotient, rtol=1e-7, atol=1e-8)
             cut = region.is_cut(r, a, d)
             assert cut.dtype == torch.bool and cut.shape == r.shape
@@ -138,6 +139,14 @@ def test_a_mask_drops_what_has_left_and_still_moves_the_rewarded_way():
     # The ratio is no matter: this one would be far outside any clip.
     assert region.value(tensor(3.0)[None], tensor(1.0), tensor(0.0)[None]).item() < -20
     assert KlMask.needs_divergence
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 0.1), (-0.1, 0.1), (1.1, 0.1), (0.1, 0.0), (math.nan, 0.1)]
+)
+def test_a_clip_range_on_one_side_of_1_is_refused(low, high):
+    with pytest.raises(ValueError, match=f"range is {low} below and {high} above 1; low must be"):
+        Clip(low, high)
 
 
 @pytest.mark.parametrize("threshold", [0.0, -1.0, math.nan])
