@@ -100,7 +100,6 @@ def test_a_checkpoint_brings_it_back():
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(
-        ValueError, match="unknown decay schedule 'fast'; .*known: none, nft1, nft2, awm"
-    ):
+    message = r"unknown decay schedule 'fast'; .*known: none, nft1, nft2, awm$"
+    with pytest.raises(ValueError, match=message):
         OldPolicy({"weight": torch.zeros(1)}, "fast")
