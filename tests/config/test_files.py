@@ -107,9 +107,7 @@ def test_a_section_whose_kind_changes_is_replaced():
 
 
 def test_the_kind_alone_stands_for_a_section():
-    config = load_config(
-        "chunk-grpo", ["objective.plan=steps", "objective.kl=none"]
-    )
+    config = load_config("chunk-grpo", ["objective.plan=steps", "objective.kl=none"])
     assert config.objective.plan == StepPlan() and config.objective.kl == NoKl()
 
 
