@@ -118,6 +118,16 @@ def test_extends_replaces_a_section_whose_kind_changes(tmp_path):
     assert load_config(file).objective.kl.weight == 0.1
 
 
+def test_a_reward_whose_name_changes_loses_its_options():
+    assert load_config("demo").evaluation.reward.options == {"mode": "strict", "name": "strict"}
+    judge = load_config("demo", ["evaluation.reward.name=brightness"]).evaluation.reward
+    assert (judge.name, judge.options) == ("brightness", {})
+    judge = load_config("demo", ["evaluation.reward={name: clip, options: {name: x}}"])
+    assert judge.evaluation.reward.options == {"name": "x"}
+    judge = load_config("demo", ["evaluation.reward.options.mode=soft"]).evaluation.reward
+    assert judge.options == {"mode": "soft", "name": "strict"}
+
+
 def test_entries_of_lists_are_set_by_number():
     config = load_config("demo", ["rewards.0.weight=2", "rewards.0.options.mode=strict"])
     assert config.rewards[0].weight == 2

@@ -106,11 +106,7 @@ class Overrides:
             listed = [{"name": name} for name in self.rewards]
             found.append(Assignment("rewards", listed, "--reward"))
             # What is trained is judged, too, unless a setting names another judge.
-            judge = {"name": self.rewards[0], "options": {}}
-            found += [
-                Assignment(f"evaluation.reward.{key}", value, "--reward")
-                for key, value in judge.items()
-            ]
+            found.append(Assignment("evaluation.reward.name", self.rewards[0], "--reward"))
         if self.async_rewards:
             found.append(Assignment("async_rewards", True, "--async-rewards"))
         return [*found, *self.settings]

@@ -95,7 +95,8 @@ def over(below: Tree, above: Tree) -> Tree:
     """Put settings over others, section by section; lists are replaced whole.
 
     A section whose ``kind`` changes is replaced, not merged: what belonged to the former kind is
-    gone. A text in place of a section with a kind is the kind.
+    gone. So is a reward whose name changes, with its options. A text in place of a section with a
+    kind is the kind.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -113,7 +114,8 @@ def over(below: Tree, above: Tree) -> Tree:
 
 
 def _kind_changes(below: Tree, above: Tree) -> bool:
-    old, new = below.get("kind"), above.get("kind")
+    decisive = "name" if "options" in below and "kind" not in below else "kind"
+    old, new = below.get(decisive), above.get(decisive)
     return isinstance(new, Leaf) and isinstance(old, Leaf) and new.value != old.value
 
 
