@@ -216,7 +216,8 @@ class Update:
         if not loss.kl.weight:  # a KL pulls on every pair
             batch, idle = self.without_idle(batch, tables)
         if self.moved and idle is not None:  # ratios are reported of all pairs
-            new = self.evaluator.measured(self.by_size([idle], single=True), new)
+            quiet = self.by_size(self.evaluator.cut(idle.planned), single=True)
+            new = self.evaluator.measured(quiet, new)
         neighbours = self.neighbours() if loss.consistency > 0 and self.moved else []
         total = len(batch) + len(neighbours) + (idle is not None)
         for index in range(total):
