@@ -23,9 +23,9 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
 from chunkgrpo.runtime.solvers import MultistepTail
+from compose import rollout
 
 SIGMAS = make_sigmas(7)
 FLOW = Transition(FlowDiffusion(0.7))
@@ -143,7 +143,7 @@ def test_windows_outside_the_trained_steps_are_refused(window):
 
 
 def test_unknown_prefixes_are_refused():
-    with pytest.raises(ValueError, match="the prefix is 'heun'; it must be one of ode, sde"):
+    with pytest.raises(ValueError, match="unknown prefix 'heun'.*; known: ode, sde"):
         run(prefix="heun")
 
 
