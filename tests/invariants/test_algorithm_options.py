@@ -39,19 +39,13 @@ from oracles import (
     chosen_of,
     close,
     collect,
+    experience_with_velocities,
+    objective,
     samples_of,
     seeded,
     shift,
     toy,
 )
-
-
-def experience_of(policy, transition=FLOW, window=None):
-    trajectory = rollout(
-        policy, PROMPTS, transition, SIGMAS, 8, seeded(1), keep_velocities=True, window=window
-    )
-    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
-    return Experience(trajectory, group_advantages(rewards, len(PROMPTS)).values)
 
 
 @dataclass(frozen=True)
@@ -62,76 +56,6 @@ class Doubling(UniformSelection):
         weights = torch.ones(len(curve_BN), plan.num_chunks)
         weights[:, 1] = 2.0
         return weights
-
-
-def direct(policy, experience, algorithm, samples, mask):
-    """The loss as its formula says, all in one graph; returns value and gradient."""
-    t, a, o = experience.trajectory, algorithm, algorithm.loss
-    sigmas = t.sigmas[t.offset :]
-    logs, bias, kls, clean = [], [], [], []
-    for i in range(t.num_trained):
-        x, s, n = t.states[samples, i], sigmas[i], sigmas[i + 1]
-        v = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
-        new = a.transition(x, v, s, n)
-        old_v = t.velocities[samples, i].to(v.dtype)
-        old = a.transition(x, old_v, s, n)
-        logs.append(new.log_prob_per_dim(t.states[samples, i + 1]))
-        bias.append(((new.mean - old.mean) ** 2 / (2 * old.std**2)).mean(1))
-        clean.append(-s * (v - old_v))
-        with torch.no_grad(), policy.reference():
-            v_ref = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
-        ref = a.transition(x, v_ref, s, n)
-        kl = ((new.mean - ref.mean) ** 2 / (2 * ref.std**2)).mean(1)
-        kls.append(kl * (s - n) if isinstance(o.kl, RateKl) else kl)
-    new_BN, bias_BN, kl_BN = torch.stack(logs, 1), torch.stack(bias, 1), torch.stack(kls, 1)
-    step = new_BN - t.old_log_prob[samples]
-    std = a.transition.std(sigmas[: t.num_trained], sigmas[1 : t.num_trained + 1])
-    dt = sigmas[: t.num_trained] - sigmas[1 : t.num_trained + 1]
-    if o.ratio == "guard":
-        step = (step + bias_BN) * std
-    elif o.ratio == "full":
-        step = step * t.final[0].numel()
-    elif o.ratio == "squared_error":
-        step = step * 2 * std**2
-    if o.inner_weights == "equal_kappa":
-        kappa = policy_gradient_scale(t.sigmas, a.transition.diffusion)
-        kappa = kappa[t.offset : t.offset + t.num_trained]
-        step = step * (1 / kappa) / (1 / kappa).mean()
-    sizes = [size for size in a.plan.sizes for _ in range(size)]
-    outer = {
-        "none": torch.ones_like(dt),
-        "noise_level": std / std.mean(),
-        "inverse_dt": 1 / dt,
-        "chunk_size": torch.tensor(sizes) * a.plan.num_chunks / a.plan.num_steps,
-    }
-    losses = []
-    weights = a.selection.loss_weights(a.plan, t.dynamics, None)[samples]
-    A = experience.advantages[samples]
-    for c in range(a.plan.num_chunks):
-        inside = list(a.plan.steps_of(c))
-        log_s = step[:, inside].mean(1)
-        s = log_s.exp()
-        region = o.trust
-        if isinstance(region, Clip):
-            loss = torch.maximum(-A * s, -A * s.clamp(1 - region.low, 1 + region.high))
-        elif isinstance(region, KlMask):
-            gone = (bias_BN[:, inside].mean(1) >= region.threshold) & (A * log_s > 0)
-            loss = -A * s * (~gone).detach()
-        else:
-            loss = -A * s
-        k3 = (-log_s).exp() - 1 + log_s
-        loss = (loss + o.old_kl * k3) * outer[o.outer_weights.kind][inside].mean()
-        losses.append(loss * weights[:, c])
-    value = torch.stack(losses, 1)[mask[samples]].mean()
-    if o.kl.weight:
-        trained = mask[samples][:, a.plan.chunk_of_step]
-        value = value + o.kl.weight * kl_BN[trained].mean()
-    if o.consistency:
-        starts = a.plan.starts
-        terms = [((clean[k] - clean[i]) ** 2).mean() for i, k in itertools.pairwise(starts)]
-        value = value + o.consistency * torch.stack(terms).mean()
-    grads = torch.autograd.grad(value, policy.parameters())
-    return value.detach(), torch.cat([g.double().flatten() for g in grads])
 
 
 OPTIONS = {
@@ -172,7 +96,7 @@ NEVER_CUT = {"KL mask that drops nothing", "no trust region", "k3 to the samplin
 def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
     policy = toy()
     shift(0.02)(policy)  # away from the reference, so that its KL is not flat
-    experience = experience_of(policy)
+    experience = experience_with_velocities(policy)
     options = {"selection": UniformSelection(0.67), "trust": Clip(1e-3, 1e-3)}
     algorithm = chunk_grpo(
         PLAN, FLOW, updates=3, micro_batch=micro_batch, **options | OPTIONS[name]
@@ -192,7 +116,7 @@ def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
         samples = torch.cat([p.diagnostics["sample"] for p in parts if "sample" in p.diagnostics])
         samples = samples.unique()
         mask = chosen_of([p for p in parts if "sample" in p.diagnostics], PLAN, 24)
-        expected, expected_gradient = direct(policy, experience, algorithm, samples, mask)
+        expected, expected_gradient = objective(policy, experience, algorithm, samples, mask)
         close(value, expected, 1e-5)
         close(gradient, expected_gradient, 1e-4)
         shift(0.05)(policy)
@@ -204,7 +128,7 @@ def test_options_change_the_gradient():
     for name, options in OPTIONS.items():
         policy = toy()
         shift(0.02)(policy)
-        experience = experience_of(policy)
+        experience = experience_with_velocities(policy)
         base = {"selection": UniformSelection(0.67), "trust": Clip(1e-3, 1e-3)}
         algorithm = chunk_grpo(PLAN, FLOW, updates=2, **base | options)
         last = collect(algorithm, policy, experience, move=shift(0.05))[-1]
@@ -222,7 +146,7 @@ def test_options_change_the_gradient():
 def test_reference_kl_pulls_towards_the_reference():
     policy = toy()
     shift(0.3)(policy)
-    experience = experience_of(policy)
+    experience = experience_with_velocities(policy)
     experience = Experience(experience.trajectory, torch.zeros_like(experience.advantages))
     algorithm = chunk_grpo(PLAN, FLOW, updates=1, kl=TransitionKl(1.0))
     ((_, gradient, _),) = collect(algorithm, policy, experience)
@@ -235,7 +159,7 @@ def test_reference_kl_pulls_towards_the_reference():
 
 def test_consistency_is_flat_until_the_policy_moves():
     policy = toy()
-    experience = experience_of(policy)
+    experience = experience_with_velocities(policy)
     algorithm = chunk_grpo(PLAN, FLOW, updates=2, consistency=5.0)
     plain = chunk_grpo(PLAN, FLOW, updates=2)
     with_term = collect(algorithm, policy, experience)
@@ -246,13 +170,13 @@ def test_consistency_is_flat_until_the_policy_moves():
 
 def test_windows_train_their_own_steps():
     policy = toy()
-    experience = experience_of(policy, window=range(2, 5))
+    experience = experience_with_velocities(policy, window=range(2, 5))
     algorithm = chunk_grpo(ChunkPlan((1, 2)), FLOW, updates=2, selection=UniformSelection(1.0))
     updates = collect(algorithm, policy, experience, move=shift(0.05))
     fresh = toy()
     for value, gradient, parts in updates:
         mask = chosen_of(parts, algorithm.plan, 24)
-        expected, expected_gradient = direct(fresh, experience, algorithm, samples_of(parts), mask)
+        expected, expected_gradient = objective(fresh, experience, algorithm, samples_of(parts), mask)
         close(value, expected, 1e-5)
         close(gradient, expected_gradient, 1e-4)
         shift(0.05)(fresh)
@@ -269,7 +193,7 @@ def test_scale_read_off_the_kernel_is_the_closed_form(kernel):
 def test_cps_ratio_is_the_difference_of_squared_errors():
     """What Flow-CPS publishes, from a density whose variance cancels."""
     policy, kernel = toy(), CpsTransition(0.8)
-    experience = experience_of(policy, kernel)
+    experience = experience_with_velocities(policy, kernel)
     t = experience.trajectory
     algorithm = chunk_grpo(
         ChunkPlan((1,) * 7), kernel, ratio="squared_error", updates=1,
@@ -313,8 +237,8 @@ def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch,
     experience = Experience(trajectory, group_advantages(rewards, 3).values)
     apart = Experience(replace(trajectory, shared_start=False), experience.advantages)
     algorithm = chunk_grpo(
-        PLAN, FLOW, UniformSelection(1.0), trust=Clip(1e-3, 1e-3), updates=2, micro_batch=micro_batch,
-        anchor=anchor, kl=TransitionKl(0.1),
+        PLAN, FLOW, UniformSelection(1.0), trust=Clip(1e-3, 1e-3), updates=2,
+        micro_batch=micro_batch, anchor=anchor, kl=TransitionKl(0.1),
     )  # fmt: skip
     results, rows = [], []
     for given in (experience, apart):
@@ -333,7 +257,7 @@ def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch,
 def test_weights_in_a_window_are_those_of_the_whole_schedule(start):
     """A branch at a noisy step counts more than one at a quiet step: TempFlow-GRPO."""
     policy = toy()
-    experience = experience_of(policy, window=range(start, start + 1))
+    experience = experience_with_velocities(policy, window=range(start, start + 1))
     gradients = {}
     for weights in (NoOuterWeights(), NoiseLevelWeights()):
         algorithm = chunk_grpo(

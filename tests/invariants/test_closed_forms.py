@@ -713,7 +713,8 @@ REWEIGHTED = {
         [1.30, 1.41, 1.02, 0.86, 0.75, 0.66], 0.997,
     ),
     "inverse dt": (
-        {"outer_weights": InverseDtWeights()}, 1.0, 1 / DT_N, [1.69, 1.37, 1.08, 0.83, 0.61, 0.42], 0.978,
+        {"outer_weights": InverseDtWeights()}, 1.0, 1 / DT_N,
+        [1.69, 1.37, 1.08, 0.83, 0.61, 0.42], 0.978,
     ),
     "guard over dt": (
         {"ratio": "guard", "outer_weights": InverseDtWeights()}, STD_N, 1 / DT_N,

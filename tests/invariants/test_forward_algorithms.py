@@ -13,7 +13,7 @@ import torch
 
 import oracles
 from chunkgrpo.algorithms.awm import AWM, AWMLoss
-from chunkgrpo.algorithms.nft import NFTLoss
+from chunkgrpo.algorithms.nft import DiffusionNFT, NFTLoss
 from chunkgrpo.core import (
     FlowDiffusion,
     GeneralHuberLogProb,
@@ -357,11 +357,7 @@ BOTH = {
 def changed(algorithm, anchor=None, **loss):
     """The algorithm with other numbers in its loss, and with a second policy if one is given."""
     loss = replace(algorithm.loss, **loss)
-    return (
-        AWM(loss, anchor)
-        if isinstance(loss, AWMLoss)
-        else replace(algorithm, loss=loss, old=anchor)
-    )
+    return AWM(loss, anchor) if isinstance(loss, AWMLoss) else DiffusionNFT(loss, anchor)
 
 
 both = pytest.mark.parametrize("algorithm", BOTH.values(), ids=BOTH.keys())

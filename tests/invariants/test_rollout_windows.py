@@ -143,7 +143,7 @@ def test_windows_outside_the_trained_steps_are_refused(window):
 
 
 def test_unknown_prefixes_are_refused():
-    with pytest.raises(ValueError, match="unknown prefix 'heun'.*; known: ode, sde"):
+    with pytest.raises(ValueError, match=r"unknown prefix 'heun'.*; known: ode, sde"):
         run(prefix="heun")
 
 
