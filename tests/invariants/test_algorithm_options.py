@@ -176,7 +176,9 @@ def test_windows_train_their_own_steps():
     fresh = toy()
     for value, gradient, parts in updates:
         mask = chosen_of(parts, algorithm.plan, 24)
-        expected, expected_gradient = objective(fresh, experience, algorithm, samples_of(parts), mask)
+        expected, expected_gradient = objective(
+            fresh, experience, algorithm, samples_of(parts), mask
+        )
         close(value, expected, 1e-5)
         close(gradient, expected_gradient, 1e-4)
         shift(0.05)(fresh)

@@ -176,6 +176,16 @@ def test_without_one_noise_nothing_is_shared(prefix):
     assert len({tuple(row.tolist()) for row in first}) == 6
 
 
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["all", "window"])
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_conditioning_has_a_row_a_prompt(same_noise, window):
+    trajectory = run(same_noise=same_noise, window=window, batch_size=4)
+    assert len(trajectory.conditioning) == trajectory.num_prompts == 2
+    assert trajectory.num_samples == 6
+    assert len(trajectory.conditioning_of(slice(None))) == 6
+    assert len(trajectory.conditioning_of(torch.tensor([5, 0, 3]))) == 3
+
+
 def test_a_stochastic_prefix_is_noise_the_ode_prefix_has_not():
     ode, sde = (run(same_noise=True, prefix=prefix) for prefix in ("ode", "sde"))
     assert (ode.states[:, 0] - sde.states[:, 0]).abs().min() > 1e-3

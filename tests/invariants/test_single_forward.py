@@ -31,7 +31,6 @@ from compose import chunk_grpo, rollout
 from oracles import (
     FLOW,
     PROMPTS,
-    SIGMAS,
     chosen_of,
     close,
     collect,
