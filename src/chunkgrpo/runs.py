@@ -322,8 +322,8 @@ def page(
         "command": f"chunkgrpo train {folder / 'config.yaml'}",
         "files": [
             {"path": "model/", "what": "the tuned model, for stock diffusers"},
-            {"path": "metrics.jsonl", "what": "one record an iteration"},
-            {"path": "checkpoints/", "what": "to go on from"},
+            {"path": "metrics.jsonl", "what": "one record per iteration"},
+            {"path": "checkpoints/", "what": "to continue from"},
             {"path": "evaluation/", "what": "scores of every held-out image"},
         ],
     }
