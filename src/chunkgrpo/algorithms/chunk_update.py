@@ -205,7 +205,7 @@ class Update:
         tables, idle = self.tables(new), None
         if not loss.kl.weight:  # with a KL term every pair has a gradient
             batch, idle = self.without_idle(batch, tables)
-        if self.moved and idle is not None:  # metrics contain the ratios of all pairs
+        if self.moved and idle is not None:  # ratios are reported of all pairs
             new = self.evaluator.measured(self.by_size([idle], single=True), new)
         neighbours = self.neighbours() if loss.consistency > 0 and self.moved else []
         total = len(batch) + len(neighbours) + (idle is not None)

@@ -177,7 +177,7 @@ class Scorer:
 
     Args:
         rewards: (reward, weight) pairs that are trained on.
-        watched: Watched rewards, which are only logged.
+        watched: Rewards that are only logged.
         combine: How rewards become one (``core.credit.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
             ``"drop"`` drops the sample from its group and counts it. A sample that a watched reward
