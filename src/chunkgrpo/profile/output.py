@@ -45,8 +45,8 @@ def save_profile(
         profiles: At least one.
         sigmas: Noise level at the start of each step, at least N.
         rule: The proposal to write, one of ``RULES``.
-        selection: How chunks are chosen, as settings.
-        title: What was measured, for the file's head.
+        selection: The selection, as settings.
+        title: What was measured, for the head of the file.
         distance: The measure of speed, for labels.
 
     Returns:

@@ -32,7 +32,7 @@ class Shares:
 
     @property
     def sentence(self) -> str:
-        """The answer to whether the dynamics depend on the prompt."""
+        """A sentence on whether the dynamics depend on the prompt."""
         return (
             f"the step explains {100 * self.step:.1f} % of the variance of log speed, the prompt "
             f"{100 * self.prompt:.2f} %; at a given step, prompts differ by "
