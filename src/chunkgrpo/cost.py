@@ -18,8 +18,8 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.config.build import build_algorithm, build_sampler
 from chunkgrpo.config.derived import merge_sizes, num_planned
-from chunkgrpo.config.schema import ChunkGRPOObjective, Config
-from chunkgrpo.core.plan_rules import ExplicitPlan
+from chunkgrpo.config.schema import ChunkGRPOObjective, Config, chunk_objective
+from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan
 from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 from chunkgrpo.policies.toy import CountingPolicy
 from chunkgrpo.rewards.scoring import Scorer
@@ -140,9 +140,8 @@ def with_known_chunks(config: Config) -> Config:
 
 def chunk_sizes(config: Config) -> tuple[int, ...]:
     """Chunk sizes; of a measured plan, those of nearly equal chunks."""
-    o, steps = config.objective, num_planned(config)
-    assert isinstance(o, ChunkGRPOObjective)
-    if not o.plan.measured:
+    o, steps = chunk_objective(config), num_planned(config)
+    if not isinstance(o.plan, AdaptivePlan | OptimalPlan):
         return o.plan.plan(steps).sizes
     number = o.plan.num_chunks_of(steps) or max(1, min(4, steps // o.plan.min_size))
     size, longer = divmod(steps, number)

@@ -70,10 +70,9 @@ def chunks(
         check_can_cut(config, recipe)
         cut = measure(config, prompts, seeds, rule, out)
     say_where(cut)
-    former = config.objective.selection
-    if cut.selection["kind"] != former.kind:
+    if cut.unlisted:
         typer.echo(
-            f"The chunks that the recipe lists, {list(former.indices)}, do not refer to the new "
+            f"The chunks that the recipe lists, {list(cut.unlisted)}, do not refer to the new "
             "plan; the selection is uniform now."
         )
     typer.echo(f"The curves are drawn in {cut.file.parent}/dynamics.png")
@@ -106,12 +105,14 @@ class Cut:
         window: Window of the plan; None: all steps.
         selection: The selection, as settings.
         file: ``chunks.yaml``.
+        unlisted: Chunks that the recipe lists and the new choice does not.
     """
 
     profiles: Sequence[SamplerProfile]
     window: Window | None
     selection: dict[str, Any]
     file: Path
+    unlisted: tuple[int, ...] = ()
 
 
 def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Path | None) -> Cut:
@@ -119,6 +120,7 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     from chunkgrpo.config import ConfigError
     from chunkgrpo.config.build import build_prompts, build_sigmas, resolve_model
     from chunkgrpo.config.derived import num_planned
+    from chunkgrpo.config.schema import chunk_objective
     from chunkgrpo.profile import (
         RULES,
         Measurement,
@@ -128,7 +130,7 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     )
     from chunkgrpo.runs import load_untrained, new_folder
 
-    s, o, planned = config.sampling, config.objective, num_planned(config)
+    s, o, planned = config.sampling, chunk_objective(config), num_planned(config)
     if rule not in RULES:
         raise ConfigError(f"unknown --rule {rule!r}; known: {', '.join(RULES)}")
     if rule == "paper" and planned != 16:
@@ -157,16 +159,19 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     selection = selection_again(o, profiles[0].proposal(rule).plan, planned)
     file = save_profile(folder, profiles, levels, rule, selection, title, distance)
     print_profile(display.console, profiles, levels, rule)
-    return Cut(profiles, window, selection, file)
+    listed = getattr(o.selection, "indices", ())
+    return Cut(profiles, window, selection, file, () if "indices" in selection else listed)
 
 
 def profiled_window(config: Config) -> Window | None:
     """Return the window that plans are proposed for; None: all steps."""
     from chunkgrpo.config.derived import num_trained
+    from chunkgrpo.config.schema import chunk_objective
+    from chunkgrpo.core.windows import AllSteps, ChunkWindow
     from chunkgrpo.profile import Window
 
-    window = config.objective.window
-    if window.kind in ("all", "chunk"):
+    window = chunk_objective(config).window
+    if isinstance(window, AllSteps | ChunkWindow):
         return None
     return Window(window.size, window.starts_of(num_trained(config)), config.sampling.prefix)
 
@@ -200,7 +205,8 @@ def samplers_of(config: Config) -> dict[str, Kernel]:
     own = config.sampling.transition
     others = [each for each in (FlowDiffusion(0.7), DanceDiffusion(0.3)) if each.kind != own.kind]
     names = {"flow": "flow SDE", "dance": "Dance SDE", "cps": "CPS"}
-    found = {f"{names[t.kind]}, eta {t.eta:g}": kernel_of(t) for t in (own, *others)}
+    compared = [t for t in (own, *others) if not isinstance(t, OdeDiffusion)]
+    found = {f"{names[t.kind]}, eta {t.eta:g}": kernel_of(t) for t in compared}
     return found | {"ODE": kernel_of(OdeDiffusion())}
 
 
@@ -211,6 +217,8 @@ def selection_again(objective: ChunkGRPOObjective, plan: ChunkPlan, planned: int
     Where the recipe's plan is measured, or does not fit the steps, these are unknown: if it lists
     all chunks, all new ones are listed, and otherwise the selection becomes uniform.
     """
+    import torch
+
     from chunkgrpo.profile import carried_indices
 
     former, rule = objective.selection, objective.plan
@@ -221,5 +229,5 @@ def selection_again(objective: ChunkGRPOObjective, plan: ChunkPlan, planned: int
         return {"kind": "listed", "indices": list(range(plan.num_chunks))}
     if rule.measured or (sizes and sum(sizes) != planned):
         return {"kind": "uniform"}
-    old = rule.plan(planned)
+    old = rule.cut(planned, lambda distance: torch.ones(planned))
     return {"kind": "listed", "indices": list(carried_indices(old, former.indices, plan))}

@@ -162,8 +162,10 @@ def build_policy(config: Config) -> PipelinePolicy:
 def build_sigmas(config: Config, policy: PipelinePolicy) -> Tensor:
     """Return the sampling schedule of a policy, [K+1] on the CPU."""
     s, sizes = config.sampling, merge_sizes(config)
-    native = isinstance(s.schedule, Native)
-    sigmas = policy.native_sigmas(s.steps) if native else s.schedule.sigmas(s.steps)
+    if isinstance(s.schedule, Native):
+        sigmas = policy.native_sigmas(s.steps)
+    else:
+        sigmas = s.schedule.sigmas(s.steps)
     return merge_sigmas(sigmas, sizes) if sizes else sigmas
 
 
@@ -305,12 +307,11 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
         named = policy.named_parameters()
         return AWM(o, None if o.average is None else OldPolicy(named, o.average))
     cut = partial(o.plan.cut, num_planned(config), curve)
-    learns = isinstance(o.selection, Learned)
     return ChunkGRPO(
         plan=cut(),
         transition=sampler.transition,
         loss=o,
-        selection=o.selection.make() if learns else o.selection,
+        selection=o.selection.make() if isinstance(o.selection, Learned) else o.selection,
         window=build_window(config, o),
         num_trained=num_trained(config),
         recut=cut if o.plan.refresh else None,

@@ -104,12 +104,13 @@ def over(below: Tree, above: Tree) -> Tree:
         if not isinstance(former, dict):
             merged[key] = value
             continue
+        section = value
         if isinstance(value, Leaf) and isinstance(value.value, str) and "kind" in former:
-            value = {"kind": value}
-        if isinstance(value, dict):
-            merged[key] = value if _kind_changes(former, value) else over(former, value)
-        else:
-            merged[key] = value
+            alone: Tree = {"kind": value}
+            section = alone
+        if isinstance(section, dict) and not _kind_changes(former, section):
+            section = over(former, section)
+        merged[key] = section
     return merged
 
 

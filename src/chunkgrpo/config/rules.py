@@ -20,7 +20,7 @@ from chunkgrpo.config.schema import (
     ModelConfig,
 )
 from chunkgrpo.core.learned import Learned
-from chunkgrpo.core.plan_rules import ExplicitPlan
+from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan
 from chunkgrpo.core.schedules import MergeEntropy, Native
 from chunkgrpo.core.selection import ListedSelection
 from chunkgrpo.core.step_weights import ChunkSizeWeights, ImplicitWeights
@@ -199,7 +199,7 @@ def check_plan(config: Config, objective: ChunkGRPOObjective) -> None:
             f"objective.plan.sizes ({listed}) sum to {sum(plan.sizes)}, but {why}; change a chunk "
             f"or set {fix}"
         )
-    if plan.measured:
+    if isinstance(plan, AdaptivePlan | OptimalPlan):
         if window.kind in ("random", "sliding"):
             raise ConfigError(
                 f"objective.plan of kind {plan.kind!r} is cut from the dynamics of steps that "

@@ -434,3 +434,18 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="Evaluations before, during and after training."
     )
+
+
+def chunk_objective(config: Config) -> ChunkGRPOObjective:
+    """Return the objective of a run that trains chunks.
+
+    Raises:
+        ConfigError: If it trains none.
+    """
+    o = config.objective
+    if not isinstance(o, ChunkGRPOObjective):
+        raise ConfigError(
+            f"objective.kind {o.kind!r} trains on noised clean latents and has no chunks; use "
+            "'chunk_grpo'"
+        )
+    return o

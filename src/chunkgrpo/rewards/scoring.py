@@ -178,7 +178,7 @@ class Scorer:
     Args:
         rewards: (reward, weight) pairs that are trained on.
         watched: Rewards that are only logged.
-        combine: How rewards become one (``core.credit.COMBINATIONS``).
+        combine: How rewards become one (``core.combination.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
             ``"drop"`` drops the sample from its group and counts it. A sample that a watched reward
             cannot score is only left out of its mean. In a product, a negative score of a reward
@@ -393,7 +393,7 @@ def score(
         images: [B, 3, H, W] in [0, 1].
         prompts: B, the prompt of each image.
         group_size: G, needed by groupwise rewards.
-        combine: How rewards become one (``core.credit.COMBINATIONS``).
+        combine: How rewards become one (``core.combination.COMBINATIONS``).
 
     Raises:
         RewardError: If a reward returns a wrong shape or a number that is not finite; the message
