@@ -183,7 +183,9 @@ def test_what_is_saved_loads_in_stock_diffusers(finished, small_model: Path) -> 
         "assert not any(name.startswith('chunkgrpo') for name in sys.modules)\n"
     )
     command = [sys.executable, "-c", code, str(folder / "model"), str(small_model)]
-    subprocess.run([*command, config["model"]["adaptation"]["kind"]], check=True, capture_output=True)
+    subprocess.run(
+        [*command, config["model"]["adaptation"]["kind"]], check=True, capture_output=True
+    )
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(small_model: Path, tmp_path: Path) -> None:
@@ -374,12 +376,21 @@ def test_recipes_are_listed_and_valid() -> None:
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),
         (["export", "TMP"], "no run folder"),
-        (["train", "--set", "sampling.schedule=nativ"], "'shifted' or 'native'"),
+        (["train", "--set", "sampling.schedule=nativ"], "'native'?; known: shifted, native"),
         (
-            ["train", "--set", "sampling.schedule=native", "--set", "sampling.merge=entropy"],
+            [
+                "train",
+                "--set",
+                "sampling.schedule=native",
+                "--set",
+                "sampling.merge={kind: entropy, least: 0}",
+            ],
             "worked out before the model is loaded",
         ),
-        (["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"], "itself"),
+        (
+            ["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"],
+            "itself",
+        ),
         (["train", "--set", "model.attention_backend=flsh"], "did you mean 'flash'"),
         (["train", "--set", "model.ofload=[vae]"], "did you mean 'model.offload'"),
     ],
@@ -417,6 +428,8 @@ def test_every_flag_is_known() -> None:
         "methods": [],
         "serve-reward": ["--host", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
                          "--port", "--timeout", "--token"],
+        "config": ["--schema", "--set"],
+        "estimate": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
         "plan": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
     }  # fmt: skip
 
