@@ -355,7 +355,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
         (["train", "--set", "credit.convention=best"], "group_std"),
         (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
-        (["train", "--set", "objective.plan=paper"], "set num_steps to 17"),
+        (["train", "--set", "objective.plan=paper"], "needs sampling.steps = 17"),
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
         (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
@@ -386,7 +386,7 @@ def test_recipes_are_listed_and_valid() -> None:
                 "sampling.merge={kind: entropy, least: 0}",
             ],
             "worked out before the model is loaded",
-        ),
+        ),  # fmt: skip
         (
             ["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"],
             "itself",
