@@ -41,6 +41,8 @@ SMALL = [
     "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
 ]  # fmt: skip
 
+ENTROPY = ["--set", "sampling.merge={kind: entropy, least: 0}"]
+
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -378,15 +380,9 @@ def test_recipes_are_listed_and_valid() -> None:
         (["export", "TMP"], "no run folder"),
         (["train", "--set", "sampling.schedule=nativ"], "'native'?; known: shifted, native"),
         (
-            [
-                "train",
-                "--set",
-                "sampling.schedule=native",
-                "--set",
-                "sampling.merge={kind: entropy, least: 0}",
-            ],
+            ["train", "--set", "sampling.schedule=native", *ENTROPY],
             "worked out before the model is loaded",
-        ),  # fmt: skip
+        ),
         (
             ["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"],
             "itself",
