@@ -130,13 +130,8 @@ def check_training(model: ModelConfig) -> None:
 
 
 def check_forward(config: Config) -> None:
-    """Refuse settings of trajectories where the objective reads none, and too many times."""
-    s, o, kind = config.sampling, config.objective, config.objective.kind
-    if isinstance(o, AWMObjective) and o.times > num_trained(config):
-        raise ConfigError(
-            f"objective.times = {o.times}, but sampling.steps = {s.steps} has only "
-            f"{num_trained(config)} times besides pure noise; lower it or take more steps"
-        )
+    """Refuse settings of trajectories where the objective reads none."""
+    s, kind = config.sampling, config.objective.kind
     wrong = []
     if config.credit.by_chunk:
         wrong.append("credit.assign 'gain'")
