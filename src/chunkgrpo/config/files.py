@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chunkgrpo.config.keys import is_known, is_text, unknown_key
+from chunkgrpo.config.keys import is_known, is_options, is_text, unknown_key
 from chunkgrpo.config.schema import Config, ConfigError
 from chunkgrpo.core.names import unknown_name
 
@@ -121,7 +121,10 @@ def _kind_changes(below: Tree, above: Tree) -> bool:
 
 
 def assigned(tree: Tree, assignment: Assignment) -> Tree:
-    """Return a tree with one setting changed; of a list, an entry is named by its number."""
+    """Return a tree with one setting changed; of a list, an entry is named by its number.
+
+    A section is merged into what is there; free options are replaced whole.
+    """
     parts = assignment.key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
@@ -133,8 +136,8 @@ def assigned(tree: Tree, assignment: Assignment) -> Tree:
         node = node.get(part, {})
     else:
         value = assignment.value
-        whole = isinstance(value, Mapping)
-        above = as_tree(value, assignment.source) if whole else Leaf(value, assignment.source)
+        merges = isinstance(value, Mapping) and not is_options(assignment.key)
+        above = as_tree(value, assignment.source) if merges else Leaf(value, assignment.source)
     for part in reversed(parts):
         above = {part: above}
     return over(tree, above)

@@ -43,7 +43,7 @@ class Window:
     Attributes:
         size: Number of steps, W.
         places: Every first step that they can have, with its share of the iterations.
-        prefix: How the steps before are taken, see :func:`~chunkgrpo.rollout.rollout`.
+        prefix: How the steps before are taken, see :class:`~chunkgrpo.rollout.Sampler`.
     """
 
     size: int
