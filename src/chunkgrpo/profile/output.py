@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from chunkgrpo.core.chunks import ChunkPlan
+from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.profile.measuring import SamplerProfile
 from chunkgrpo.report.curves import CurvePanel, save_profile_curves
 from chunkgrpo.runtime.files import atomic_write

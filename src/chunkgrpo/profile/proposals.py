@@ -10,15 +10,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from chunkgrpo.core.chunks import (
-    PAPER_SIZES,
-    ChunkPlan,
-    adaptive_plan,
-    equal_plan,
-    explained_variation,
-    optimal_plan,
-    paper_plan,
-)
+from chunkgrpo.core.measured_plans import adaptive_plan, explained_variation, optimal_plan
+from chunkgrpo.core.plans import PAPER_SIZES, ChunkPlan, equal_plan, paper_plan
 
 PAPER_CHUNKS = len(PAPER_SIZES)
 RULES = (
@@ -50,7 +43,7 @@ class Window:
     Attributes:
         size: Number of steps, W.
         places: Every first step that they can have, with its share of the iterations.
-        prefix: How the steps before are taken, see :func:`~chunkgrpo.rollout.rollout`.
+        prefix: How the steps before are taken, see :class:`~chunkgrpo.rollout.Sampler`.
     """
 
     size: int
