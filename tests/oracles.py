@@ -17,8 +17,8 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience
+from compose import rollout
 
 PLAN = ChunkPlan((1, 2, 4))
 SIGMAS = make_sigmas(8)
@@ -47,7 +47,7 @@ def collect(algorithm, policy, experience, move=None, seed=3):
     for parameter in policy.parameters():
         parameter.grad = None
     for part in algorithm.losses(policy, experience, seeded(seed)):
-        part.loss.backward()
+        part.backward()
         value += part.loss.detach().double()
         parts.append(part)
         if part.ends_update:

@@ -19,6 +19,7 @@ from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.rewards import FunctionReward
 from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint, optimizer_tensors
+from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
@@ -43,6 +44,19 @@ KEYS = (
     "window", "chunks",
 )  # fmt: skip
 TIMES = ("seconds", "phase_seconds", "images_per_second")
+
+
+METHODS = {
+    "ChunkGRPO": lambda policy, old: compose.chunk_grpo(ChunkPlan((1, 2)), FLOW),
+    "DiffusionNFT": lambda policy, old: compose.diffusion_nft(
+        OldPolicy(policy.named_parameters(), "nft1") if old else None
+    ),
+    "AWM": lambda policy, old: compose.awm(
+        OldPolicy(policy.named_parameters(), "awm") if old else None,
+        times=2, ema_weight=1.0 if old else 0.0,
+    ),
+}  # fmt: skip
+"""Algorithms by the name of their class, each with an old policy of its own, or without."""
 
 
 def make_trainer(
@@ -138,6 +152,65 @@ def test_a_finished_run_does_nothing_more(reference_run):
 def test_two_checkpoints_are_kept(reference_run):
     folder = reference_run[2].folder / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["000004", "000006"]
+
+
+def test_a_checkpoint_is_by_name(reference_run):
+    """Its tensors are called as the model's parameters are, and hold them."""
+    state, _, trainer = reference_run
+    tensors, info = load_checkpoint(trainer.folder / "checkpoints" / "000006")
+    network = dict(trainer.policy.pipe.transformer.named_parameters())
+    trained = {name for name, p in network.items() if p.requires_grad}
+    assert trained and trained == set(trainer.policy.named_parameters())
+    moments = ("exp_avg", "exp_avg_sq", "step")
+    expected = {f"{kind}.{name}" for kind in ("parameter", "ema") for name in trained}
+    expected |= {f"optimizer.{name}:{moment}" for name in trained for moment in moments}
+    assert set(tensors) == expected
+    for name in trained:
+        assert torch.equal(tensors[f"parameter.{name}"], network[name])
+        assert torch.equal(tensors[f"ema.{name}"], state[f"average {name}"])
+    assert info["iteration"] == 6 and info["algorithm"] == {"chunks": [1, 2]}
+
+
+def refused(trainer, message):
+    """Assert that a run does not begin, says why in one line, and has changed nothing."""
+    before = [p.detach().clone() for p in trainer.parameters]
+    averages = [value.clone() for value in trainer.ema.values]
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, before, trainer.parameters))
+    assert all(map(torch.equal, averages, trainer.ema.values))
+    assert trainer.iteration == 0 and not trainer.optimizer.state
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tiny_policy, reference_run):
+    from chunkgrpo.policies.adaptation import Adaptation
+
+    folder = reference_run[2].folder
+    name = next(iter(reference_run[2].policy.named_parameters()))
+    wider = make_trainer(tiny_policy(Adaptation(rank=8)), folder)
+    refused(wider, rf"of other weights .* its {name} has shape \(4, \d+\), not \(8, \d+\)")
+    fewer = make_trainer(tiny_policy(Adaptation(rank=4, targets=("to_q",))), folder)
+    refused(fewer, "of other weights .* it holds .*add_k_proj.*, which is not trained")
+    whole = make_trainer(tiny_policy(Adaptation("full")), folder)
+    refused(whole, "of other weights than those trained now: it lacks .*model.adaptation")
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("first", METHODS)
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, first, old):
+    def start(name):
+        policy = GaussianPolicy(torch.zeros(4))
+        return make_trainer(
+            policy, tmp_path, quiet(iterations=1), algorithm=METHODS[name](policy, old)
+        )
+
+    begun = start(first)
+    assert begun.run()
+    assert start(first).run()  # of the same method: taken, and finished already
+    for name in METHODS:
+        if name != first:
+            refused(start(name), f"another method, {first}, and this run trains by {name}; start")
 
 
 def test_records_hold_what_is_promised(reference_run):
