@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 
 from chunkgrpo import runs
 from chunkgrpo.cli import app
-from chunkgrpo.config import Config, ConfigError, known_keys, load_config, parse_config
+from chunkgrpo.config import Config, ConfigError, load_config, parse_config
+from chunkgrpo.config.keys import every_key
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import recipe_names
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
@@ -34,8 +35,8 @@ SIZE = PipelineSize(
 )  # fmt: skip
 SMALL = [
     "--set", "iterations=3", "--set", "sampling.prompts=3", "--set", "sampling.group_size=4",
-    "--set", "sampling.window.kind=all", "--set", "sampling.steps=5",
-    "--set", "chunks.sizes=[1,3]", "--set", "chunks.indices=[0]",
+    "--set", "objective.window=all", "--set", "sampling.tail=euler", "--set", "sampling.steps=5",
+    "--set", "objective.plan.sizes=[1,3]", "--set", "objective.selection.indices=[0]",
     "--set", "evaluation.every=2", "--set", "evaluation.prompts=6",
     "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
 ]  # fmt: skip
@@ -61,7 +62,7 @@ def finished(request, small_model: Path, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("runs") / "run"
     output = call(
         "train", "demo", *SMALL, "--out", str(folder),
-        "--set", f"model.path={small_model}", "--set", f"model.method={request.param}",
+        "--set", f"model.path={small_model}", "--set", f"model.adaptation={request.param}",
     )  # fmt: skip
     return folder, output
 
@@ -182,7 +183,9 @@ def test_what_is_saved_loads_in_stock_diffusers(finished, small_model: Path) -> 
         "assert not any(name.startswith('chunkgrpo') for name in sys.modules)\n"
     )
     command = [sys.executable, "-c", code, str(folder / "model"), str(small_model)]
-    subprocess.run([*command, config["model"]["method"]], check=True, capture_output=True)
+    subprocess.run(
+        [*command, config["model"]["adaptation"]["kind"]], check=True, capture_output=True
+    )
 
 
 def test_an_interrupted_run_says_how_to_go_on_and_does(small_model: Path, tmp_path: Path) -> None:
@@ -191,12 +194,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(small_model: Path, tmp_pa
     call("train", "demo", *settings, "--out", str(whole))
     code = (
         "import os, signal, sys\n"
-        "from chunkgrpo import train\n"
-        "inner = train.Trainer.train_once\n"
+        "from chunkgrpo.train import loop\n"
+        "inner = loop.Trainer.train_once\n"
         "def train_once(self):\n"
         "    if self.iteration == 1: os.kill(os.getpid(), signal.SIGINT)\n"
         "    return inner(self)\n"
-        "train.Trainer.train_once = train_once\n"
+        "loop.Trainer.train_once = train_once\n"
         "from chunkgrpo.cli import main\n"
         "sys.argv = ['chunkgrpo', *sys.argv[1:]]\n"
         "main()\n"
@@ -218,7 +221,7 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
     folder = tmp_path / "profile"
     output = call(
         "chunks", str(small_model), "--prompts", "3", "--seeds", "2", "--out", str(folder),
-        "--set", "chunks.selection=listed", "--set", "chunks.indices=[0,1]",
+        "--set", "objective.selection.kind=listed", "--set", "objective.selection.indices=[0,1]",
     )  # fmt: skip
     with Image.open(folder / "dynamics.png") as picture:
         assert picture.size[0] > 1000
@@ -229,18 +232,19 @@ def test_chunks_measures_and_proposes(small_model: Path, tmp_path: Path) -> None
         assert f"{name}: the step explains" in words
     text = (folder / "chunks.yaml").read_text()
     assert text.startswith(f"# {small_model}, 10 steps, 3 prompts x 2 seeds, l1\n")
-    section = yaml.safe_load(text)["chunks"]
-    assert section["plan"] == "explicit" and sum(section["sizes"]) == 9
+    section = yaml.safe_load(text)["objective"]
+    plan, selection = section["plan"], section["selection"]
+    assert plan["kind"] == "explicit" and sum(plan["sizes"]) == 9
     record = json.loads((folder / "dynamics.json").read_text())
     assert [len(sampler["mean"]) for sampler in record] == [9, 9, 9]
-    assert record[0]["plans"]["optimal"] == section["sizes"]
+    assert record[0]["plans"]["optimal"] == plan["sizes"]
     # The file is what `train --chunks` takes, after the recipe and before --set.
     config = load_config("chunk-grpo", [], folder / "chunks.yaml")
-    assert config.chunks.selection == "listed"
-    assert list(config.chunks.sizes or ()) == section["sizes"]
-    assert list(config.chunks.indices or ()) == section["indices"]
-    config = load_config("chunk-grpo", ["chunks.selection=uniform"], folder / "chunks.yaml")
-    assert config.chunks.selection == "uniform"
+    assert config.objective.selection.kind == "listed"
+    assert list(config.objective.plan.sizes) == plan["sizes"]
+    assert list(config.objective.selection.indices) == selection["indices"]
+    config = load_config("chunk-grpo", ["objective.selection=uniform"], folder / "chunks.yaml")
+    assert config.objective.selection.kind == "uniform"
 
 
 @pytest.mark.parametrize(
@@ -259,14 +263,14 @@ def test_chunks_of_a_window_are_trained_as_the_last_line_says(
     output = call(
         "chunks", recipe, "--prompts", "2", "--seeds", "2", "--rule", rule, "--out", str(folder),
         "--set", f"model.path={small_model}", "--set", "sampling.steps=5",
-        "--set", f"sampling.window={window[recipe]}", "--set", "chunks.min_size=1",
+        "--set", f"objective.window={window[recipe]}",
     )  # fmt: skip
     assert f"The recipe trains {trains};" in output
     text = (folder / "chunks.yaml").read_text()
     assert text.startswith(
         f"# {small_model}, 5 steps, 2 prompts x 2 seeds, l1; chunks of {trains}\n"
     )
-    assert yaml.safe_load(text)["chunks"]["sizes"] == sizes
+    assert yaml.safe_load(text)["objective"]["plan"]["sizes"] == sizes
     record = json.loads((folder / "dynamics.json").read_text())
     assert [len(sampler["mean"]) for sampler in record] == [4, 4, 4]
     assert {len(curve) for curve in record[0]["inside"].values()} == {len(sizes)}
@@ -292,25 +296,40 @@ def test_chunks_of_a_window_are_trained_as_the_last_line_says(
     ("recipe", "settings", "choice"),
     [
         # Carried over by their steps: chunk 0 of [1, 2, 2, 4] is in the first of [3, 3, 3].
-        ("chunk-grpo", ["selection=listed", "indices=[0]"], ("listed", [0])),
-        ("chunk-grpo", ["selection=listed", "indices=[2,3]"], ("listed", [1, 2])),
+        ("chunk-grpo", ["selection={kind: listed, indices: [0]}"], ("listed", [0])),
+        ("chunk-grpo", ["selection={kind: listed, indices: [2,3]}"], ("listed", [1, 2])),
         # The recipe's sizes do not fit; all of them stay all, some of them are unknown.
-        ("chunk-grpo", ["sizes=[1,1]", "selection=listed", "indices=[1,0]"], ("listed", [0, 1, 2])),
-        ("chunk-grpo", ["sizes=[1,1]", "selection=listed", "indices=[0]"], ("uniform", None)),
-        ("chunk-grpo", ["plan=adaptive", "selection=listed", "indices=[0]"], ("uniform", None)),
-        ("chunk-grpo", ["plan=adaptive", "selection=weighted", "refresh=3"], ("weighted", None)),
+        (
+            "chunk-grpo",
+            ["plan.sizes=[1,1]", "selection={kind: listed, indices: [1,0]}"],
+            ("listed", [0, 1, 2]),
+        ),
+        (
+            "chunk-grpo",
+            ["plan.sizes=[1,1]", "selection={kind: listed, indices: [0]}"],
+            ("uniform", None),
+        ),
+        (
+            "chunk-grpo",
+            ["plan=adaptive", "selection={kind: listed, indices: [0]}"],
+            ("uniform", None),
+        ),
+        (
+            "chunk-grpo",
+            ["plan={kind: adaptive, refresh: 3}", "selection=weighted"],
+            ("weighted", None),
+        ),
         ("dance-grpo", [], ("uniform", None)),
     ],
 )
 def test_the_choice_of_chunks_fits_the_new_ones(recipe, settings, choice) -> None:
-    from chunkgrpo.cli import listed_again
+    from chunkgrpo.cli.cutting import selection_again
     from chunkgrpo.core.plans import ChunkPlan
 
-    assignments = [f"chunks.{each}" for each in settings]
+    assignments = [f"objective.{each}" for each in settings]
     config = load_config(recipe, assignments, check_chunks=False)
-    found = listed_again(config, ChunkPlan((3, 3, 3)))
-    assert (found["selection"], found.get("indices")) == choice
-    assert found.get("refresh", 0) == 0 and ("refresh" in found) == bool(config.chunks.refresh)
+    found = selection_again(config.objective, ChunkPlan((3, 3, 3)), 9)
+    assert (found["kind"], found.get("indices")) == choice
 
 
 def test_recipes_are_listed_and_valid() -> None:
@@ -328,15 +347,15 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "demoo"], "did you mean 'demo'"),
         (["train", "--set", "optimizer.lerning_rate=1"], "'optimizer.learning_rate'"),
         (["train", "--set", "lr=1"], "unknown configuration key 'lr'"),
-        (["train", "--set", "chunks.sizes=[2,3,4,8]"], "sum to 17"),
+        (["train", "--set", "objective.plan.sizes=[2,3,4,8]"], "sum to 17"),
         (["train", "--set", "sampling.group_size=1"], "greater than or equal to 2"),
         (["train", "missing.yaml"], "does not exist"),
         (["train", "--set", "model.path=/nowhere/at/all"], "does not exist"),
         (["train", "--set", "model.path=TMP"], "no model_index.json"),
         (["train", "--set", "prompts.train=nowhere.txt"], "nowhere.txt does not exist"),
-        (["train", "--set", "objective.advantage=best"], "group_std"),
+        (["train", "--set", "credit.convention=best"], "group_std"),
         (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
-        (["train", "--set", "chunks.plan=paper"], "needs sampling.steps = 17"),
+        (["train", "--set", "objective.plan=paper"], "needs sampling.steps = 17"),
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
         (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
@@ -348,21 +367,30 @@ def test_recipes_are_listed_and_valid() -> None:
         (["serve-reward", "shapes", "--host", "0.0.0.0"], "there is no token"),
         (["chunks", "step-level", "--recipe", "demo"], "both recipes; name one"),
         (["chunks", "awm"], "on noised clean latents, and has no chunks"),
-        (["chunks", "e-grpo"], "--set sampling.window.indices=[]"),
+        (["chunks", "e-grpo"], "--set objective.window.indices=[]"),
         (["chunks", "step-level-reweighted"], "--set objective.outer_weights=none"),
-        (["chunks", "demo", "--set", "sampling.window.start=7"], "does not lie in the 9 trained"),
+        (["chunks", "demo", "--set", "objective.window.start=7"], "does not lie in the 9 trained"),
         (["chunks", "--rule", "best"], "known: optimal"),
         (["chunks", "--rule", "paper"], "needs 16 trained steps"),
         (["train", "--resume", "TMP"], "no run folder"),
         (["sample", "TMP", "a circle"], "no run folder"),
         (["evaluate", "TMP"], "no run folder"),
         (["export", "TMP"], "no run folder"),
-        (["train", "--set", "sampling.schedule=nativ"], "'paper' or 'native'"),
+        (["train", "--set", "sampling.schedule=nativ"], "'native'?; known: shifted, native"),
         (
-            ["train", "--set", "sampling.schedule=native", "--set", "sampling.merge_entropy=0"],
+            [
+                "train",
+                "--set",
+                "sampling.schedule=native",
+                "--set",
+                "sampling.merge={kind: entropy, least: 0}",
+            ],
             "worked out before the model is loaded",
+        ),  # fmt: skip
+        (
+            ["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"],
+            "itself",
         ),
-        (["train", "--set", "model.offload=[reference]", "--set", "model.method=lora"], "itself"),
         (["train", "--set", "model.attention_backend=flsh"], "did you mean 'flash'"),
         (["train", "--set", "model.ofload=[vae]"], "did you mean 'model.offload'"),
     ],
@@ -400,6 +428,8 @@ def test_every_flag_is_known() -> None:
         "methods": [],
         "serve-reward": ["--host", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
                          "--port", "--timeout", "--token"],
+        "config": ["--schema", "--set"],
+        "estimate": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
         "plan": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
     }  # fmt: skip
 
@@ -420,7 +450,7 @@ def test_every_flag_of_the_embedded_world_is_known() -> None:
 
 
 def test_known_keys_and_errors() -> None:
-    keys = known_keys()
+    keys = {key.name for key in every_key()}
     assert "sampling.steps" in keys and "evaluation.reward.name" in keys
     with pytest.raises(ConfigError, match="optimizer"):
         parse_config({"optimiser": {}})
@@ -428,7 +458,7 @@ def test_known_keys_and_errors() -> None:
 
 def test_help_answers_at_once() -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "chunkgrpo.cli", "--help"]
+    command = [sys.executable, "-m", "chunkgrpo", "--help"]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     code = (
         "import sys; from chunkgrpo import cli; "
@@ -528,12 +558,12 @@ def test_a_model_prompts_and_a_reward_are_enough(small_model: Path, tmp_path: Pa
     text = call(
         "train", "--model", str(small_model), "--prompts", str(listed), "--reward", "brightness",
         "--out", str(tmp_path / "run"), *SMALL[:6], "--set", "sampling.steps=5",
-        "--set", "chunks.plan=equal", "--set", "chunks.size=2",
+        "--set", "objective.plan=equal", "--set", "objective.plan.size=2",
         "--set", "model.max_sequence_length=1",
     )  # fmt: skip
     assert "brightness score on 3 held-out prompts" in " ".join(text.split())
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert config["name"] == "paper" and config["model"]["method"] == "lora"
+    assert config["name"] == "paper" and config["model"]["adaptation"]["kind"] == "lora"
     assert config["model"]["gradient_checkpointing"]  # without it FLUX.1-dev fits no GPU
     assert [reward["name"] for reward in config["rewards"]] == ["brightness"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()

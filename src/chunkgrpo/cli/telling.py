@@ -37,11 +37,12 @@ def estimate(
     with clear_errors():
         from rich.console import Console
 
+        from chunkgrpo.cli.estimates import print_estimate
         from chunkgrpo.config import load_config
-        from chunkgrpo.plan import make_plan, print_plan
+        from chunkgrpo.estimate import make_estimate
 
-        found = make_plan(load_config(config, set_ or [], chunks))
-        print_plan(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
+        found = make_estimate(load_config(config, set_ or [], chunks))
+        print_estimate(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
 
 
 @app.command()

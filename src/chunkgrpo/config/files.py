@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from chunkgrpo.config.keys import is_known, is_text, unknown_key
+from chunkgrpo.config.keys import is_known, is_options, is_text, unknown_key
 from chunkgrpo.config.schema import Config, ConfigError
 from chunkgrpo.core.names import unknown_name
 
@@ -95,7 +95,8 @@ def over(below: Tree, above: Tree) -> Tree:
     """Put settings over others, section by section; lists are replaced whole.
 
     A section whose ``kind`` changes is replaced, not merged: what belonged to the former kind is
-    gone. A text in place of a section with a kind is the kind.
+    gone. So is one with ``options``, of what its ``name`` names. A text in place of a section with
+    a kind is the kind.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -106,19 +107,23 @@ def over(below: Tree, above: Tree) -> Tree:
         if isinstance(value, Leaf) and isinstance(value.value, str) and "kind" in former:
             value = {"kind": value}
         if isinstance(value, dict):
-            merged[key] = value if _kind_changes(former, value) else over(former, value)
+            merged[key] = value if _replaces(former, value) else over(former, value)
         else:
             merged[key] = value
     return merged
 
 
-def _kind_changes(below: Tree, above: Tree) -> bool:
-    old, new = below.get("kind"), above.get("kind")
+def _replaces(below: Tree, above: Tree) -> bool:
+    decides = "name" if "options" in below and "kind" not in below else "kind"
+    old, new = below.get(decides), above.get(decides)
     return isinstance(new, Leaf) and isinstance(old, Leaf) and new.value != old.value
 
 
 def assigned(tree: Tree, assignment: Assignment) -> Tree:
-    """Return a tree with one setting changed; of a list, an entry is named by its number."""
+    """Return a tree with one setting changed; of a list, an entry is named by its number.
+
+    A section is merged into what is there; free options are replaced whole.
+    """
     parts = assignment.key.split(".")
     node: Any = tree
     for depth, part in enumerate(parts):
@@ -130,8 +135,8 @@ def assigned(tree: Tree, assignment: Assignment) -> Tree:
         node = node.get(part, {})
     else:
         value = assignment.value
-        whole = isinstance(value, Mapping)
-        above = as_tree(value, assignment.source) if whole else Leaf(value, assignment.source)
+        merges = isinstance(value, Mapping) and not is_options(assignment.key)
+        above = as_tree(value, assignment.source) if merges else Leaf(value, assignment.source)
     for part in reversed(parts):
         above = {part: above}
     return over(tree, above)

@@ -144,15 +144,19 @@ def is_known(name: str) -> bool:
     return bool(keys_named(name)) or _within_options(name)
 
 
-def _within_options(name: str) -> bool:
-    parts = name.split(".")
+def is_options(name: str) -> bool:
+    """Whether a setting is a mapping of any names to any values."""
     return any(
         get_origin(member) in (dict, types.MappingProxyType)
         or getattr(get_origin(member), "__name__", "") == "Mapping"
-        for end in range(1, len(parts))
-        for key in keys_named(".".join(parts[:end]))
+        for key in keys_named(name)
         for member in members(key.annotation)
     )
+
+
+def _within_options(name: str) -> bool:
+    parts = name.split(".")
+    return any(is_options(".".join(parts[:end])) for end in range(1, len(parts)))
 
 
 def is_text(name: str) -> Literal["", "always", "optional"]:

@@ -20,7 +20,8 @@ from chunkgrpo.config.schema import (
     ModelConfig,
 )
 from chunkgrpo.core.learned import Learned
-from chunkgrpo.core.plan_rules import ExplicitPlan
+from chunkgrpo.core.plan_rules import ExplicitPlan, PaperPlan
+from chunkgrpo.core.plans import PAPER_SIZES
 from chunkgrpo.core.schedules import MergeEntropy, Native
 from chunkgrpo.core.selection import ListedSelection
 from chunkgrpo.core.step_weights import ChunkSizeWeights, ImplicitWeights
@@ -198,6 +199,12 @@ def check_plan(config: Config, objective: ChunkGRPOObjective) -> None:
         raise ConfigError(
             f"objective.plan.sizes ({listed}) sum to {sum(plan.sizes)}, but {why}; change a chunk "
             f"or set {fix}"
+        )
+    if isinstance(plan, PaperPlan) and planned != sum(PAPER_SIZES):
+        raise ConfigError(
+            f"objective.plan 'paper' is {list(PAPER_SIZES)} and needs sampling.steps = 17 (and no "
+            f"window), {sum(PAPER_SIZES)} trained steps, not {planned}; use plan 'explicit' with "
+            f"sizes that sum to {planned}"
         )
     if plan.measured:
         if window.kind in ("random", "sliding"):
