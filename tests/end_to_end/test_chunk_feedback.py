@@ -115,10 +115,17 @@ def build(recipe, folder, pipeline, **settings):
     )
 
 
+MOVES = {
+    "objective__plan__refresh": 2, "objective__plan__min_size": 2, "iterations": 5,
+    "model__adaptation__kind": "full", "optimizer__learning_rate": 0.1,
+}  # fmt: skip
+"""A plan that is measured anew every second iteration, of a policy whose dynamics move."""
+
+
 @pytest.mark.parametrize(
     ("recipe", "settings"),
     [
-        ("chunk-grpo-adaptive", {"objective__plan__refresh": 2, "objective__plan__min_size": 2}),
+        ("chunk-grpo-adaptive", MOVES),
         ("chunk-grpo-learned", {}),
         ("chunk-grpo-learned", {"objective__selection__usefulness": "reward"}),
     ],
