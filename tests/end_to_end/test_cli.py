@@ -41,6 +41,8 @@ SMALL = [
     "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
 ]  # fmt: skip
 
+ENTROPY = ["--set", "sampling.merge={kind: entropy, least: 0}"]
+
 
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -356,6 +358,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "credit.convention=best"], "group_std"),
         (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
         (["train", "--set", "objective.plan=paper"], "needs sampling.steps = 17"),
+        (["train", "awm", "--set", "objective.times=10"], "has only 9 times besides pure noise"),
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
         (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
@@ -378,15 +381,9 @@ def test_recipes_are_listed_and_valid() -> None:
         (["export", "TMP"], "no run folder"),
         (["train", "--set", "sampling.schedule=nativ"], "'native'?; known: shifted, native"),
         (
-            [
-                "train",
-                "--set",
-                "sampling.schedule=native",
-                "--set",
-                "sampling.merge={kind: entropy, least: 0}",
-            ],
+            ["train", "--set", "sampling.schedule=native", *ENTROPY],
             "worked out before the model is loaded",
-        ),  # fmt: skip
+        ),
         (
             ["train", "--set", "model.offload=[reference]", "--set", "model.adaptation=lora"],
             "itself",

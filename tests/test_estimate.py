@@ -8,23 +8,15 @@ import json
 
 import pytest
 import torch
-from chunkgrpo.plan import (
-    ACCELERATORS,
-    geometry,
-    make_plan,
-    print_plan,
-    sharing,
-)
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
 from chunkgrpo.cli import app
-from chunkgrpo.config import ConfigError, build_policy, build_trainer, parse_config
-from chunkgrpo.methods import shared_first_rows
-from chunkgrpo.policies.architecture import (
-    Architecture,
-    build_network,
+from chunkgrpo.cli.estimates import geometry, print_estimate, sharing
+from chunkgrpo.config import ConfigError, parse_config
+from chunkgrpo.config.build import build_policy, build_trainer
+from chunkgrpo.estimate import ACCELERATORS, make_estimate
 from chunkgrpo.policies.architecture import Architecture, build_network, read_architecture
 from chunkgrpo.policies.counting import NetworkUse, decoder_work, network_work
 from chunkgrpo.policies.network_inputs import (
@@ -51,15 +43,19 @@ def settings(path, **sections):
     values = {
         "iterations": 6,
         "model": {
-            "path": str(path), "device": "cpu", "max_sequence_length": 4, "rank": 4,
+            "path": str(path), "device": "cpu", "max_sequence_length": 4,
+            "adaptation": {"rank": 4},
             "precision": "fp32", "embedding_cache": None,
         },
-        "rewards": [{"name": "test_plan:brightness"}],
+        "rewards": [{"name": "test_estimate:brightness"}],
         "sampling": {"steps": 5, "prompts": 2, "group_size": 3},
-        "chunks": {"plan": "explicit", "sizes": [1, 3], "fraction": 1.0},
-        "objective": {"updates": 2, "micro_batch": 8, "clip_low": 1.0, "clip_high": 10.0},
+        "objective": {
+            "plan": {"kind": "explicit", "sizes": [1, 3]},
+            "selection": {"kind": "uniform", "fraction": 1.0},
+            "updates": 2, "micro_batch": 8, "trust": {"low": 1.0, "high": 10.0},
+        },
         "evaluation": {
-            "reward": {"name": "test_plan:brightness"}, "every": 3, "prompts": 4,
+            "reward": {"name": "test_estimate:brightness"}, "every": 3, "prompts": 4,
             "final_prompts": 5, "final_seeds": 2,
         },
     }  # fmt: skip
@@ -75,10 +71,12 @@ def settings(path, **sections):
     "sections",
     [
         {},
-        {"model": {"method": "full", "guidance": 4.0}},
-        {"objective": {"kl": 0.1, "updates": 1, "anchor": "replay"}},
-        {"sampling": {"same_noise": False, "window": {"kind": "fixed", "start": 1, "size": 2}},
-         "chunks": {"sizes": [2]}},
+        {"model": {"adaptation": "full", "guidance": 4.0}},
+        {"objective": {
+            "kl": {"kind": "transition", "weight": 0.1}, "updates": 1, "anchor": "replay",
+        }},
+        {"sampling": {"same_noise": False},
+         "objective": {"window": {"kind": "fixed", "start": 1, "size": 2}, "plan": {"sizes": [2]}}},
     ],
     ids=["lora", "full", "kl-replay", "window"],
 )  # fmt: skip
@@ -92,9 +90,9 @@ def test_an_iteration_does_the_operations_that_were_planned(
         for key, value in changes.items():
             values[name][key] = values[name][key] | value if isinstance(value, dict) else value
     config = parse_config(values)
-    plan = make_plan(config)
+    plan = make_estimate(config)
     trainer = build_trainer(config, tmp_path)
-    trainer.policy.encode([trainer.prompts.prompts[row] for row in trainer.rows_of(0)])
+    trainer.policy.encode(trainer.prompts_of(0))
     with FlopCounterMode(display=False) as counted:
         record = trainer.train_once()
     assert record["idle_pairs"] == 0
@@ -290,9 +288,8 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
         targets=TARGETS if method == "lora" else None, precision=precision, plain=True,
         lower=method == "lora",
     )  # fmt: skip
-    policy = StableDiffusion3Policy.from_options(
     planned = network_work(architecture, use)
-    policy = StableDiffusion3Policy(
+    policy = StableDiffusion3Policy.from_options(
         build_pipeline(MEDIUM), Adaptation(method, rank=4), precision=precision,
         max_sequence_length=4,
     )  # fmt: skip
@@ -315,7 +312,7 @@ def test_planned_memory_is_the_measured_peak(medium, method, precision):
 
 
 def test_the_run_holds_what_was_planned_to_stay(tiny_pipeline_path):
-    plan = make_plan(settings(tiny_pipeline_path, model={"method": "full"}))
+    plan = make_estimate(settings(tiny_pipeline_path, model={"adaptation": "full"}))
     pipe = build_pipeline_of_tests()
     sizes = {n: sum(p.nbytes for p in m.parameters()) for n, m in modules(pipe).items()}
     assert plan.resident["transformer"] == sizes["transformer"]
@@ -335,7 +332,7 @@ def test_encoded_prompts_are_counted_as_a_rollout_holds_them(guidance, tiny_pipe
     policy = build_policy(config)
     rows = policy.encode(["a star", "two circles"])  # as rollout does
     held = sum(tensor.nbytes for tensor in rows.tensors.values())
-    planned = make_plan(config)
+    planned = make_estimate(config)
     assert planned.resident["encoded prompts"] == held > 0
     assert planned.memory["rollout"] == (
         sum(planned.resident.values()) + planned.network.sampling.peak
@@ -364,7 +361,7 @@ def test_images_are_decoded_as_many_at_once_as_the_settings_say(tiny_pipeline_pa
     _, one = decoder_work(read_architecture(tiny_pipeline_path), (32, 32), "fp32")
 
     def images(model=None, **sampling):
-        plan = make_plan(settings(tiny_pipeline_path, model=model or {}, sampling=sampling))
+        plan = make_estimate(settings(tiny_pipeline_path, model=model or {}, sampling=sampling))
         return (plan.memory["decode"] - sum(plan.resident.values())) / one.peak
 
     assert images() == 6  # all of them: batches hold 96
@@ -377,7 +374,7 @@ def test_images_are_decoded_as_many_at_once_as_the_settings_say(tiny_pipeline_pa
 def test_a_precision_that_can_not_train_is_refused(tiny_pipeline_path):
     config = settings(tiny_pipeline_path, model={"precision": "fp16"})
     with pytest.raises(ConfigError, match=r"'fp16' is for sampling alone: .* set it to 'bf16'"):
-        make_plan(config)
+        make_estimate(config)
     with pytest.raises(ConfigError, match="'fp16' is for sampling alone"):
         build_policy(config)
 
@@ -393,7 +390,7 @@ def modules(pipe):
 
 
 def test_cached_embeddings_leave_no_text_encoder(tiny_pipeline_path):
-    plan = make_plan(settings(tiny_pipeline_path, model={"embedding_cache": "auto"}))
+    plan = make_estimate(settings(tiny_pipeline_path, model={"embedding_cache": "auto"}))
     assert plan.resident["text encoders"] == 0
     assert plan.memory["encode"] > plan.resident["transformer"] + plan.resident["VAE"]
 
@@ -402,7 +399,7 @@ def test_frozen_weights_offloading_and_stores_are_counted(tiny_pipeline_path):
     """Bytes of the transformer against a real policy's; the rest against its own arithmetic."""
 
     def plan(model=None, **sections):
-        return make_plan(settings(tiny_pipeline_path, model=model or {}, **sections))
+        return make_estimate(settings(tiny_pipeline_path, model=model or {}, **sections))
 
     for lower in (True, False):
         model = {"precision": "bf16", "lower_frozen": lower, "max_sequence_length": 4}
@@ -423,11 +420,11 @@ def test_frozen_weights_offloading_and_stores_are_counted(tiny_pipeline_path):
     assert here.memory["train"] - away.memory["train"] == encoders + vae
     assert here.memory["decode"] - away.memory["decode"] == encoders
     assert plan(model | {"device": "cpu"}).resident == plain.resident
-    full = {"method": "full", "device": "cuda", "offload": ["reference"]}
+    full = {"adaptation": "full", "device": "cuda", "offload": ["reference"]}
     moved, kept = plan(full), plan(full | {"offload": []})
     copy = kept.resident["copy of the base"]
     assert moved.resident["copy of the base"] == 0 < copy
-    with_kl = plan(full, objective={"kl": 0.1})
+    with_kl = plan(full, objective={"kl": {"kind": "transition", "weight": 0.1}})
     assert with_kl.memory["train"] - moved.memory["train"] == copy
     stored = plain.resident["trajectories"]
     store = {"store": {"dtype": "bfloat16"}}
@@ -436,23 +433,11 @@ def test_frozen_weights_offloading_and_stores_are_counted(tiny_pipeline_path):
     assert plan({"device": "cuda"}, sampling=store).resident["trajectories"] == 0
     assert plan(sampling=store).resident["trajectories"] == stored  # a CPU has one memory
     assert plan({"vae_slicing": True}).memory["decode"] < plain.memory["decode"]
-    values = settings(tiny_pipeline_path).model_dump() | {"optimizer": {"kind": "adamw8bit"}}
-    eight = make_plan(parse_config(values)).resident["optimizer and averaged weights"]
+    values = settings(tiny_pipeline_path).model_dump() | {"optimizer": {"name": "adamw8bit"}}
+    eight = make_estimate(parse_config(values)).resident["optimizer and averaged weights"]
     assert eight / plain.resident["optimizer and averaged weights"] == pytest.approx(
         6.03 / 12, 0.01
     )
-
-
-def test_rows_of_a_common_first_step_are_counted_once(tiny_pipeline_path):
-    def saved(**sections):
-        return shared_first_rows(settings(tiny_pipeline_path, **sections), 24)
-
-    # One update: six first steps are two rows. Two updates of 3 of the 6 images: one that holds
-    # both prompts saves one row, and one of a single prompt (1 of 10 draws) two.
-    assert saved(objective={"updates": 1}) == 4
-    assert saved(objective={"updates": 2}) == pytest.approx(2 * (0.9 * 1 + 0.1 * 2))
-    assert saved(sampling={"same_noise": False}) == 0
-    assert saved(chunks={"selection": "listed", "indices": [1]}) == 0
 
 
 # --- what is said -------------------------------------------------------------------------------
@@ -466,7 +451,7 @@ def plan(tmp_path_factory):
         path.unlink()
     for path in [*folder.glob("tokenizer*/*"), *folder.glob("scheduler/*")]:
         path.unlink()
-    return make_plan(settings(folder))
+    return make_estimate(settings(folder))
 
 
 def test_the_geometry_is_said_in_plain_words(plan):
@@ -509,17 +494,17 @@ def test_time_is_operations_over_rate(plan):
 
 def test_the_plan_is_printed_whole(plan):
     console = Console(width=120, record=True, file=io.StringIO())
-    print_plan(console, plan, 0.4, price=2.5)
+    print_estimate(console, plan, 0.4, price=2.5)
     text = console.export_text()
     names = ("H100", "H200", "A100", "RTX 4090", "rollout: forward", "train: backward")
     for wanted in (*names, "GPU-hours a run", "cost at 2.5 an hour", "8 GPUs", "64 GPUs", "fits"):
         assert wanted in text, wanted
     with pytest.raises(ConfigError, match="utilisation 40 must lie in"):
-        print_plan(console, plan, 40)
+        print_estimate(console, plan, 40)
     with pytest.raises(ConfigError, match="price -1 must not be negative"):
-        print_plan(console, plan, 0.4, -1)
+        print_estimate(console, plan, 0.4, -1)
     with pytest.raises(ConfigError, match="GPUs must be at least 1, got 0"):
-        print_plan(console, plan, 0.4, None, (1, 0))
+        print_estimate(console, plan, 0.4, None, (1, 0))
 
 
 def test_the_command_reads_configurations_alone(monkeypatch):
@@ -529,11 +514,14 @@ def test_the_command_reads_configurations_alone(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("diffusers.DiffusionPipeline.from_pretrained", forbidden)
-    result = CliRunner().invoke(app, ["plan", "demo", "--price", "2", "--gpus", "1", "--gpus", "2"])
-    assert result.exit_code == 0, result.output
-    assert "16 prompts x 12 images = 192 images" in result.output
-    assert "64 GPUs" not in result.output
-    result = CliRunner().invoke(app, ["plan", "demo", "--set", "model.path=/nowhere/at/all"])
+    for command in ("estimate", "plan"):
+        result = CliRunner().invoke(
+            app, [command, "demo", "--price", "2", "--gpus", "1", "--gpus", "2"]
+        )
+        assert result.exit_code == 0, result.output
+        assert "16 prompts x 12 images = 192 images" in result.output
+        assert "64 GPUs" not in result.output
+    result = CliRunner().invoke(app, ["estimate", "demo", "--set", "model.path=/nowhere/at/all"])
     assert result.exit_code == 2
     assert "does not exist" in result.output and len(result.output.strip().splitlines()) == 1
 
