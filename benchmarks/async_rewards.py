@@ -15,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,9 +24,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from chunkgrpo.config import build_trainer, load_config
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_trainer
 from chunkgrpo.rewards import make_reward
-from chunkgrpo.train import Trainer
+from chunkgrpo.train.loop import Trainer
 
 
 class SlowReward:
@@ -48,7 +50,8 @@ def build(
     """Return a trainer of the demo."""
     own = [f"sampling.batch_size={batch}", f"async_rewards={str(overlap).lower()}"]
     trainer = build_trainer(load_config("demo", [*settings, *own]), folder)
-    trainer.rewards = [(SlowReward(seconds_an_image), 1.0)]
+    slow = SlowReward(seconds_an_image)
+    trainer.scorer = replace(trainer.scorer, rewards=[(slow, 1.0)])
     return trainer
 
 

@@ -28,13 +28,15 @@ import torch
 from scipy.stats import t as student
 from torch import Tensor
 
-from chunkgrpo.config import build_prompts, build_trainer, load_config
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_prompts, build_trainer
 from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.core.sde import predict_clean
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.train import Trainer, plan_of
+from chunkgrpo.train.loop import Trainer
 from chunkgrpo.types import Trajectory
 
 NOTHING = 1e-12
@@ -59,18 +61,21 @@ class Probe:
 
     def __init__(self, trainer: Trainer, prompts: Any, images: int) -> None:
         self.prompts, self.images = prompts, images
-        self.plan = plan_of(trainer.algorithm)
-        self.window = trainer.windows(0, torch.Generator()) if trainer.windows else None
+        algorithm, sampler = trainer.algorithm, trainer.sampler
+        assert isinstance(algorithm, ChunkGRPO)
+        window, self.plan = algorithm.begin(0, torch.Generator()).window, algorithm.present
+        self.sampler = Sampler(
+            sampler.transition, sampler.sigmas, window=window, keep_velocities=True
+        )
         self.seeds = [derive_seed(7, i) for i in range(len(prompts) * images)]
         self.base = self.sampled(trainer)
         assert self.base.velocities is not None
         self.base_clean = clean_at_starts(self.base, self.base.velocities, self.plan)
 
     def sampled(self, trainer: Trainer) -> Trajectory:
-        return rollout(
-            trainer.policy, list(self.prompts), trainer.transition, trainer.sigmas, self.images,
-            seeds=self.seeds, window=self.window, keep_velocities=True,
-        )  # fmt: skip
+        return self.sampler.rollout(
+            trainer.policy, list(self.prompts), self.images, seeds=self.seeds
+        )
 
     @torch.no_grad()
     def measure(self, trainer: Trainer) -> dict[str, float]:
@@ -88,8 +93,8 @@ class Probe:
         return {
             "disagreement": float(apart(clean_at_starts(own, own.velocities, self.plan)).mean()),
             "drift": float(apart(moved).mean()),
-            "reward": found.mean(trainer.rewards[0][0].name),
-            "strict": found.mean(trainer.judge.name),
+            "reward": found.mean(trainer.scorer.rewards[0][0].name),
+            "strict": found.mean(trainer.evaluator.judge.name),
         }
 
 

@@ -21,19 +21,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from chunkgrpo.core.chunks import explicit_plan
-from chunkgrpo.plan import ACCELERATORS
 from torch import Tensor
 
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, make_sigmas, whole_plan
+from chunkgrpo.algorithms.chunk_loss import ChunkLoss
+from chunkgrpo.core import (
+    FlowDiffusion,
+    Transition,
+    UniformSelection,
+    make_sigmas,
+    paper_plan,
+    whole_plan,
+)
+from chunkgrpo.credit import Credit
+from chunkgrpo.estimate import ACCELERATORS
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.architecture import Architecture, build_network
 from chunkgrpo.policies.counting import NetworkUse, decoder_work, network_work
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.train import Trainer, TrainSettings
-from chunkgrpo.types import Conditioning
+from chunkgrpo.rewards.scoring import Scorer
+from chunkgrpo.rollout import Sampler
+from chunkgrpo.runtime.ema import Averaging
+from chunkgrpo.runtime.optimizers import Optimization
+from chunkgrpo.train.evaluating import Evaluator
+from chunkgrpo.train.loop import Budget, Trainer
+from chunkgrpo.types import Conditioning, Prompt
 
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512],
@@ -150,7 +163,7 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
     class Textless(base):
         """Answers prompts with random embeddings."""
 
-        def encode_texts(self, prompts: list[str]) -> Conditioning:
+        def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
             """Draw embeddings of the true shape."""
             c, rows, length = model.transformer, len(prompts), model.clip + model.text
             tensors: dict[str, Tensor] = {
@@ -161,7 +174,7 @@ def build_policy(model: Model, size: int, rank: int, device: str) -> PipelinePol
                 tensors["ids"] = torch.zeros(rows, length, 3, device=self.device)
             return Conditioning(tensors)
 
-    return Textless(
+    return Textless.from_options(
         pipe, Adaptation(rank=rank, alpha=float(rank), targets=TARGETS), size=(size, size),
         max_sequence_length=model.text, decode_batch=2,
         precision="fp32" if device == "cpu" else "bf16",
@@ -216,16 +229,22 @@ def measure(
     among them. Training holds the forwards that find the second update's ratios.
     """
     device = policy.device
-    chosen = explicit_plan((2, 3, 4, 7), 16) if steps == 17 else whole_plan(steps - 1)
-    transition = Transition(FlowDiffusion(0.7))
-    selection = UniformSelection(0.5 if steps == 17 else 1.0)
-    algorithm = ChunkGRPO(chosen, transition, selection, num_updates=2, micro_batch=batch)
-    prompts = PromptSet(("a prompt",), ("all",))
+    chosen = paper_plan(16) if steps == 17 else whole_plan(steps - 1)
+    sampler = Sampler(
+        Transition(FlowDiffusion(0.7)), make_sigmas(steps), same_noise=True, batch_size=batch
+    )
+    algorithm = ChunkGRPO(
+        chosen,
+        sampler.transition,
+        ChunkLoss(updates=2, micro_batch=batch),
+        UniformSelection(0.5 if steps == 17 else 1.0),
+    )
+    prompts, reward = PromptSet((Prompt("a prompt"),)), Brightness()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            policy, transition, algorithm, make_sigmas(steps), prompts, [(Brightness(), 1.0)],
-            prompts, Brightness(), Path(folder),
-            TrainSettings(num_prompts=1, group_size=images, rollout_batch=batch, ema_decay=0.0),
+            policy, sampler, algorithm, Credit(), Scorer([(reward, 1.0)]), prompts,
+            Evaluator(prompts, reward, sampler.sigmas), Path(folder),
+            Budget(prompts=1, group_size=images), Optimization(), Averaging(decay=0.0),
         )  # fmt: skip
         warm_up(policy, batch)
         if device.type == "cuda":

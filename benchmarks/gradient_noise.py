@@ -33,22 +33,23 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from chunkgrpo.config import build_trainer, load_config
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_trainer
 
 CASES = (
     "demo",
-    "eta-0.7 sampling.eta=0.7",
-    "eta-1.4 sampling.eta=1.4",
-    "eta-2 sampling.eta=2.0",
+    "eta-0.7 sampling.transition.eta=0.7",
+    "eta-1.4 sampling.transition.eta=1.4",
+    "eta-2 sampling.transition.eta=2.0",
     "32-prompts-of-6 sampling.prompts=32 sampling.group_size=6",
-    "by-spread objective.advantage=group_std",
-    "every-image objective.keep=1",
-    "nothing-held watched_rewards=[]",
-    "steps-3-to-4 sampling.window.size=2 chunks.sizes=[2] chunks.indices=[0]",
-    "steps-2-to-4 sampling.window.start=2",
+    "by-spread credit.convention=group_std",
+    "every-image credit.keep=1",
+    "nothing-held watched_rewards=[] credit.project_out=[]",
+    "steps-3-to-4 objective.window.size=2 objective.plan.sizes=[2] objective.selection.indices=[0]",
+    "steps-2-to-4 objective.window.start=2",
 )
 # One update, at ratio 1: neither the clip nor the pull to the base has begun.
-FIXED = ("objective.updates=1", "objective.kl=0", "evaluation.every=0", "threads=1")
+FIXED = ("objective.updates=1", "objective.kl=none", "evaluation.every=0", "threads=1")
 
 
 @dataclass(frozen=True)

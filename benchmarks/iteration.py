@@ -9,6 +9,10 @@ steps, half of them trained, two optimizer steps. *Batched* is the training loop
 implementation: every forward holds one image, or one image's chunk. It is written here from the
 formulas and shares with the library only the networks and the seeds, so that the losses and the
 gradients of both, which are compared in float32, check one another.
+
+A second table has what is done once and could be done twice. *No forward twice*: single steps,
+whose ratios the second update takes from the forward that it trains, against a separate pass before
+it, as chunks of several steps need. *Encoded prompts*: a row per prompt against one per image.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -32,17 +37,28 @@ from rich.table import Table
 from torch import Generator, Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from chunkgrpo.algorithms import chunk_loss
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core.plans import PAPER_SIZES, ChunkPlan
+from chunkgrpo.algorithms.chunk_loss import ChunkLoss
+from chunkgrpo.algorithms.chunk_update import Update
+from chunkgrpo.algorithms.pairs import MicroBatch
+from chunkgrpo.core.plans import PAPER_SIZES, ChunkPlan, paper_plan, step_plan
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Transition
 from chunkgrpo.core.selection import UniformSelection
+from chunkgrpo.core.trust import Clip
+from chunkgrpo.credit import Credit
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.rewards.scoring import Scorer
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.attention import plain_attention
+from chunkgrpo.runtime.ema import Averaging
+from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.seeds import derive_seed
-from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.train.evaluating import Evaluator
+from chunkgrpo.train.loop import Budget, Trainer
 from chunkgrpo.types import Conditioning, Experience, LossPart, Prompt, as_prompts
 
 NUM_STEPS, ETA, CLIP, FRACTION, NUM_UPDATES = 17, 0.7, 5e-5, 0.5, 2
@@ -79,9 +95,10 @@ QUICK = Scale(1, 1, 1, 4, 4, 4, (8, 8, 8, 8), 1, 512)
 
 @dataclass
 class Clock:
-    """Seconds by name; the backward pass of the network is timed by hooks."""
+    """Seconds and network rows by name; the network's backward pass is timed by hooks."""
 
     seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    rows: defaultdict[str, int] = field(default_factory=lambda: defaultdict(int))
     backward_began: float | None = None
 
     @contextmanager
@@ -162,6 +179,10 @@ class FluxShapedPolicy:
         """Return the transformer's parameters."""
         return list(self.transformer.parameters())
 
+    def named_parameters(self) -> dict[str, Tensor]:
+        """Return the transformer's parameters by name."""
+        return dict(self.transformer.named_parameters())
+
     def autocast(self) -> AbstractContextManager[object]:
         """Compute in the chosen precision."""
         if self.dtype == torch.float32:
@@ -195,10 +216,9 @@ class FluxShapedPolicy:
     def velocity(self, x: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Predict dx/dsigma."""
         phase = "ratio pass" if not self.sampling else "rollout network"
-        with (
-            self.clock.measure("forward" if torch.is_grad_enabled() else phase),
-            plain_attention(),
-        ):
+        phase = "forward" if torch.is_grad_enabled() else phase
+        self.clock.rows[phase] += len(x)
+        with self.clock.measure(phase), plain_attention():
             v = self.network(x, sigma, conditioning)
         if v.requires_grad:
             v.register_hook(self.clock.begin_backward)
@@ -242,6 +262,7 @@ class Result:
         edge: Least distance of a chunk's ratio from the edges of the clip range.
         outside: Chunks whose ratio left the clip range.
         trained: (image, step) pairs trained.
+        rows: Network rows by phase.
     """
 
     losses: list[float]
@@ -251,6 +272,7 @@ class Result:
     edge: float = math.inf
     outside: int = 0
     trained: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> float:
@@ -287,7 +309,7 @@ class WatchedTrainer(Trainer):
         return norm
 
 
-@dataclass(frozen=True)
+@dataclass
 class WatchedChunkGRPO(ChunkGRPO):
     """The algorithm, noting where a backward pass ends and keeping the losses."""
 
@@ -303,47 +325,64 @@ class WatchedChunkGRPO(ChunkGRPO):
             policy.clock.end_backward()  # type: ignore[attr-defined]
 
 
-def make_trainer(policy: FluxShapedPolicy) -> WatchedTrainer:
+class UpdateAfterPass(Update):
+    """An update that measures the ratios of single steps before, as those of longer chunks."""
+
+    def by_size(self, batch: list[MicroBatch], single: bool) -> list[MicroBatch]:
+        """Return all pairs as those whose ratios must be known before."""
+        return [] if single else batch
+
+
+class TwiceForward(WatchedChunkGRPO):
+    """The algorithm with a forward of its own for every ratio of the second update."""
+
+    def losses(
+        self, policy: Policy, experience: Experience, generator: Generator
+    ) -> Iterator[LossPart]:
+        """Yield the same loss in pieces that leave out what turned out to be cut."""
+        with patch.object(chunk_loss, "Update", UpdateAfterPass):
+            yield from super().losses(policy, experience, generator)
+
+
+def make_trainer(
+    policy: FluxShapedPolicy, plan: ChunkPlan, kind: type[WatchedChunkGRPO]
+) -> WatchedTrainer:
     """Return a trainer of the published settings, at its first iteration."""
     transition = Transition(FlowDiffusion(ETA))
     prompts = PromptSet(as_prompts(PROMPTS))
     reward = FunctionReward("warmth", warmth)
+    sampler = Sampler(transition, make_sigmas(NUM_STEPS), same_noise=True, batch_size=96)
+    loss = ChunkLoss(trust=Clip(CLIP, CLIP), updates=NUM_UPDATES)
     return WatchedTrainer(
         policy=policy,
-        transition=transition,
-        algorithm=WatchedChunkGRPO(
-            plan=ChunkPlan(PAPER_SIZES),
-            transition=transition,
-            selection=UniformSelection(FRACTION),
-            clip_low=CLIP,
-            clip_high=CLIP,
-            num_updates=NUM_UPDATES,
-        ),
-        sigmas=make_sigmas(NUM_STEPS),
+        sampler=sampler,
+        algorithm=kind(plan, transition, loss, UniformSelection(FRACTION)),
+        credit=Credit(),
+        scorer=Scorer([(reward, 1.0)]),
         prompts=prompts,
-        rewards=[(reward, 1.0)],
-        held_out=prompts,
-        judge=reward,
+        evaluator=Evaluator(prompts, reward, sampler.sigmas),
         folder=Path(),
-        settings=TrainSettings(
-            num_prompts=len(PROMPTS),
-            group_size=policy.scale.group_size,
-            same_noise=True,
+        budget=Budget(prompts=len(PROMPTS), group_size=policy.scale.group_size, seed=SEED),
+        optimization=Optimization(
             learning_rate=LEARNING_RATE,
             betas=BETAS,
             eps=EPS,
             weight_decay=WEIGHT_DECAY,
             max_grad_norm=MAX_GRAD_NORM,
-            ema_decay=0.0,
-            seed=SEED,
         ),
+        averaging=Averaging(decay=0.0),
     )
 
 
-def batched_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
-    """Do one iteration with the library."""
+def batched_iteration(
+    policy: FluxShapedPolicy,
+    precision: str,
+    plan: ChunkPlan | None = None,
+    kind: type[WatchedChunkGRPO] = WatchedChunkGRPO,
+) -> Result:
+    """Do one iteration with the library; with the published chunks where no plan is given."""
     clock = policy.restart(precision)
-    trainer = make_trainer(policy)
+    trainer = make_trainer(policy, plan or paper_plan(NUM_STEPS - 1), kind)
     start = time.perf_counter()
     record = trainer.train_once()
     total = time.perf_counter() - start
@@ -357,7 +396,7 @@ def batched_iteration(policy: FluxShapedPolicy, precision: str) -> Result:
         if ends:
             losses.append(running)
             running = 0.0
-    return Result(losses, trainer.norms, trainer.gradients, seconds)
+    return Result(losses, trainer.norms, trainer.gradients, seconds, rows=dict(clock.rows))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -568,6 +607,83 @@ def measure(policy: FluxShapedPolicy, precision: str, repeats: int) -> Measured:
     return Measured(results[0], results[1], max(products), differences)
 
 
+# ---------------------------------------------------------------------------------------------
+# What is done once
+
+
+@dataclass(frozen=True)
+class Once:
+    """Repetitions of a step-level iteration in float32, and what encoded prompts weigh.
+
+    Attributes:
+        own: Ratios of the second update from its training forward.
+        separate: Ratios from a pass before.
+        per_prompt, per_image: Bytes of encoded prompts.
+    """
+
+    own: list[Result]
+    separate: list[Result]
+    per_prompt: int
+    per_image: int
+
+
+def measure_once(policy: FluxShapedPolicy, repeats: int) -> Once:
+    """Alternate the two step-level iterations; weigh what a rollout encodes.
+
+    Raises:
+        AssertionError: If the two did not compute the same losses.
+    """
+    plan, kinds = step_plan(NUM_STEPS - 1), (WatchedChunkGRPO, TwiceForward)
+    if repeats > 1:
+        batched_iteration(policy, "float32", plan)
+    results: list[list[Result]] = [[], []]
+    for _ in range(repeats):
+        for kind, kept in zip(kinds, results, strict=True):
+            kept.append(batched_iteration(policy, "float32", plan, kind))
+            kept[-1].gradients.clear()
+        for loss, other in zip(results[0][-1].losses, results[1][-1].losses, strict=True):
+            assert abs(loss - other) < 1e-5, f"losses {loss} and {other}"
+    encoded = policy.encode(PROMPTS)
+    images = encoded.repeat_interleave(policy.scale.group_size)
+    weights = [sum(t.nbytes for t in each.tensors.values()) for each in (encoded, images)]
+    return Once(results[0], results[1], *weights)
+
+
+def print_once(console: Console, once: Once) -> None:
+    """Print what is done once beside what it would be twice."""
+    table = Table(title="What is done once")
+    for column in ("", "once", "twice", "ratio"):
+        table.add_column(column, justify="right" if column else "left")
+    train = ("ratio pass", "forward", "backward", "optimizer", "rest")
+
+    def seconds(results: list[Result], names: Sequence[str]) -> float:
+        return median(sum(result.seconds.get(n, 0.0) for n in names) for result in results)
+
+    def forwards(result: Result) -> int:
+        return result.rows["forward"] + result.rows.get("ratio pass", 0)
+
+    ours, theirs = seconds(once.own, train), seconds(once.separate, train)
+    table.add_row(
+        "no forward twice: training, s", f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}"
+    )
+    first, second = forwards(once.own[-1]), forwards(once.separate[-1])
+    table.add_row(
+        "no forward twice: network rows", str(first), str(second), f"{second / first:.2f}"
+    )
+    table.add_row(
+        "encoded prompts, bytes",
+        f"{once.per_prompt:,}",
+        f"{once.per_image:,}",
+        f"{once.per_image / once.per_prompt:.2f}",
+    )
+    console.print(table)
+    console.print(
+        "no forward twice: single steps in float32, half of them trained, the ratios of the second "
+        "update from the forward that is back-propagated, or from a pass of its own before; pairs "
+        "cut in that pass are not trained. Encoded prompts: a row a prompt, or a row an image."
+    )
+
+
 ROWS = {
     "rollout network": "rollout: transformer",
     "rollout rest": "rollout: the rest",
@@ -672,8 +788,6 @@ def print_results(
         f"{second:.1e} of their norm; {measured['float32'].naive[-1].outside} chunks had left the "
         "clip range"
     )
-    if quick:
-        console.print("These sizes are a check that everything runs, not a measurement.")
 
 
 def main() -> None:
@@ -690,6 +804,9 @@ def main() -> None:
     console = Console(width=None if Console().is_terminal else 120, highlight=False)
     measured = {precision: measure(policy, precision, repeats) for precision in PRECISIONS}
     print_results(console, policy, measured)
+    print_once(console, measure_once(policy, repeats))
+    if options.quick:
+        console.print("These sizes are a check that everything runs, not a measurement.")
 
 
 if __name__ == "__main__":

@@ -8,12 +8,15 @@ import dataclasses
 
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO, MicroBatch
+from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.chunk_loss import ChunkLoss
+from chunkgrpo.algorithms.chunk_update import Chunks, Evaluator
+from chunkgrpo.algorithms.pairs import MicroBatch
 from chunkgrpo.core import FlowDiffusion, Transition, UniformSelection, equal_plan, make_sigmas
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.pipeline import GenerationOptions
 from chunkgrpo.policies.sd3 import StableDiffusion3Policy
-from chunkgrpo.rollout import rollout
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.memory import peak_memory
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 from chunkgrpo.types import Experience
@@ -35,13 +38,14 @@ def direct_loss(
 ) -> torch.Tensor:
     """Return the loss with each chunk in one piece of graph: the plain way, for comparison."""
     trajectory, plan = experience.trajectory, algorithm.plan
+    chunks = Chunks(plan, algorithm.selection, algorithm.transition)
+    evaluator = Evaluator(algorithm.loss, policy, trajectory, chunks)
     steps = torch.arange(plan.num_steps)
     total = torch.zeros((), device=policy.device)
     for sample in range(trajectory.num_samples):
         for part in steps.split(list(plan.sizes)):
             (pairs,) = MicroBatch.place([(torch.full_like(part, sample), part)], trajectory)
-            step = algorithm.step_of(policy, trajectory, pairs)
-            change = algorithm.log_prob(trajectory, pairs, step)
+            change = evaluator.log_prob(pairs, evaluator.transition(pairs))
             change = change - trajectory.old_log_prob[pairs.pairs]
             loss = -experience.advantages[sample] * change.mean().exp()
             # One chunk at a time, as an implementation would that steps through chunks.
@@ -55,23 +59,23 @@ def measure(
 ) -> list[tuple[int, int, int]]:
     """Return chunk size, and the peak bytes of one update: this library's and the direct way's."""
     transition = Transition(FlowDiffusion(0.7))
-    sigmas = make_sigmas(STEPS + 1)
-    trajectory = rollout(
-        policy, ["a red star"], transition, sigmas, samples, seeds=list(range(samples))
-    )
+    sampler = Sampler(transition, make_sigmas(STEPS + 1))
+    trajectory = sampler.rollout(policy, ["a red star"], samples, seeds=list(range(samples)))
     advantages = torch.linspace(-1, 1, samples, device=policy.device)
     experience = Experience(trajectory, advantages)
     algorithm = ChunkGRPO(
-        equal_plan(1, STEPS), transition, UniformSelection(1.0), num_updates=1,
-        micro_batch=micro_batch,
-    )  # fmt: skip
+        equal_plan(1, STEPS),
+        transition,
+        ChunkLoss(updates=1, micro_batch=micro_batch),
+        UniformSelection(1.0),
+    )
     rows = []
     for size in sizes:
         chosen = dataclasses.replace(algorithm, plan=equal_plan(size, STEPS))
 
         def update(chosen: ChunkGRPO = chosen) -> None:
             for part in chosen.losses(policy, experience, torch.Generator().manual_seed(0)):
-                part.loss.backward()
+                part.backward()
 
         def direct(chosen: ChunkGRPO = chosen) -> None:
             direct_loss(policy, chosen, experience)

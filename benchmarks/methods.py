@@ -28,21 +28,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from chunkgrpo.config import (
-    build_prompts,
-    build_sigmas,
-    build_trainer,
-    load_config,
-    resolve_model,
-    unknown_name,
-)
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_prompts, build_sigmas, build_trainer, resolve_model
+from chunkgrpo.core.names import unknown_name
 from chunkgrpo.evaluate import EvaluationSettings, evaluate
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import method_names, recipe_names
 from chunkgrpo.report.statistics import paired_difference
 from chunkgrpo.rewards import make_reward
 from chunkgrpo.runtime.files import atomic_write
-from chunkgrpo.train import Trainer
+from chunkgrpo.train.loop import Trainer
 
 REFERENCE = "chunk-grpo"
 """The recipe whose sampler and prompts judge all of them; E-GRPO's own schedule is another."""

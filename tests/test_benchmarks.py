@@ -39,6 +39,14 @@ def test_iteration_benchmark_runs_and_compares() -> None:
         found = re.search(rf"ratio \({precision}\): .* takes (\d+\.\d+) times", output)
         assert found and float(found[1]) > 0, output
     assert "same work: in float32" in output
+    # Four images of a prompt share its row.
+    found = re.search(r"encoded prompts, bytes │ +([\d,]+) │ +([\d,]+) │ +4\.00 │", output)
+    assert found, output
+    per_prompt, per_image = (int(figure.replace(",", "")) for figure in found.groups())
+    assert per_image == 4 * per_prompt
+    assert re.search(r"no forward twice: training, s │ +\d+\.\d+ │ +\d+\.\d+ │", output), output
+    found = re.search(r"no forward twice: network rows │ +(\d+) │ +(\d+) │", output)
+    assert found and int(found[1]) < int(found[2]), output
 
 
 @pytest.mark.slow

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from chunkgrpo.config import build_trainer, load_config
-from chunkgrpo.methods import iteration_cost
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_trainer
+from chunkgrpo.cost import iteration_cost
 from chunkgrpo.report.statistics import paired_difference
-from chunkgrpo.train import Trainer
+from chunkgrpo.train.loop import Trainer
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -113,9 +114,9 @@ def test_methods_share_a_budget_and_finished_runs_are_kept(small, tmp_path, caps
         ("sequence-level", []),
         ("demo", []),
         ("flow-grpo", []),
-        ("mixgrpo-flash", ["sampling.window.kind=fixed", "sampling.window.start=2"]),
-        ("tempflow-grpo", ["sampling.window.indices=[3]"]),
-        ("chunk-grpo", ["chunks.fraction=1", "objective.anchor=replay"]),
+        ("mixgrpo-flash", ["objective.window={kind: fixed, size: 4, start: 2}"]),
+        ("tempflow-grpo", ["objective.window.indices=[3]"]),
+        ("chunk-grpo", ["objective.selection.fraction=1", "objective.anchor=replay"]),
         ("awm", ["objective.kl=0.1"]),
         ("diffusion-nft", []),
     ],
@@ -176,7 +177,7 @@ def test_consistency_benchmark_measures_both_arms(small, tmp_path, capsys):
         "--weights", "0", "1e4", "--seeds", "2", "--iterations", "2", "--prompts", "2",
         "--probe", "4", "--images", "2", "--out", str(out),
         "--set", "optimizer.learning_rate=1e-3", "--set", "watched_rewards=[]",
-        "--set", "objective.keep=1", *small,
+        "--set", "credit.project_out=[]", "--set", "credit.keep=1", *small,
     ]  # fmt: skip
     benchmark.main(options)
     printed = capsys.readouterr().out
@@ -237,8 +238,9 @@ def test_signal_and_alignment_of_gradients_with_known_ones():
 def test_gradient_noise_compares_cases_without_moving_the_model(small, capsys):
     benchmark = load("gradient_noise")
     settings = ["--set", "sampling.prompts=2", "--set", "watched_rewards=[]"]
-    settings += ["--rollouts", "3", *small]
-    benchmark.main([*settings, "--case", "low sampling.eta=0.5", "--case", "high sampling.eta=1"])
+    settings += ["--set", "credit.project_out=[]", "--rollouts", "3", *small]
+    cases = ("low sampling.transition.eta=0.5", "high sampling.transition.eta=1")
+    benchmark.main([*settings, *(part for case in cases for part in ("--case", case))])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["low:", "high:"]
     assert lines[-2].startswith("| low |") and lines[-2].endswith("| 1.00 |")
