@@ -26,7 +26,7 @@ def chunks(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="'shapes', a pipeline folder or a hub id, the recipe's by default; or a recipe."
+            help="'shapes', a pipeline folder or a hub id (default: the recipe's); or a recipe."
         ),
     ] = None,
     recipe: Annotated[
@@ -36,18 +36,18 @@ def chunks(
         ),
     ] = None,
     set_: SetOption = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure.")] = 8,
-    seeds: Annotated[int, typer.Option(min=2, help="Trajectories of each prompt.")] = 4,
+    prompts: Annotated[int, typer.Option(min=2, help="Number of prompts to measure.")] = 8,
+    seeds: Annotated[int, typer.Option(min=2, help="Trajectories per prompt.")] = 4,
     rule: Annotated[
         str,
         typer.Option(
-            help="Whose chunks to write: optimal, optimal-4, adaptive-forward, adaptive-backward, "
+            help="Rule of the plan: optimal, optimal-4, adaptive-forward, adaptive-backward, "
             "adaptive-central, equal or paper."
         ),
     ] = "optimal",
     out: Annotated[Path | None, typer.Option(help="Folder; runs/chunks by default.")] = None,
 ) -> None:
-    """Measure how fast a model's trajectories move and propose where to cut them.
+    """Measure how fast a model's trajectories move, and propose plans.
 
     Says whether the dynamics depend on the prompt, under the recipe's own sampler, the flow SDE,
     the Dance SDE and the ODE, and writes chunks.yaml, for `chunkgrpo train --chunks`, beside a
@@ -80,8 +80,8 @@ def chunks(
     former = config.objective.selection
     if cut.selection["kind"] != former.kind:
         typer.echo(
-            f"The chunks that the recipe lists, {list(former.indices)}, are not those of the new "
-            "ones; the choice is uniform now."
+            f"The chunks that the recipe lists, {list(former.indices)}, do not refer to the new "
+            "plan; the selection is uniform now."
         )
     typer.echo(f"The curves are drawn in {cut.file.parent}/dynamics.png")
     command = ["chunkgrpo", "train", recipe, "--chunks", str(cut.file)]
@@ -98,8 +98,8 @@ class Cut:
 
     Attributes:
         profiles: One for each sampler.
-        window: What the chunks are for; all steps where None.
-        selection: How chunks are chosen, as settings.
+        window: Window of the plan; None: all steps.
+        selection: The selection, as settings.
         file: ``chunks.yaml``.
     """
 
@@ -156,7 +156,7 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
 
 
 def profiled_window(config: Config) -> Window | None:
-    """Return the window that chunks are proposed for; None where they are for all steps."""
+    """Return the window that plans are proposed for; None: all steps."""
     from chunkgrpo.config.derived import num_trained
     from chunkgrpo.profile import Window
 
@@ -167,7 +167,7 @@ def profiled_window(config: Config) -> Window | None:
 
 
 def check_can_cut(config: Config, recipe: str) -> None:
-    """Refuse recipes that would have no use for the chunks, before anything is measured."""
+    """Refuse recipes that do not use a plan, before anything is measured."""
     from chunkgrpo.config import ConfigError
 
     o = config.objective
@@ -200,11 +200,11 @@ def samplers_of(config: Config) -> dict[str, Kernel]:
 
 
 def selection_again(objective: ChunkGRPOObjective, plan: ChunkPlan, planned: int) -> dict[str, Any]:
-    """Return how to choose among new chunks, as settings.
+    """Return the selection among new chunks, as settings.
 
-    Where a recipe lists chunks of its own plan, the chunks are listed that hold the steps which it
-    trains. Of a plan that is measured first, or that does not fit the steps, these are unknown:
-    then all are listed where all were, and else the choice becomes uniform.
+    Where a recipe lists chunks of its own plan, the new chunks with the same steps are listed.
+    Where the recipe's plan is measured, or does not fit the steps, these are unknown: if it lists
+    all chunks, all new ones are listed, and otherwise the selection becomes uniform.
     """
     from chunkgrpo.profile import carried_indices
 

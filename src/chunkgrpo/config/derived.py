@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that follow from a configuration before anything is loaded."""
+"""Numbers derived from a configuration before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from chunkgrpo.core.sde import Kernel, kernel_of
 
 
 def merge_sizes(config: Config) -> tuple[int, ...] | None:
-    """Return the grid steps that each sampler step spans; None where every one is its own.
+    """Return the number of schedule steps in each sampler step; None where no steps are merged.
 
     Raises:
         ValueError: If the merged steps do not cover the schedule.
@@ -24,13 +24,13 @@ def merge_sizes(config: Config) -> tuple[int, ...] | None:
 def _merge_sizes(
     merge: AnyMerge, schedule: AnySchedule, steps: int, kernel: Kernel
 ) -> tuple[int, ...] | None:
-    """Find the merged steps once for all that ask for their number."""
+    """Compute merged steps once for all callers."""
     sigmas = None if isinstance(schedule, Native) else schedule.sigmas(steps)
     return merge.sizes_of(steps, sigmas, kernel.std)
 
 
 def num_trained(config: Config) -> int:
-    """Return N, the steps that can be trained: all sampler steps but the last."""
+    """Return N, the trainable steps: all sampler steps but the last."""
     sizes = merge_sizes(config)
     return (len(sizes) if sizes else config.sampling.steps) - 1
 
@@ -43,7 +43,7 @@ def num_planned(config: Config) -> int:
 
 
 def merged_steps(config: Config) -> tuple[int, ...]:
-    """Return the trained steps that span several grid steps.
+    """Return the trainable steps that span several steps of the schedule.
 
     Raises:
         ConfigError: If there are none.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling a configuration: as YAML with comments, and its schema for editors."""
+"""A configuration as YAML with comments, and the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def described_yaml(config: Config, tree: Tree) -> str:
 
     Args:
         config: The run.
-        tree: The values it was made of, with their sources (:func:`~.files.load_tree`).
+        tree: The values it was made from, with their sources (:func:`~.files.load_tree`).
 
     Returns:
         Valid YAML; a comment above each key says what it means, its default and its source.
@@ -136,7 +136,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _partial(node: Any) -> None:
-    """A recipe may leave everything out: nothing is required, but for the kind to tell by."""
+    """Require nothing: a recipe may leave out any setting."""
     if isinstance(node, dict):
         node.pop("required", None)
         for value in node.values():

@@ -35,9 +35,9 @@ class Assignment:
     """One ``--set key=value``, or what an option of the command line stands for.
 
     Attributes:
-        key: Dotted.
-        value: As it will be checked; a text where the setting is one.
-        source: How the user gave it.
+        key: Dotted name of the setting.
+        value: The value, before validation.
+        source: Where it was given.
     """
 
     key: str
@@ -79,7 +79,7 @@ class Assignment:
 
 
 def as_tree(values: Mapping[str, Any], source: str) -> Tree:
-    """Give every value its source."""
+    """Attach a source to every value."""
     return {
         str(key): as_tree(value, source) if isinstance(value, Mapping) else Leaf(value, source)
         for key, value in values.items()
@@ -239,7 +239,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of keys and values.
 
     Raises:
-        ConfigError: If it is no YAML, or holds something else.
+        ConfigError: If it is not valid YAML, or does not hold keys and values.
     """
     import yaml
 
@@ -275,10 +275,10 @@ def _read(source: str | Path, seen: tuple[str, ...] = ()) -> Tree:
 
 
 def validated(values: Mapping[str, Any]) -> Config:
-    """Turn complete values into a configuration.
+    """Validate complete values.
 
     Raises:
-        ConfigError: Of the first mistake, in one line.
+        ConfigError: One line about the first mistake.
     """
     try:
         return Config.model_validate(dict(values))

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward behind HTTP: JSON with PNG images in, JSON scores out, and nothing executed.
+"""A reward behind HTTP: JSON with PNG images in, JSON scores out; no input is executed.
 
 ``POST /score`` takes ``{"prompts": [...], "images": [base64 PNG, ...], "group_size": null}``, and
 ``"metadata"``, an object for each prompt, where ``/info`` says ``needs_metadata``. It answers
 ``{"name": ..., "scores": [...]}``, null for a score that is not finite. ``GET /health`` answers
-while the reward works; ``GET /info`` tells name and limits. Errors are ``{"error": "one line"}``.
+also while the reward is busy; ``GET /info`` returns name and limits. Errors are
+``{"error": "one line"}``.
 :mod:`.remote` is the client.
 """
 
@@ -38,14 +39,14 @@ MEGABYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
-        batch: Images.
+        batch: Number of images.
         body: Bytes of the request.
         pixels: Pixels of all its images together, counted before any is decompressed.
-        seconds: From its first byte to the answer.
-        waiting: Requests that may wait for the reward, which answers one at a time; more get 503.
+        seconds: From its first byte to the response.
+        waiting: Requests that may wait for the reward, which handles one at a time; more get 503.
     """
 
     batch: int = 64
@@ -61,7 +62,7 @@ class Limits:
 
 
 class Refused(Exception):
-    """A request that is answered with an error.
+    """A request that is refused with an error.
 
     Attributes:
         status: HTTP status.
@@ -76,7 +77,7 @@ class Refused(Exception):
 @dataclass(frozen=True)
 class Request:
     """A request that has been read: images [B, 3, H, W] in [0, 1], B prompts, the group size, and
-    what is known of each prompt."""
+    the metadata of each prompt."""
 
     images: Tensor
     prompts: list[str]
@@ -93,8 +94,8 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
     """Read and check the body of ``POST /score``.
 
     Raises:
-        Refused: 400 for what is no request, 413 for too much of it, 422 for one that cannot be
-            scored.
+        Refused: 400 for a malformed request, 413 for one that is too large, 422 for one that cannot
+            be scored.
     """
     try:
         found = json.loads(body)
@@ -108,10 +109,10 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
             raise Refused(400, f"{name} must be a list of strings")
     if len(prompts) != len(encoded) or not prompts:
         raise Refused(
-            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image a prompt"
+            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image per prompt"
         )
     if len(prompts) > limits.batch:
-        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} a request")
+        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} per request")
     if groupwise or group_size is not None:
         whole = type(group_size) is int and group_size > 0 and len(prompts) % group_size == 0
         if not whole:
@@ -174,7 +175,7 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
                 pixels.append(np.asarray(image))
         except Refused:
             raise
-        # Broken files raise whatever the decoder stumbles over: OSError, SyntaxError, EOFError,
+        # Broken files raise many kinds of errors: OSError, SyntaxError, EOFError,
         # struct.error, zlib.error, DecompressionBombError, ...
         except Exception:
             raise Refused(400, f"image {index} is a broken PNG") from None
@@ -186,10 +187,10 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     """Build the server.
 
     Args:
-        reward: What it serves; called by one thread, one request at a time.
-        token: What ``/score`` and ``/info`` want as ``Authorization: Bearer TOKEN``; none is
-            wanted where None or empty.
-        limits: Of a request.
+        reward: The reward; called by one thread, one request at a time.
+        token: Required by ``/score`` and ``/info`` as ``Authorization: Bearer TOKEN``; None or
+            empty: no token is required.
+        limits: Limits of a request.
 
     Returns:
         The FastAPI application.
@@ -208,7 +209,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
 
     def authorise(request: HttpRequest) -> None:
         given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        # Compared in a time that tells nothing about how much of it is right.
+        # Compared in constant time.
         if secret is not None and not hmac.compare_digest(given, secret):
             raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
 
@@ -248,7 +249,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
 
     @app.exception_handler(Refused)
     async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
-        # The rest of a request that was not read must not be taken for the next one.
+        # The unread rest of a request must not be parsed as the next one.
         headers = {"connection": "close"} if error.status in (401, 413, 503) else None
         return JSONResponse({"error": error.reason}, error.status, headers)
 
@@ -283,7 +284,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
         except RewardError as error:
             raise Refused(500, str(error)) from None
         except Exception as error:
-            # Whatever the reward stumbles over, the next request may be a better one.
+            # An error of the reward must not end the server.
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise Refused(500, f"reward {reward.name!r} failed: {reason:.300}") from None
         return JSONResponse({"name": reward.name, "scores": scores})
@@ -302,15 +303,15 @@ def serve(
     """Serve a reward until interrupted.
 
     Args:
-        reward: What to serve.
-        host: Interface; another than the loopback needs a token.
+        reward: The reward.
+        host: Network interface; any but the loopback needs a token.
         port: 0 takes a free one.
         token: See :func:`create_app`.
         limits: See :func:`create_app`.
         announce: Called with the address once the port is taken.
 
     Raises:
-        ValueError: If the interface is open to others and there is no token, or the port is taken.
+        ValueError: If others can reach the interface and there is no token, or the port is taken.
     """
     import socket
 

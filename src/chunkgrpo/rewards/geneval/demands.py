@@ -58,7 +58,7 @@ def without_empty(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def demands(prompt: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the demands of a prompt, in the form of a line, from what its source says of it.
+    """Return the demands of a prompt, in the form of a line, from its metadata.
 
     Args:
         prompt: The text.
