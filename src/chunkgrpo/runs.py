@@ -30,6 +30,7 @@ from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.curves import DEFAULT_PANELS, panels_of_score, save_curves
 from chunkgrpo.report.grids import save_comparison
+from chunkgrpo.report.health import HEALTH_BANDS
 from chunkgrpo.report.html import write_html
 from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.report.tables import (
@@ -46,14 +47,6 @@ from chunkgrpo.rewards.scoring import is_share
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.types import ProgressHook, Prompt
 
-# Image health, tuned over base; outside these bands, a gain may be reward hacking.
-HEALTH_BANDS = {
-    "texture": (0.5, 1.5),
-    "edge_sharpness": (0.8, 1.25),
-    "saturation": (0.75, 1.33),
-    "brightness": (0.75, 1.33),
-    "diversity": (0.75, 1.33),
-}
 NUM_SHOWN = 12
 
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -235,9 +236,14 @@ class AWM:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the averaged policy's weights."""
-        return ({} if self.average is None else self.average.state()), {}
+        return ({} if self.average is None else self.average.state()), {"method": "awm"}
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another method or lacks a weight.
+        """
+        check_method(info, "awm")
         if self.average is not None:
             self.average.load(tensors)

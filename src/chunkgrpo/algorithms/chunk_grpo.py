@@ -64,8 +64,8 @@ class ChunkGRPO:
         self.plan.validate_for(self.window.num_planned(self.steps))
         self.window.places(self.plan, self.steps)
         self.loss.outer_weights.check(self.plan)
-        learns = isinstance(self.selection, LearnedSelection)
-        self.learned = self.selection if learns else None
+        selection = self.selection
+        self.learned = selection if isinstance(selection, LearnedSelection) else None
         self.present = self.plan
         self.observer: ChunkObserver | None = None
 

@@ -38,7 +38,7 @@ ANCHORS = ("rollout", "replay")
 class ChunkLoss:
     r"""The chunk-level clipped surrogate.
 
-    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{chosen}} \lambda_{bj}
+    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{selected}} \lambda_{bj}
               \max(-A_b s_{bj}, -A_b\,\mathrm{clip}(s_{bj}, 1-\epsilon_l, 1+\epsilon_h)),
               \qquad \log s_{bj} = \frac{1}{cs_j} \sum_{i \in ch_j} a_i
               (\ell_{bi} - \ell^{old}_{bi} + b_{bi})

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -196,6 +197,15 @@ class Update:
     def plan(self) -> ChunkPlan:
         return self.evaluator.chunks.plan
 
+    # Sent once an update: tables are worked out anew for every micro-batch of single steps.
+    @cached_property
+    def sent_mask_BC(self) -> Tensor:
+        return send(self.mask_BC, self.evaluator.trajectory.device)
+
+    @cached_property
+    def sent_weight_BC(self) -> Tensor:
+        return send(self.weight_BC, self.evaluator.trajectory.device) * self.scales.outer_C
+
     def parts(self, batch: list[MicroBatch]) -> Iterator[LossPart]:
         """Yield the pieces; only an updated policy can have ratios other than 1."""
         loss, number = self.loss, sum(len(part) for part in batch)
@@ -206,7 +216,8 @@ class Update:
         if not loss.kl.weight:  # with a KL term every pair has a gradient
             batch, idle = self.without_idle(batch, tables)
         if self.moved and idle is not None:  # ratios are reported of all pairs
-            new = self.evaluator.measured(self.by_size([idle], single=True), new)
+            quiet = self.by_size(self.evaluator.cut(idle.planned), single=True)
+            new = self.evaluator.measured(quiet, new)
         neighbours = self.neighbours() if loss.consistency > 0 and self.moved else []
         total = len(batch) + len(neighbours) + (idle is not None)
         for index in range(total):
@@ -235,8 +246,7 @@ class Update:
         bias_BN = new.divergence if loss.ratio == "guard" else 0.0
         ratio_BN = scales.inner_N * (new.log_prob - self.old.log_prob + bias_BN)
         log_ratio_BC, divergence_BC = plan.reduce(ratio_BN), plan.reduce(new.divergence)
-        mask_BC = self.mask_BC.to(ratio_BN.device)
-        weight_BC = self.weight_BC.to(ratio_BN) * scales.outer_C
+        mask_BC, weight_BC = self.sent_mask_BC, self.sent_weight_BC.to(ratio_BN.dtype)
         value_BC = loss.trust.value(log_ratio_BC, advantages, divergence_BC)
         slope_BC = loss.trust.slope(log_ratio_BC, advantages, divergence_BC)
         if loss.old_kl:

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -102,7 +103,7 @@ class DiffusionNFT:
         optimality_B = optimality(experience.advantages, loss.advantage_clip)
         old = self.old
         if old is None and loss.updates > 1:
-            old = OldPolicy(policy.parameters())
+            old = OldPolicy(policy.named_parameters())
         for update, batches in enumerate(deal.updates):
             # Before the first update the policy is its own old one and need not be evaluated twice.
             anchor = None if self.old is None and update == 0 else old
@@ -146,9 +147,14 @@ class DiffusionNFT:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the old policy's weights."""
-        return ({} if self.old is None else self.old.state()), {}
+        return ({} if self.old is None else self.old.state()), {"method": "diffusion_nft"}
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another method or lacks a weight.
+        """
+        check_method(info, "diffusion_nft")
         if self.old is not None:
             self.old.load(tensors)

@@ -69,14 +69,7 @@ def chunks(
         config = load_config(recipe, [*named, *(set_ or [])], check_chunks=False)
         check_can_cut(config, recipe)
         cut = measure(config, prompts, seeds, rule, out)
-    for profile in cut.profiles:
-        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
-    if cut.window:
-        moves = len(cut.window.places) > 1
-        typer.echo(
-            f"The recipe trains {cut.window}; chunks are cut from its speed there, "
-            + ("their sizes count from where it begins." if moves else "of these steps alone.")
-        )
+    say_where(cut)
     former = config.objective.selection
     if cut.selection["kind"] != former.kind:
         typer.echo(
@@ -90,6 +83,18 @@ def chunks(
     again = [each for each in set_ or [] if not each.startswith(decided)]
     command += [part for setting in again for part in ("--set", setting)]
     typer.echo(f"Train with: {shlex.join(command)}")
+
+
+def say_where(cut: Cut) -> None:
+    """Say what the speed depends on, and of which steps chunks are cut."""
+    for profile in cut.profiles:
+        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
+    if cut.window:
+        moves = len(cut.window.places) > 1
+        typer.echo(
+            f"The recipe trains {cut.window}; chunks are cut from its speed there, "
+            + ("their sizes count from where it begins." if moves else "of these steps alone.")
+        )
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ def geometry(estimate: Estimate) -> list[str]:
         lines.append(
             f"{num_planned(config)} of {trained} trainable steps are stochastic and form {about}"
             f"{_count(len(sizes), 'chunk')} of {_listed(sizes)}; "
-            f"{_number(cost.pairs / chosen)} steps of {each} are trained on, on average."
+            f"{_number(cost.pairs / chosen)} steps of {each} are trained, in the mean."
         )
     else:
         lines.append(f"{_number(cost.pairs / chosen)} noised copies of {each} are trained on.")

@@ -106,12 +106,8 @@ class Overrides:
         if self.rewards:
             listed = [{"name": name} for name in self.rewards]
             found.append(Assignment("rewards", listed, "--reward"))
-            # The reward is the judge, too, unless a setting names another one.
-            judge = {"name": self.rewards[0], "options": {}}
-            found += [
-                Assignment(f"evaluation.reward.{key}", value, "--reward")
-                for key, value in judge.items()
-            ]
+            # What is trained is judged, too, unless a setting names another judge.
+            found.append(Assignment("evaluation.reward.name", self.rewards[0], "--reward"))
         if self.async_rewards:
             found.append(Assignment("async_rewards", True, "--async-rewards"))
         return [*found, *self.settings]

@@ -129,16 +129,18 @@ def json_schema() -> dict[str, Any]:
             if field in part.get("properties", {}):
                 part["properties"][field].setdefault("description", said)
         part["description"] = (section.__doc__ or "").strip().split("\n")[0]
-        if "kind" in part.get("properties", {}):
-            part.setdefault("required", [])
     _partial(schema)
     return schema
 
 
 def _partial(node: Any) -> None:
-    """Require nothing: a recipe may leave out any setting."""
+    """A recipe may leave everything out: nothing is required."""
     if isinstance(node, dict):
         node.pop("required", None)
+        # A section may leave its kind to what it extends, and then fits several.
+        node.pop("discriminator", None)
+        if "oneOf" in node:
+            node["anyOf"] = node.pop("oneOf")
         for value in node.values():
             _partial(value)
     elif isinstance(node, list):

@@ -299,9 +299,9 @@ def _one_line(error: ValidationError) -> str:
         context = first.get("ctx", {})
         kinds = [kind.strip("' ") for kind in context.get("expected_tags", "").split(",")]
         return unknown_name(f"{where}.kind", str(context.get("tag")), kinds) + more
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+    if first["type"] == "value_error":
         # A part's own rule, which names the field and its value.
-        return f"{where}: {first['ctx']['error']}{more}"
+        return f"{where}: {first.get('ctx', {}).get('error', first['msg'])}{more}"
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "string_type":
         message += "; in a YAML file, put texts in quotes"

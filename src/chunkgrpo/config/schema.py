@@ -25,7 +25,7 @@ from chunkgrpo.core.sde import CpsTransition, DanceDiffusion, FlowDiffusion, Ode
 from chunkgrpo.core.selection import ListedSelection, UniformSelection, WeightedSelection
 from chunkgrpo.core.windows import AllSteps, AnyWindow
 from chunkgrpo.credit import Credit
-from chunkgrpo.policies.execution import OFFLOADABLE
+from chunkgrpo.policies.execution import OFFLOADABLE, PRECISIONS
 from chunkgrpo.rewards.scoring import ON_ERROR
 from chunkgrpo.rollout import PREFIXES, Store
 from chunkgrpo.runtime.ema import Averaging
@@ -112,7 +112,7 @@ class ModelConfig(Section):
         default=LoraAdaptation(), description="Which weights are trained."
     )
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'.")
-    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = Field(
+    precision: Annotated[str, OneOf(PRECISIONS)] = Field(
         default="bf16",
         description="Precision of the network's arithmetic. Trained weights, transitions and "
         "densities are float32 in every case; 'fp16' is for sampling alone.",

@@ -10,6 +10,7 @@ Axes: N trained steps.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
@@ -73,7 +74,7 @@ class AllSteps:
 
 
 @dataclass(frozen=True)
-class _SizedWindow:
+class _SizedWindow(ABC):
     """What windows of a given number of steps share: the plan covers the window."""
 
     size: int = 4
@@ -83,13 +84,15 @@ class _SizedWindow:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; a window has at least 1 step")
 
+    @abstractmethod
     def starts_of(self, num_trained: int) -> Mapping[int, float]:
         """Return every first step, with the share of the iterations that begin there."""
-        return {}
+        ...
 
+    @abstractmethod
     def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
         """Return the first step of an iteration's window."""
-        return 0
+        ...
 
     def num_planned(self, num_trained: int) -> int:
         """Return the size."""

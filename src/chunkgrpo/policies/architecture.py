@@ -29,7 +29,7 @@ class Architecture:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         v = self.vae
         if "temperal_downsample" in v:
             return 2 ** len(v["temperal_downsample"])

@@ -93,7 +93,7 @@ class NetworkUse:
 
 
 def materialise(network: torch.nn.Module) -> None:
-    """Give a network on the meta device float32 weights of the current fake mode, on the CPU."""
+    """Give a network of the meta device float32 weights on the CPU, or fake ones in that mode."""
     for module in network.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -107,9 +107,9 @@ def materialise(network: torch.nn.Module) -> None:
 class Meter(TorchDispatchMode):
     """Counts operations, and the peak of allocated storages.
 
-    Operations are those of the formulas of ``torch.utils.flop_counter``, and of the same for the
-    fused attention of CPUs. Its ``FlopCounterMode`` is not used, since its
-    hooks on modules keep alive what gradient checkpointing frees.
+    Operations are counted by the formulas of ``torch.utils.flop_counter``, extended to the fused
+    attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
+    alive what gradient checkpointing frees.
 
     Args:
         given: Tensors whose memory is not counted.
@@ -144,7 +144,7 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self.forget, key)
 
     def forget(self, key: int) -> None:
-        """Take a dead storage off."""
+        """Subtract a storage that was freed."""
         self.now -= self.live.pop(key, 0)
 
 

@@ -16,6 +16,14 @@ import torch
 OFFLOADABLE = ("text_encoders", "vae", "reference")
 """Parts that can stay in host memory while not in use."""
 
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+"""Type of the network's arithmetic by the name of its precision."""
+
 PRODUCTS = (
     torch.nn.Linear,
     torch.nn.Conv1d,

@@ -113,12 +113,12 @@ EMBEDDED_GUIDANCE = ("FluxPipeline", "Flux2Pipeline")
 
 
 def text_rows(architecture: Architecture, wanted: int | None) -> int:
-    """Return the largest number of text tokens of a prompt; shorter prompts can cost less."""
+    """Return the maximum number of text tokens per row; shorter prompts can cost less."""
     return wanted or TEXT_ROWS.get(str(architecture.transformer["_class_name"]), 512)
 
 
 def rows_of_guidance(architecture: Architecture, guidance: float, true_cfg: float = 1.0) -> int:
-    """Return network rows per latent: 2 if classifier-free guidance is on.
+    """Return the network rows per latent: 2 where classifier-free guidance is on.
 
     Args:
         architecture: The model.

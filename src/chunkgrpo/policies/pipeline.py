@@ -25,6 +25,7 @@ from chunkgrpo.core.schedules import (
 from chunkgrpo.policies.adaptation import ATTENTION, Adaptation, Reference, adapt, save_lora
 from chunkgrpo.policies.encoding import PromptEncoding, padded
 from chunkgrpo.policies.execution import (
+    PRECISIONS,
     Execution,
     compile_blocks,
     lower_frozen,
@@ -37,13 +38,7 @@ from chunkgrpo.runtime.offload import Offloaded
 from chunkgrpo.types import Conditioning
 
 LOWERED = ("hidden_states", "encoder_hidden_states", "pooled_projections", "x", "cap_feats")
-"""Inputs of the networks that are cast to the low precision."""
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bf16-pure": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+"""Inputs of the networks that may lose precision."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ class PipelinePolicy(PromptEncoding):
         self.execution = execution or Execution()
         self.adaptation = adaptation or Adaptation()
         check_precision(precision, self.adaptation, self.execution, gradient_checkpointing)
-        self.dtype = DTYPES[precision]
+        self.dtype = PRECISIONS[precision]
         self.pure = precision == "bf16-pure"
         self.decode_batch = decode_batch
         self.device = torch.device(device or pipe.transformer.device)
@@ -409,8 +404,8 @@ def check_precision(
     Raises:
         ValueError: With an alternative.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if precision == "fp16" and adaptation.method != "none":
         raise ValueError(
             "precision 'fp16' is for sampling alone (method 'none'): in training small "

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of measured speeds: shares of step, prompt and noise, and intervals.
+"""Statistics of measured speeds: shares of step, prompt and noise, and confidence intervals.
 
 Axes: P prompts x S seeds, crossed; N trained steps.
 """

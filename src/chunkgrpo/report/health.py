@@ -21,6 +21,15 @@ __all__ = [
 
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709, applied to the values as they are
 
+# Health of tuned images over that of the base's; outside, a gain may have been hacked.
+HEALTH_BANDS = {
+    "texture": (0.5, 1.5),
+    "edge_sharpness": (0.8, 1.25),
+    "saturation": (0.75, 1.33),
+    "brightness": (0.75, 1.33),
+    "diversity": (0.75, 1.33),
+}
+
 
 def image_health(images_BCHW: Tensor, num_prompts: int | None = None) -> dict[str, float]:
     """All measures of this module, averaged over a batch.

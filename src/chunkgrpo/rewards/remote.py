@@ -55,10 +55,10 @@ class RemoteReward:
     the number of images does not matter.
 
     Args:
-        url: ``http://host:port`` or ``https://...``; name and limits are requested at once.
-        name: Name in the metrics; the served reward's where None.
-        batch: Largest number of images per request; at most the server's limit.
-        timeout: Seconds without a response after which a request has failed; the server's own
+        url: ``http://host:port`` or ``https://...``; asked for its name and limits at once.
+        name: Of the metrics; the served reward's where None.
+        batch: Most images per request; never more than the server's limit.
+        timeout: Seconds without a sign of life after which a request has failed; the server's own
             limit and 10 more where None, so that the server gives up first and says why.
         deadline: Seconds after which a request is given up, its repetitions and pauses included;
             where None 300, or two timeouts where these are longer.
@@ -185,7 +185,7 @@ class RemoteReward:
             )
         for value in found:
             if value is not None and type(value) not in (int, float):
-                raise RewardError(self.name, f"answered {value!r:.80}, which is no number")
+                raise RewardError(self.name, f"answered {value!r:.80}, which is not a number")
         return [float("nan") if value is None else as_float(value) for value in found]
 
     def _ask(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
@@ -254,7 +254,7 @@ class RemoteReward:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise RewardError(
-                self.name, f"answered {content[:60]!r}, which is no JSON; check the address"
+                self.name, f"answered {content[:60]!r}, which is not JSON; check the address"
             ) from None
 
 

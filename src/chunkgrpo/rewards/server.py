@@ -18,7 +18,7 @@ import hmac
 import io
 import json
 import math
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -94,13 +94,13 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
     """Read and check the body of ``POST /score``.
 
     Raises:
-        Refused: 400 for a malformed request, 413 for one that is too large, 422 for one that cannot
-            be scored.
+        Refused: 400 for what is not a request, 413 for too much of it, 422 for one that cannot be
+            scored.
     """
     try:
         found = json.loads(body)
     except (ValueError, RecursionError):
-        raise Refused(400, "the body is no JSON") from None
+        raise Refused(400, "the body is not JSON") from None
     if not isinstance(found, dict) or not {"prompts", "images"} <= found.keys():
         raise Refused(400, "the body must be an object with prompts and images")
     prompts, encoded, group_size = found["prompts"], found["images"], found.get("group_size")
@@ -125,7 +125,7 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
         and len(metadata) == len(prompts)
         and all(isinstance(each, dict) for each in metadata)
     ):
-        raise Refused(422, "metadata must be a list of objects, one a prompt")
+        raise Refused(422, "metadata must be a list of objects, one per prompt")
     return Request(decode_images(encoded, limits.pixels), prompts, group_size, metadata)
 
 
@@ -144,9 +144,9 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
         try:
             data = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError):
-            raise Refused(400, f"image {index} is no base64") from None
+            raise Refused(400, f"image {index} is not base64") from None
         if len(data) < 33 or not data.startswith(PNG_HEADER):
-            raise Refused(400, f"image {index} is no PNG")
+            raise Refused(400, f"image {index} is not a PNG")
         size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
         depth, color = data[24], data[25]
         if 0 in size:
@@ -162,7 +162,7 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
             )
         files.append(data)
     if len(sizes) > 1:
-        raise Refused(422, f"images of {len(sizes)} sizes; send one size a request")
+        raise Refused(422, f"images of {len(sizes)} sizes; send one size per request")
     pixels = []
     for index, data in enumerate(files):
         try:
@@ -183,6 +183,119 @@ def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
     return stack.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
+class Service:
+    """What the server does with a request, apart from HTTP itself.
+
+    Args:
+        reward: What it serves; called by one thread, one request at a time.
+        token: See :func:`create_app`.
+        limits: Of a request.
+    """
+
+    def __init__(self, reward: Reward, token: str | None, limits: Limits) -> None:
+        self.reward, self.limits = reward, limits
+        self.groupwise = is_groupwise(reward)
+        self.secret = f"Bearer {token}".encode() if token else None
+        self.worker = ThreadPoolExecutor(1, "reward")
+        self.reader = ThreadPoolExecutor(2, "reader")
+        self.num_waiting = 0
+
+    def authorise(self, headers: Mapping[str, str]) -> None:
+        """Check the token, where one is needed.
+
+        Raises:
+            Refused: 401 if it is missing or wrong.
+        """
+        given = headers.get("authorization", "").encode("utf-8", "replace")
+        # Compared in a time that tells nothing about how much of it is right.
+        if self.secret is not None and not hmac.compare_digest(given, self.secret):
+            raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
+
+    def info(self) -> dict[str, Any]:
+        """Return the reward's name and properties, and the limits."""
+        return {
+            "name": self.reward.name,
+            "protocol": PROTOCOL,
+            "groupwise": self.groupwise,
+            "needs_metadata": bool(getattr(self.reward, "needs_metadata", False)),
+            "share": is_share(self.reward),
+            "max_batch": self.limits.batch,
+            "max_body": self.limits.body,
+            "max_pixels": self.limits.pixels,
+            "seconds": self.limits.seconds,
+        }
+
+    async def score(
+        self, headers: Mapping[str, str], stream: AsyncIterator[bytes]
+    ) -> list[float | None]:
+        """Read a request's body and score it; a score that is not finite is None.
+
+        Raises:
+            Refused: 400, 413 or 422 for what cannot be scored, 500 if the reward fails, 503 if too
+                many requests are waiting, 504 if there is no answer in time.
+        """
+        try:
+            return await asyncio.wait_for(self._answer(headers, stream), self.limits.seconds)
+        except Refused:
+            raise
+        except TimeoutError:
+            raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
+        except RewardError as error:
+            raise Refused(500, str(error)) from None
+        except Exception as error:
+            # Whatever the reward stumbles over, the next request may be a better one.
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise Refused(500, f"reward {self.reward.name!r} failed: {reason:.300}") from None
+
+    async def _answer(
+        self, headers: Mapping[str, str], stream: AsyncIterator[bytes]
+    ) -> list[float | None]:
+        if self.num_waiting >= self.limits.waiting:
+            raise Refused(503, f"{self.num_waiting} requests are waiting; try again later")
+        self.num_waiting += 1
+        try:
+            body = await read_body(headers, stream, self.limits.body)
+            asked = await _within(
+                self.reader, lambda: parse_request(body, self.limits, self.groupwise)
+            )
+            scores = await _within(
+                self.worker,
+                lambda: scores_of(
+                    self.reward, asked.images, asked.records(), asked.group_size
+                ).tolist(),
+            )
+        finally:
+            self.num_waiting -= 1
+        return [value if math.isfinite(value) else None for value in scores]
+
+
+async def read_body(
+    headers: Mapping[str, str], stream: AsyncIterator[bytes], max_bytes: int
+) -> bytes:
+    """Read a body, and stop where it becomes too long.
+
+    Raises:
+        Refused: 400 for a content length that is not a number, 413 for more than ``max_bytes``.
+    """
+    try:
+        announced = int(headers.get("content-length", "0"))
+    except ValueError:
+        raise Refused(400, "the content length is not a number") from None
+    body = bytearray()
+    if announced <= max_bytes:
+        async for part in stream:
+            body += part
+            if len(body) > max_bytes:
+                break
+    if max(announced, len(body)) > max_bytes:
+        raise Refused(413, f"the request is larger than {max_bytes} bytes")
+    return bytes(body)
+
+
+async def _within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
+    return await asyncio.get_running_loop().run_in_executor(pool, call)
+
+
 def create_app(reward: Reward, token: str | None = None, limits: Limits | None = None) -> Any:
     """Build the server.
 
@@ -199,53 +312,8 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     from fastapi import Request as HttpRequest
     from fastapi.responses import JSONResponse
 
-    limits = limits or Limits()
-    groupwise = is_groupwise(reward)
-    worker = ThreadPoolExecutor(1, "reward")
-    reader = ThreadPoolExecutor(2, "reader")
-    secret = f"Bearer {token}".encode() if token else None
-    num_waiting = 0
+    service = Service(reward, token, limits or Limits())
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    def authorise(request: HttpRequest) -> None:
-        given = request.headers.get("authorization", "").encode("utf-8", "replace")
-        # Compared in constant time.
-        if secret is not None and not hmac.compare_digest(given, secret):
-            raise Refused(401, "a token is needed: Authorization: Bearer TOKEN")
-
-    async def read(request: HttpRequest) -> bytes:
-        try:
-            announced = int(request.headers.get("content-length", "0"))
-        except ValueError:
-            raise Refused(400, "the content length is no number") from None
-        body = bytearray()
-        if announced <= limits.body:
-            async for part in request.stream():
-                body += part
-                if len(body) > limits.body:
-                    break
-        if max(announced, len(body)) > limits.body:
-            raise Refused(413, f"the request is larger than {limits.body} bytes")
-        return bytes(body)
-
-    async def within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(pool, call)
-
-    async def answer(request: HttpRequest) -> list[float | None]:
-        nonlocal num_waiting
-        if num_waiting >= limits.waiting:
-            raise Refused(503, f"{num_waiting} requests are waiting; try again later")
-        num_waiting += 1
-        try:
-            body = await read(request)
-            asked = await within(reader, lambda: parse_request(body, limits, groupwise))
-            scores = await within(
-                worker,
-                lambda: scores_of(reward, asked.images, asked.records(), asked.group_size).tolist(),
-            )
-        finally:
-            num_waiting -= 1
-        return [value if math.isfinite(value) else None for value in scores]
 
     @app.exception_handler(Refused)
     async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
@@ -259,34 +327,13 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
 
     @app.get("/info")
     async def info(request: HttpRequest) -> dict[str, Any]:
-        authorise(request)
-        return {
-            "name": reward.name,
-            "protocol": PROTOCOL,
-            "groupwise": groupwise,
-            "needs_metadata": bool(getattr(reward, "needs_metadata", False)),
-            "share": is_share(reward),
-            "max_batch": limits.batch,
-            "max_body": limits.body,
-            "max_pixels": limits.pixels,
-            "seconds": limits.seconds,
-        }
+        service.authorise(request.headers)
+        return service.info()
 
     @app.post("/score")
     async def score(request: HttpRequest) -> JSONResponse:
-        authorise(request)
-        try:
-            scores = await asyncio.wait_for(answer(request), limits.seconds)
-        except Refused:
-            raise
-        except TimeoutError:
-            raise Refused(504, f"no answer within {limits.seconds:g} seconds") from None
-        except RewardError as error:
-            raise Refused(500, str(error)) from None
-        except Exception as error:
-            # An error of the reward must not end the server.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Refused(500, f"reward {reward.name!r} failed: {reason:.300}") from None
+        service.authorise(request.headers)
+        scores = await service.score(request.headers, request.stream())
         return JSONResponse({"name": reward.name, "scores": scores})
 
     return app

@@ -68,7 +68,7 @@ class Blob:
     detection: Detection
     ious: NDArray[np.float64]  # [5], by SHAPES
     rgb: FloatArray  # [3]
-    fault: str  # why it is no proper object ("is cut off by the edge"), or ""
+    fault: str  # why it is not a proper object ("is cut off by the edge"), or ""
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def _split(
     classes: NDArray[np.intp],
     next_label: int,
 ) -> int:
-    """Relabel a component of several colours in place, one label a piece; return the next free."""
+    """Relabel the pieces of a component of several colours in place; return the next free label."""
     view = kept[box][0]
     rows, columns = np.nonzero(view == label)
     pixels = image[box[1], box[2]][rows, columns]

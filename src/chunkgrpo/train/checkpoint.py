@@ -32,15 +32,14 @@ def training_state(
 
     Returns:
         Tensors: ``parameter.NAME``, ``ema.NAME``, ``optimizer.NAME:MOMENT`` and
-        ``algorithm.KEY``; and JSON values, the algorithm's class among them.
+        ``algorithm.KEY``; and JSON values.
     """
     tensors = {f"parameter.{n}": p for n, p in zip(names, parameters, strict=True)}
     tensors |= {f"ema.{n}": value for n, value in zip(names, ema.values, strict=True)}
     tensors |= optimizer_tensors(optimizer, names)
     own, info = algorithm.state()
     tensors |= {f"algorithm.{key}": value for key, value in own.items()}
-    method = type(algorithm).__name__
-    return tensors, {"ema_updates": ema.num_updates, "method": method, "algorithm": info}
+    return tensors, {"ema_updates": ema.num_updates, "algorithm": info}
 
 
 def check_same_weights(
@@ -89,12 +88,6 @@ def restore_training_state(
             changed then.
     """
     check_same_weights(tensors, names, parameters)
-    method, written = type(algorithm).__name__, info["method"]
-    if written != method:
-        raise ValueError(
-            f"the checkpoint was written by another method, {written}, and this run trains by "
-            f"{method}; start a new run"
-        )
     prefix = "algorithm."
     own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     algorithm.load(own, info["algorithm"])

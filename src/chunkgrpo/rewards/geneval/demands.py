@@ -14,7 +14,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read GenEval's lines, by prompt.
+    """Read a file of GenEval's metadata; return its lines by prompt.
 
     Raises:
         FileNotFoundError: If there is no such file.

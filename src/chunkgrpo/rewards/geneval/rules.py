@@ -100,7 +100,7 @@ def relations(a: Box, b: Box, margin: float) -> set[str]:
 
 
 def kept(detections: Sequence[Detection], tag: str, rules: Rules) -> dict[str, list[Detection]]:
-    """Group detections by class, by confidence, without unsure, surplus and duplicate ones."""
+    """Group detections by class, the surest first, without unsure, surplus and double ones."""
     least = rules.counting_confidence if tag == "counting" else rules.confidence
     groups: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):
