@@ -181,7 +181,7 @@ def test_a_setting_that_nothing_reads_is_refused(recipe, change):
 
 @pytest.mark.parametrize("key", sorted(MOVED))
 def test_keys_of_version_0_1_are_refused_with_their_new_spelling(key):
-    with pytest.raises(ConfigError, match="since 0.2.0 it is") as error:
+    with pytest.raises(ConfigError, match=r"since 0\.2\.0 it is") as error:
         load_config("demo", [f"{key}=1"])
     assert MOVED[key] in str(error.value)
 
@@ -197,9 +197,9 @@ def test_an_old_file_is_refused_with_the_new_spelling(tmp_path):
 
 
 def test_an_unknown_key_names_the_nearest():
-    with pytest.raises(ConfigError, match="did you mean 'optimizer.learning_rate'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'optimizer\.learning_rate'"):
         load_config("demo", ["optimizer.learningrate=1"])
-    with pytest.raises(ConfigError, match="objective.trust.kind 'clpi'; did you mean 'clip'"):
+    with pytest.raises(ConfigError, match=r"objective\.trust\.kind 'clpi'; did you mean 'clip'"):
         load_config("demo", ["objective.trust.kind=clpi"])
 
 

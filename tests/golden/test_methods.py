@@ -16,11 +16,11 @@ bind in the second update: a method that differs in them alone shows.
 
 Processors add in another order, and training amplifies the difference: AdamW's first steps follow
 the sign of every gradient, however small, and a verifier's verdict may flip with one pixel. In
-float32, with that reward, nine of 29 recipes left a tolerance of a thousandth from one processor to
-another. So networks compute in float64, which processors agree on once it is rounded to float32, and
-the reward has no jumps (``smooth_reward``): with AVX2 and with AVX-512 all figures then agree to
-2e-5, and losses to 2e-5. A changed method changes them by more than a hundredth. Counts and shares
-of pairs are exact.
+float32, with that reward, nine of 29 recipes left a tolerance of a thousandth from one processor
+to another. So networks compute in float64, which processors agree on once it is rounded to
+float32, and the reward has no jumps (``smooth_reward``): with AVX2 and with AVX-512 figures and
+losses then agree to about 1e-5. A changed method changes them by more than a hundredth. Counts and
+shares of pairs are exact.
 """
 
 import argparse

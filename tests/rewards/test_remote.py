@@ -580,8 +580,9 @@ def test_groups_arrive_whole_at_a_served_reward(tmp_path) -> None:
 
 def test_a_run_outlives_its_reward_server(tmp_path, tiny_pipeline_path) -> None:
     """Killed while it scores an iteration, and started again: the run ends as if nothing was."""
-    from chunkgrpo.cli import chosen
-    from chunkgrpo.config import build_trainer, load_config
+    from chunkgrpo.cli.training import Overrides
+    from chunkgrpo.config import load_config
+    from chunkgrpo.config.build import build_trainer
     from chunkgrpo.report.metrics import read_metrics
     from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint
 
@@ -603,12 +604,14 @@ def test_a_run_outlives_its_reward_server(tmp_path, tiny_pipeline_path) -> None:
         over, keeper = threading.Event(), threading.Thread(target=revive)
         keeper.start()
         try:
-            settings = chosen(str(tiny_pipeline_path), str(listed), [address], False)
-            settings += [
+            small = [
                 "iterations=3", "sampling.prompts=2", "sampling.group_size=4", "sampling.steps=5",
-                "sampling.window.kind=all", "chunks.sizes=[1,3]", "chunks.indices=[0]",
+                "sampling.tail.kind=euler", "objective.window.kind=all",
+                "objective.plan.sizes=[1,3]", "objective.selection.indices=[0]",
                 "evaluation.every=2", "model.precision=fp32", "model.max_sequence_length=4",
             ]  # fmt: skip
+            given = Overrides(str(tiny_pipeline_path), str(listed), [address], False, small)
+            settings = given.assignments()
             trainer = build_trainer(load_config("demo", settings), folder / "run")
             assert trainer.run()
         finally:

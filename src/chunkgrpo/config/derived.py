@@ -6,7 +6,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from chunkgrpo.config.schema import ChunkGRPOObjective, Config, ConfigError
-from chunkgrpo.core.schedules import AnyMerge, AnySchedule, Native
+from chunkgrpo.core.schedules import AnyMerge, AnySchedule, MergeEntropy, Native
 from chunkgrpo.core.sde import Kernel, kernel_of
 
 
@@ -51,9 +51,12 @@ def merged_steps(config: Config) -> tuple[int, ...]:
     # The last sampler step, merged or not, is never trained.
     found = tuple(i for i, size in enumerate((merge_sizes(config) or ())[:-1]) if size > 1)
     if not found:
+        merge = config.sampling.merge
+        more = "choose kind 'entropy'"
+        if isinstance(merge, MergeEntropy):
+            more = f"raise its least, {merge.least}, which every single step explores already"
         raise ConfigError(
-            f"objective.window.indices 'merged' trains merged steps, and sampling.merge = "
-            f"{config.sampling.merge} takes none of the trained steps together; choose kind "
-            "'entropy' with a higher least, or list chunks"
+            f"objective.window.indices 'merged' trains merged steps, and sampling.merge of kind "
+            f"{merge.kind!r} takes none of the trained steps together; {more}, or list chunks"
         )
     return found

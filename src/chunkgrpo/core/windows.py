@@ -234,11 +234,12 @@ class SlidingWindow(_SizedWindow):
                 "be at least 1"
             )
         check_name("decay", self.decay, DECAYS)
-        unread = [name for name in ("rate", "after") if getattr(self, name) is not None]
+        given = ((name, getattr(self, name)) for name in ("rate", "after"))
+        unread = [f"{name} = {value}" for name, value in given if value is not None]
         if self.decay != "exponential" and unread:
             raise ValueError(
-                f"{' and '.join(unread)} belong to decay 'exponential', and decay is "
-                f"{self.decay!r}; set it to that, or leave them out"
+                f"{' and '.join(unread)} belongs to decay 'exponential', and decay is "
+                f"{self.decay!r}; set it to that, or leave this out"
             )
         if self.rate is not None and not self.rate > 0:
             raise ValueError(

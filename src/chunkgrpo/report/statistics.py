@@ -70,17 +70,16 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return low, high
 
 
-def mean_interval(values: NDArray, level: float = 0.95) -> tuple[float, float]:
-    """Normal interval of a mean.
+def mean_interval(values: NDArray) -> tuple[float, float]:
+    """Normal 95 % interval of a mean: mean -+ 1.96 standard deviations / sqrt(n).
 
     Args:
         values: [n], n >= 2.
-        level: Coverage, in (0, 1).
 
     Returns:
         Low and high end.
     """
-    half = _normal_quantile(level) * float(values.std()) / values.size**0.5
+    half = 1.96 * float(values.std()) / values.size**0.5
     return float(values.mean()) - half, float(values.mean()) + half
 
 
