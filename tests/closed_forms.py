@@ -76,3 +76,22 @@ def by_definition(groups, convention):
             row = [value - statistics.median(row) for value in row]
         rows += row
     return rows
+
+
+def policy_gradient_scale(sigmas, diffusion):
+    r"""How strongly each step's policy gradient reacts to the velocity, relative to the others.
+
+    .. math:: \kappa_i = \frac{|\partial \mu_i / \partial v|}{s_i}
+              = \sqrt{\Delta_i}\,\frac{1 + g_i^2 (1 - \sigma_i) / (2 \sigma_i)}{g_i}
+
+    Args:
+        sigmas: Schedule, [K+1], decreasing to 0 (:func:`.schedules.validate_sigmas`).
+        diffusion: g(sigma), with a density.
+
+    Returns:
+        [K] > 0.
+    """
+    sigma_K, sigma_next_K = sigmas[:-1], sigmas[1:]
+    g_K = diffusion(sigma_K, sigma_next_K)
+    slope_K = 1 + g_K.square() * (1 - sigma_K) / (2 * sigma_K)
+    return (sigma_K - sigma_next_K).sqrt() * slope_K / g_K

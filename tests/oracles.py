@@ -20,10 +20,10 @@ from chunkgrpo.core import (
     clipped_surrogate,
     group_advantages,
     make_sigmas,
-    policy_gradient_scale,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.types import Experience
+from closed_forms import policy_gradient_scale
 from compose import rollout
 
 PLAN = ChunkPlan((1, 2, 4))

@@ -10,7 +10,6 @@ from torch.distributions import Normal
 from chunkgrpo.core.plans import ChunkPlan, paper_plan, step_plan, whole_plan
 from chunkgrpo.core.ratios import (
     chunk_log_ratio,
-    policy_gradient_scale,
     ratio_scale,
     step_coefficients,
     transition_scale,
@@ -21,10 +20,9 @@ from chunkgrpo.core.sde import (
     DanceDiffusion,
     FlowDiffusion,
     Gaussian,
-    OdeDiffusion,
     Transition,
 )
-from closed_forms import tensor
+from closed_forms import policy_gradient_scale, tensor
 
 
 def test_chunk_log_ratio_is_the_log_of_the_geometric_mean():
@@ -62,12 +60,6 @@ def test_policy_gradient_scale_is_the_derivative_of_the_mean_over_the_std(diffus
         step = Transition(diffusion)(x, velocity, sigmas[i], sigmas[i + 1])
         (slope,) = torch.autograd.grad(step.mean.sum(), velocity)
         assert found[i].item() == pytest.approx(abs(slope.item()) / step.std.item(), rel=1e-10)
-
-
-def test_policy_gradient_scale_needs_noise():
-    for diffusion in (OdeDiffusion(), FlowDiffusion(0.0)):
-        with pytest.raises(ValueError, match="no policy gradient"):
-            policy_gradient_scale(make_sigmas(4), diffusion)
 
 
 @pytest.mark.parametrize(

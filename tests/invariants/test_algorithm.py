@@ -27,7 +27,6 @@ from chunkgrpo.core import (
     largest_advantages,
     make_sigmas,
     num_chosen,
-    policy_gradient_scale,
     step_plan,
     whole_plan,
 )
@@ -35,6 +34,7 @@ from chunkgrpo.credit import Credit
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.types import Experience
+from closed_forms import policy_gradient_scale
 from compose import chunk_grpo, rollout
 from oracles import (
     FLOW,

@@ -26,10 +26,10 @@ from chunkgrpo.core import (
     TransitionKl,
     UniformSelection,
     group_advantages,
-    policy_gradient_scale,
     transition_scale,
 )
 from chunkgrpo.types import Experience
+from closed_forms import policy_gradient_scale
 from compose import chunk_grpo, rollout
 from oracles import (
     FLOW,

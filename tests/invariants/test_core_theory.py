@@ -27,13 +27,13 @@ from chunkgrpo.core import (
     make_sigmas,
     paper_plan,
     plackett_luce_inclusion,
-    policy_gradient_scale,
     shift_sigmas,
     step_coefficients,
     step_plan,
     surrogate_slope,
     whole_plan,
 )
+from closed_forms import policy_gradient_scale
 
 # --- the published schedule, number by number -------------------------------------------------
 

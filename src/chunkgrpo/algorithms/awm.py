@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Generator, Tensor
 
+from chunkgrpo.algorithms.forward_method import ForwardMethod
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
-    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -33,7 +32,7 @@ from chunkgrpo.core.names import OneOf, check_name
 from chunkgrpo.core.trust import clipped_surrogate, gradient_is_cut, surrogate_slope
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import OldPolicy
-from chunkgrpo.types import Experience, LossPart, SamplingRequest, Trajectory
+from chunkgrpo.types import Experience, LossPart, Trajectory
 
 MODES = ("exp_first", "sum_first")
 """One ratio per pair, or one per sample."""
@@ -92,7 +91,7 @@ class AWMLoss:
 
 
 @dataclass
-class AWM:
+class AWM(ForwardMethod):
     """Policy gradient with the pretraining loss as log-probability.
 
     A pair's new and old log-probability share time and noise. The old policy of the ratio is the
@@ -115,6 +114,7 @@ class AWM:
 
     loss: AWMLoss
     average: OldPolicy | None = None
+    method: ClassVar[str] = "awm"
 
     def __post_init__(self) -> None:
         if self.loss.ema_weight > 0 and self.average is None:
@@ -124,17 +124,9 @@ class AWM:
             )
 
     @property
-    def updates(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.loss.updates
-
-    def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Request a rollout without a window: only the clean latents are needed."""
-        return SamplingRequest()
-
-    def sampling(self, policy: Policy) -> AbstractContextManager[None]:
-        """The policy itself samples."""
-        return nullcontext()
+    def second(self) -> OldPolicy | None:
+        """The policy that follows."""
+        return self.average
 
     def losses(
         self, policy: Policy, experience: Experience, generator: Generator
@@ -227,23 +219,3 @@ class AWM:
             filled_BT = filled_BT.to(log_prob.dtype)
             filled_BT[pairs.sample, pairs.slot] = log_prob
         return filled_BT
-
-    def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Update the averaged policy."""
-        if self.average is not None:
-            self.average.update(policy.parameters(), num_updates)
-        return {}
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the averaged policy's weights."""
-        return ({} if self.average is None else self.average.state()), {"method": "awm"}
-
-    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned.
-
-        Raises:
-            ValueError: If the checkpoint is of another method or lacks a weight.
-        """
-        check_method(info, "awm")
-        if self.average is not None:
-            self.average.load(tensors)

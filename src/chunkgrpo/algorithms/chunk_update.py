@@ -16,9 +16,9 @@ from torch import Generator, Tensor
 
 from chunkgrpo.algorithms.pairs import MicroBatch, Pairs, split_pairs, split_rows
 from chunkgrpo.core.consistency import consistency
-from chunkgrpo.core.kl import k3_kl, k3_slope
+from chunkgrpo.core.kl import k3_kl, k3_slope, reference_kl
 from chunkgrpo.core.plans import ChunkPlan
-from chunkgrpo.core.ratios import ratio_scale, step_coefficients, transition_scale
+from chunkgrpo.core.ratios import chunk_log_ratio, ratio_scale, step_coefficients, transition_scale
 from chunkgrpo.core.sde import Gaussian, Kernel
 from chunkgrpo.core.selection import Selection
 from chunkgrpo.core.step_weights import INNER_WEIGHTS
@@ -244,9 +244,11 @@ class Update:
         loss, plan, scales = self.loss, self.plan, self.scales
         advantages = self.experience.advantages
         bias_BN = new.divergence if loss.ratio == "guard" else 0.0
-        ratio_BN = scales.inner_N * (new.log_prob - self.old.log_prob + bias_BN)
-        log_ratio_BC, divergence_BC = plan.reduce(ratio_BN), plan.reduce(new.divergence)
-        mask_BC, weight_BC = self.sent_mask_BC, self.sent_weight_BC.to(ratio_BN.dtype)
+        log_ratio_BC = chunk_log_ratio(
+            new.log_prob, self.old.log_prob, plan, scales.inner_N, bias_BN
+        )
+        divergence_BC = plan.reduce(new.divergence)
+        mask_BC, weight_BC = self.sent_mask_BC, self.sent_weight_BC.to(log_ratio_BC.dtype)
         value_BC = loss.trust.value(log_ratio_BC, advantages, divergence_BC)
         slope_BC = loss.trust.slope(log_ratio_BC, advantages, divergence_BC)
         if loss.old_kl:
@@ -290,7 +292,7 @@ class Update:
             return total, diagnostics | {"idle": slope_Q == 0}
         with torch.no_grad(), evaluator.policy.reference():
             reference = evaluator.transition(part)
-        kl = step.kl_per_dim(reference)
+        kl = reference_kl(step, reference)
         total = total + loss.kl.weight * (kl * self.scales.kl_N[pairs[1]]).sum() / number
         return total, diagnostics | {"reference_kl": kl.detach()}
 

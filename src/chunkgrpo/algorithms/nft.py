@@ -3,17 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import ClassVar
 
 from torch import Generator, Tensor
 
+from chunkgrpo.algorithms.forward_method import ForwardMethod
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
-    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -24,7 +24,7 @@ from chunkgrpo.core.forward_process import velocity_distance
 from chunkgrpo.core.nft import nft_pair_loss, optimality, shuffled_times
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import OldPolicy
-from chunkgrpo.types import Experience, LossPart, SamplingRequest
+from chunkgrpo.types import Experience, LossPart
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class NFTLoss:
 
 
 @dataclass
-class DiffusionNFT:
+class DiffusionNFT(ForwardMethod):
     """Pull towards good samples and away from bad ones, relative to the old policy.
 
     ``old`` is the policy that samples, and the loss contrasts with its velocity. Where None, the
@@ -77,15 +77,12 @@ class DiffusionNFT:
 
     loss: NFTLoss
     old: OldPolicy | None = None
+    method: ClassVar[str] = "diffusion_nft"
 
     @property
-    def updates(self) -> int:
-        """Optimizer steps per rollout."""
-        return self.loss.updates
-
-    def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Request a rollout without a window: only the clean latents are needed."""
-        return SamplingRequest()
+    def second(self) -> OldPolicy | None:
+        """The policy that follows."""
+        return self.old
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
         """The old policy samples."""
@@ -138,23 +135,3 @@ class DiffusionNFT:
             each = each + loss.kl * gap
             diagnostics["reference_gap"] = gap.detach()
         return each.sum(), diagnostics
-
-    def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Update the old policy."""
-        if self.old is not None:
-            self.old.update(policy.parameters(), num_updates)
-        return {}
-
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the old policy's weights."""
-        return ({} if self.old is None else self.old.state()), {"method": "diffusion_nft"}
-
-    def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned.
-
-        Raises:
-            ValueError: If the checkpoint is of another method or lacks a weight.
-        """
-        check_method(info, "diffusion_nft")
-        if self.old is not None:
-            self.old.load(tensors)

@@ -9,10 +9,9 @@ Axis names: B samples, T times per sample, Q (sample, time) pairs of one micro-b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -133,19 +132,6 @@ def check_positive(name: str, value: float) -> None:
     """
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be positive")
-
-
-def check_method(info: Mapping[str, Any], method: str) -> None:
-    """Refuse what another method saved: its second policy may have the same tensors.
-
-    Raises:
-        ValueError: With both names.
-    """
-    found = info.get("method", "none that trains finished images")
-    if found != method:
-        raise ValueError(
-            f"the checkpoint was written by another method than {method}: {found}; start a new run"
-        )
 
 
 def check_sample_advantages(experience: Experience) -> None:

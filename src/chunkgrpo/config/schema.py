@@ -357,9 +357,6 @@ class AWMObjective(AWMLoss):
 AnyObjective = Annotated[ChunkGRPOObjective | NFTObjective | AWMObjective, ByKind()]
 
 
-# --- the whole ----------------------------------------------------------------------------------
-
-
 class EvaluationConfig(Section):
     """Evaluations before, during and after training."""
 

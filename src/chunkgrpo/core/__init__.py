@@ -88,7 +88,6 @@ from .precision import at_least_float32, beside
 from .ratios import (
     RATIO_FORMS,
     chunk_log_ratio,
-    policy_gradient_scale,
     ratio_scale,
     step_coefficients,
     transition_scale,
@@ -275,7 +274,6 @@ __all__ = [
     "paper_plan",
     "plackett_luce_draw",
     "plackett_luce_inclusion",
-    "policy_gradient_scale",
     "predict_clean",
     "predict_noise",
     "project_out",

@@ -18,22 +18,32 @@ from torch import Tensor
 
 from .plans import ChunkPlan
 from .precision import at_least_float32
-from .sde import Diffusion, Kernel
+from .sde import Kernel
 
 
-def chunk_log_ratio(new_BN: Tensor, old_BN: Tensor, plan: ChunkPlan) -> Tensor:
+def chunk_log_ratio(
+    new_BN: Tensor,
+    old_BN: Tensor,
+    plan: ChunkPlan,
+    scale_N: Tensor | float = 1.0,
+    bias_BN: Tensor | float = 0.0,
+) -> Tensor:
     r"""Log of the importance ratio of each chunk: the mean over its steps.
 
-    .. math:: \log s_j = \frac{1}{cs_j} \sum_{i \in ch_j} (\ell_i^{new} - \ell_i^{old})
+    .. math:: \log s_j = \frac{1}{cs_j} \sum_{i \in ch_j} a_i
+              (\ell_i^{new} - \ell_i^{old} + b_i)
 
-    The geometric mean of the steps' ratios. As the :math:`\ell_i` are per latent element, it is
-    the density ratio of the paper to the power 1/D. Chunks of one give the step ratio to the last
-    bit; one chunk of all steps gives the sequence-level ratio.
+    As published for Chunk-GRPO, a = 1 and b = 0. Then it is the geometric mean of the steps'
+    ratios. As the :math:`\ell_i` are per latent element, it is the density ratio of the paper to
+    the power 1/D. Chunks of one give the step ratio to the last bit; one chunk of all steps gives
+    the sequence-level ratio.
 
     Args:
         new_BN: Log-probabilities per dimension under the policy being trained, [B, N].
         old_BN: The same under the policy that sampled, [B, N]; carries no gradient.
         plan: Partition of the N steps.
+        scale_N: a, the factor of each step, [N] (:func:`ratio_scale`, ``INNER_WEIGHTS``).
+        bias_BN: b, [B, N]; the KL(new || old) of the form ``guard``.
 
     Returns:
         [B, C], 0 where the policy has not moved.
@@ -43,7 +53,7 @@ def chunk_log_ratio(new_BN: Tensor, old_BN: Tensor, plan: ChunkPlan) -> Tensor:
 
     Reference: Chunk-GRPO, arXiv:2510.21583, eq. 15.
     """
-    return plan.reduce(new_BN - old_BN)
+    return plan.reduce(scale_N * (new_BN - old_BN + bias_BN))
 
 
 def ratio_scale(form: str, std_N: Tensor, num_elements: int) -> Tensor:
@@ -115,45 +125,19 @@ def step_coefficients(
     return plan.expand(torch.stack(columns, dim=-1))
 
 
-def policy_gradient_scale(sigmas: Tensor, diffusion: Diffusion) -> Tensor:
-    r"""How strongly each step's policy gradient reacts to the velocity, relative to the others.
-
-    .. math:: \kappa_i = \frac{|\partial \mu_i / \partial v|}{s_i}
-              = \sqrt{\Delta_i}\,\frac{1 + g_i^2 (1 - \sigma_i) / (2 \sigma_i)}{g_i}
-
-    On-policy, the gradient of one step's log-probability with respect to v has this standard
-    deviation per element. It grows towards low noise: at 17 steps and eta 0.7 by a factor of
-    more than 50 with Flow-GRPO's coefficient and of 6 with DanceGRPO's.
-
-    Args:
-        sigmas: Schedule, [K+1], decreasing to 0 (:func:`.schedules.validate_sigmas`).
-        diffusion: g(sigma), with a density.
-
-    Returns:
-        [K] > 0.
-
-    Raises:
-        ValueError: If the diffusion coefficient is 0.
-    """
-    if not diffusion.has_density:
-        raise ValueError(
-            f"{diffusion} injects no noise, and a deterministic step has no policy gradient; "
-            "use a diffusion coefficient with eta above 0"
-        )
-    sigmas = at_least_float32(sigmas)
-    sigma_K, sigma_next_K = sigmas[:-1], sigmas[1:]
-    g_K = diffusion(sigma_K, sigma_next_K)
-    slope_K = 1 + g_K.square() * (1 - sigma_K) / (2 * sigma_K)
-    return (sigma_K - sigma_next_K).sqrt() * slope_K / g_K
-
-
 def transition_scale(kernel: Kernel, sigmas: Tensor) -> Tensor:
     r"""kappa of any kernel: how strongly each step's policy gradient reacts to the velocity.
 
     .. math:: \kappa_i = \frac{|\partial \mu_i / \partial v|}{s_i}
 
     The mean of every kernel is linear in x and v, so the derivative is read off the kernel itself:
-    mu(x=0, v=1). For a :class:`~.sde.Transition` it equals :func:`policy_gradient_scale`.
+    mu(x=0, v=1). For a :class:`~.sde.Transition` it is
+
+    .. math:: \kappa_i = \sqrt{\Delta_i}\,\frac{1 + g_i^2 (1 - \sigma_i) / (2 \sigma_i)}{g_i}
+
+    On-policy, the gradient of one step's log-probability with respect to v has this standard
+    deviation per element. It grows towards low noise: at 17 steps and eta 0.7 by a factor of
+    more than 50 with Flow-GRPO's coefficient and of 6 with DanceGRPO's.
 
     Args:
         kernel: A kernel with a density.

@@ -23,7 +23,7 @@ def equal_kappa_weights(kappa_N: Tensor) -> Tensor:
 
     .. math:: w_i = \frac{1/\kappa_i}{\frac1N \sum_k 1/\kappa_k}
 
-    kappa (:func:`policy_gradient_scale`) grows by more than an order of magnitude towards low
+    kappa (:func:`~.ratios.transition_scale`) grows by more than an order of magnitude towards low
     noise, and with it the part of the update that the last steps decide. The weights multiply the
     steps' log-ratios inside a chunk. They make steps of *one* chunk, or of equal chunks, alike; a
     chunk's ratio is a mean over its steps, so across unequal chunks a step also counts 1 / cs,
