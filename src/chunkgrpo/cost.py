@@ -19,7 +19,7 @@ from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.config.build import build_algorithm, build_sampler
 from chunkgrpo.config.derived import merge_sizes, num_planned
 from chunkgrpo.config.schema import ChunkGRPOObjective, Config
-from chunkgrpo.core.plan_rules import ExplicitPlan
+from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan
 from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 from chunkgrpo.policies.toy import CountingPolicy
 from chunkgrpo.rewards.scoring import Scorer
@@ -142,7 +142,7 @@ def chunk_sizes(config: Config) -> tuple[int, ...]:
     """Chunk sizes; where they are found only from the model, nearly equal ones in their stead."""
     o, steps = config.objective, num_planned(config)
     assert isinstance(o, ChunkGRPOObjective)
-    if not o.plan.measured:
+    if not isinstance(o.plan, AdaptivePlan | OptimalPlan):
         return o.plan.plan(steps).sizes
     number = o.plan.num_chunks_of(steps) or max(1, min(4, steps // o.plan.min_size))
     size, longer = divmod(steps, number)

@@ -103,7 +103,7 @@ class DiffusionNFT:
         optimality_B = optimality(experience.advantages, loss.advantage_clip)
         old = self.old
         if old is None and loss.updates > 1:
-            old = OldPolicy(policy.parameters())
+            old = OldPolicy(policy.named_parameters())
         for update, batches in enumerate(deal.updates):
             # A policy that has not moved is its own old one: no need to ask it twice.
             anchor = None if self.old is None and update == 0 else old
