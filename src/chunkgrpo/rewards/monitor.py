@@ -47,7 +47,7 @@ class RewardMonitor:
         Returns:
             ``reward_mean`` and ``reward_std`` of what the rewards combine to, kept samples only;
             ``rewards``: the mean of each. With several: ``reward_share``, each one's share of the
-            advantages' variance (``core.credit.reward_shares``), and ``reward_zero_spread``, the
+            advantages' variance (``core.combination.reward_shares``), and ``reward_zero_spread``, the
             groups it gives one score. With watched ones: ``watched``, the mean of each, and
             ``watched_correlation``, with each trained reward within groups. Where images may be
             dropped: ``dropped``, by reward, and ``dropped_samples``.

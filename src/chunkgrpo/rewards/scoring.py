@@ -179,7 +179,7 @@ class Scorer:
     Args:
         rewards: (reward, weight) pairs that make the training signal.
         watched: Rewards that are only logged.
-        combine: How rewards become one (``core.credit.COMBINATIONS``).
+        combine: How rewards become one (``core.combination.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
             ``"drop"`` drops the image from its group and counts it. What a watched reward cannot
             score is missing from its mean only. A negative score of a trained reward is not usable
@@ -394,7 +394,7 @@ def score(
         images: [B, 3, H, W] in [0, 1].
         prompts: B, the prompt of each image.
         group_size: G, needed by groupwise rewards.
-        combine: How rewards become one (``core.credit.COMBINATIONS``).
+        combine: How rewards become one (``core.combination.COMBINATIONS``).
 
     Raises:
         RewardError: If a reward returns a wrong shape or a number that is not finite; the message
