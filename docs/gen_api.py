@@ -27,6 +27,8 @@ PUBLIC = [
     "chunkgrpo.core",
     "chunkgrpo.types",
     "chunkgrpo.rollout",
+    "chunkgrpo.credit",
+    "chunkgrpo.train",
     "chunkgrpo.algorithms",
     "chunkgrpo.policies.protocol",
     "chunkgrpo.rewards.protocol",

@@ -17,8 +17,19 @@ from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.loop import Budget, Trainer
 
 
-def rollout(policy, prompts, transition, sigmas, group_size, generator=None, *, seeds=None,
-            progress=None, finished=None, **sampling):
+def rollout(
+    policy,
+    prompts,
+    transition,
+    sigmas,
+    group_size,
+    generator=None,
+    *,
+    seeds=None,
+    progress=None,
+    finished=None,
+    **sampling,
+):
     """Sample with a sampler made on the spot; ``sampling`` are fields of ``Sampler``."""
     return Sampler(transition, sigmas, **sampling).rollout(
         policy, prompts, group_size, generator=generator, seeds=seeds, progress=progress,
@@ -45,30 +56,49 @@ def awm(average=None, **loss):
 
 
 PARTS = {"credit": Credit, "optimization": Optimization, "averaging": Averaging, "budget": Budget}
+RENAMED = {
+    (Averaging, "decay"): "ema_decay",
+    (Averaging, "warmup"): "ema_warmup",
+    (Budget, "prompts"): "num_prompts",
+}
 
 
-def trainer(policy, algorithm, sampler, prompts, rewards, held_out, judge, folder, *,
-            watched=(), combine="sum", on_error="stop", quantise=False, on_iteration=None,
-            **options):
+def trainer(
+    policy,
+    algorithm,
+    sampler,
+    prompts,
+    rewards,
+    held_out,
+    judge,
+    folder,
+    *,
+    watched=(),
+    combine="sum",
+    on_error="stop",
+    quantise=False,
+    on_iteration=None,
+    **options,
+):
     """A trainer whose parts are given whole (``credit=...``) or by their fields, mixed.
 
     Args:
         rewards: (reward, weight) pairs.
         options: Parts, or fields of them: ``iterations=3, learning_rate=1e-3, keep=0.5``. The
-            average has ``ema_decay`` and ``ema_warmup``, the weights' warm-up is ``warmup``.
+            average has ``ema_decay`` and ``ema_warmup``, the weights' warm-up is ``warmup``, and
+            prompts a rollout are ``num_prompts``.
     """
-    for short, field in (("ema_decay", "decay"), ("ema_warmup", "warmup")):
-        if short in options:
-            options.setdefault("averaging_fields", {})[field] = options.pop(short)
-    averaged = options.pop("averaging_fields", {})
     parts = {}
     for name, kind in PARTS.items():
         if name in options:
             parts[name] = options.pop(name)
             continue
-        own = {each.name for each in fields(kind)} if kind is not Averaging else set()
-        given = {key: options.pop(key) for key in list(options) if key in own}
-        parts[name] = kind(**(averaged if kind is Averaging else given))
+        given = {}
+        for each in fields(kind):
+            short = RENAMED.get((kind, each.name), each.name)
+            if short in options:
+                given[each.name] = options.pop(short)
+        parts[name] = kind(**given)
     assert not options, f"no part has these: {options}"
     scorer = Scorer(rewards, watched, combine, on_error, quantise=quantise)
     evaluator = Evaluator(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import tiny_pipelines
-from chunkgrpo.config import Config, embedding_folder, parse_config
+from chunkgrpo.config import Config, parse_config
+from chunkgrpo.config.build import embedding_folder
 from chunkgrpo.policies.architecture import read_architecture
 from chunkgrpo.policies.embeddings import EmbeddingCache, model_identity, text_encoder_names
 from chunkgrpo.policies.loading import family, load_policy
@@ -291,7 +292,7 @@ def run_config(model, prompts, cache) -> Config:
             "iterations": 2,
             "model": {
                 "path": str(model),
-                "method": "full",
+                "adaptation": "full",
                 "max_sequence_length": 4,
                 "precision": "fp32",
                 "embedding_cache": None if cache is None else str(cache),
@@ -299,7 +300,7 @@ def run_config(model, prompts, cache) -> Config:
             "prompts": {"train": str(prompts), "held_out": str(prompts)},
             "rewards": [reward],
             "sampling": {"steps": 3, "prompts": 2, "group_size": 2},
-            "chunks": {"plan": "whole"},
+            "objective": {"plan": "whole"},
             "evaluation": {
                 "every": 1, "prompts": 2, "final_prompts": 3, "final_seeds": 1, "reward": reward,
             },

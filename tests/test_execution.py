@@ -8,7 +8,9 @@ import torch
 from torch import Generator
 
 import tiny_pipelines
-from chunkgrpo.config import ConfigError, build_execution, build_policy, parse_config
+from chunkgrpo.config import ConfigError, parse_config
+from chunkgrpo.config.build import build_execution, build_policy
+from chunkgrpo.config.rules import check_training
 from chunkgrpo.policies.execution import Execution, spare_decoder
 from chunkgrpo.policies.loading import load_policy
 from chunkgrpo.policies.pipeline import Adaptation
@@ -255,7 +257,7 @@ def test_an_attention_backend_that_can_not_be_used_is_refused(flux_path, tiny_pi
         ValueError, match="unknown attention backend 'nativ'; did you mean 'native'"
     ):
         Execution(attention_backend="nativ")
-    with pytest.raises(ValueError, match="'flash' can not run here"):
+    with pytest.raises(ValueError, match="'flash' cannot run here"):
         load(flux_path, Execution(attention_backend="flash"), **FLUX)
     with pytest.raises(ValueError, match="would change nothing: the attention of SD3Transformer"):
         load(tiny_pipeline_path, Execution(attention_backend="native"))
@@ -328,19 +330,24 @@ def test_settings_become_execution(tiny_pipeline_path):
     assert found(device="cuda").text_dtype == torch.bfloat16
     assert found(device="cuda", text_encoder_precision="fp32").text_dtype == torch.float32
     everything = found(
-        device="cpu", method="full", offload=["reference", "vae"], lower_frozen=False,
-        compile="blocks", compile_backend="eager", vae_slicing=True, vae_tiling=True,
+        device="cpu", adaptation="full", offload=["reference", "vae"], lower_frozen=False,
+        compile={"kind": "blocks", "backend": "eager"}, vae_slicing=True, vae_tiling=True,
         attention_backend="native",
     )  # fmt: skip
     assert everything == Execution(
         False, torch.float32, ("reference", "vae"), "native", "eager", True, True
     )
-    assert found(training=False, device="cpu", method="full", offload=["reference"]).offload == ()
-    with pytest.raises(ConfigError, match="the reference of 'lora' is the model itself"):
-        found(offload=["reference"])
+    sampling = found(training=False, device="cpu", adaptation="full", offload=["reference"])
+    assert sampling.offload == ()
+    with pytest.raises(ConfigError, match="the reference of a LoRA is the model itself"):
+        check_training(parse_config({"model": {"offload": ["reference"]}}).model)
+    with pytest.raises(ConfigError, match="the reference of a LoRA is the model itself"):
+        build_policy(parse_config({"model": {"offload": ["reference"], "path": "/nowhere"}}))
     with pytest.raises(ConfigError, match="offload"):
         parse_config({"model": {"offload": ["transformer"]}})
-    model = {"path": str(tiny_pipeline_path), "method": "full", "offload": ["reference", "vae"],
-             "max_sequence_length": 4, "embedding_cache": None}  # fmt: skip
+    model = {
+        "path": str(tiny_pipeline_path), "adaptation": "full", "offload": ["reference", "vae"],
+        "max_sequence_length": 4, "embedding_cache": None,
+    }  # fmt: skip
     policy = build_policy(parse_config({"model": model}))
     assert list(policy.offloaded) == ["vae"]

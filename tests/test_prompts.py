@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.config import build_prompts, parse_config
+import compose
+from chunkgrpo.config import parse_config
+from chunkgrpo.config.build import build_prompts
 from chunkgrpo.core import FlowDiffusion, Transition, make_sigmas, whole_plan
 from chunkgrpo.prompts import PromptSet, read_prompts, shapes_prompts
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.shapes import grammar
-from chunkgrpo.train import Trainer, TrainSettings
 from chunkgrpo.types import Prompt, as_prompts
 
 NUMBERED = PromptSet(as_prompts(f"p{i}" for i in range(7)))
@@ -371,10 +372,10 @@ def test_metadata_reach_the_rewards_that_ask(tiny_policy, tmp_path):
             return torch.arange(len(prompts), dtype=torch.float32)
 
     flow = Transition(FlowDiffusion(0.7))
-    trainer = Trainer(
-        tiny_policy(), flow, ChunkGRPO(whole_plan(2), flow, num_updates=1), make_sigmas(3),
-        prompts, [(Noted(), 1.0)], prompts, Noted(), tmp_path,
-        TrainSettings(num_prompts=2, group_size=3, credit="gain"),
+    trainer = compose.trainer(
+        tiny_policy(), compose.chunk_grpo(whole_plan(2), flow, updates=1),
+        Sampler(flow, make_sigmas(3), same_noise=True, batch_size=96), prompts, [(Noted(), 1.0)],
+        prompts, Noted(), tmp_path, num_prompts=2, group_size=3, assign="gain",
     )  # fmt: skip
     trainer.train_once()
     # One call scores the images, one each chunk's clean prediction.
@@ -400,12 +401,12 @@ def test_two_records_of_one_text_are_rewarded_by_their_own_metadata(tiny_policy,
             return images.mean((1, 2, 3)).cpu() + torch.tensor([100.0 * n for n in seen[-1]])
 
     flow = Transition(FlowDiffusion(0.7))
-    trainer = Trainer(
-        tiny_policy(), flow, ChunkGRPO(whole_plan(2), flow, num_updates=1), make_sigmas(3),
-        prompts, [(Noted(), 1.0)], prompts, Noted(), tmp_path,
-        TrainSettings(num_prompts=2, group_size=3, async_rewards=overlap),
+    trainer = compose.trainer(
+        tiny_policy(), compose.chunk_grpo(whole_plan(2), flow, updates=1),
+        Sampler(flow, make_sigmas(3), same_noise=True, batch_size=96), prompts, [(Noted(), 1.0)],
+        prompts, Noted(), tmp_path, num_prompts=2, group_size=3, overlap=overlap,
     )  # fmt: skip
-    first, second = trainer.rows_of(0)
+    first, second = (prompts.prompts.index(each) for each in trainer.prompts_of(0))
     trainer.train_once()
     assert {first, second} == {0, 1}
     assert seen == [[first + 1] * 3 + [second + 1] * 3]

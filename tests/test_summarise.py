@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from chunkgrpo.train import summarise
+from chunkgrpo.train.metrics import summarise
 
 RATIO_KEYS = {"ratio_mean", "ratio_std", "kl", "step_ratio_mean", "step_ratio_std"}
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an iteration costs in network rows: the real sampler and algorithm, run and counted.
+"""The cost of an iteration in network rows, by running the real sampler and algorithm.
 
-Nothing is recomputed beside the code that does the work. A policy of one weight stands in for the
-model: it answers at once and counts what it is asked. Rewards are random numbers, so that every
-group has spread; weights do not move, so that no ratio leaves its trust region.
+No formula repeats what the code does. A policy of one weight stands in for the model and counts the
+rows it is evaluated on. Rewards are random numbers, so that every group has spread; weights do not
+change, so that no ratio leaves its trust region.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.config.build import build_algorithm, build_sampler
 from chunkgrpo.config.derived import merge_sizes, num_planned
-from chunkgrpo.config.schema import ChunkGRPOObjective, Config
+from chunkgrpo.config.schema import ChunkGRPOObjective, Config, chunk_objective
 from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan
 from chunkgrpo.core.schedules import make_sigmas, merge_sigmas
 from chunkgrpo.policies.toy import CountingPolicy
@@ -29,7 +29,7 @@ from chunkgrpo.train.metrics import PhaseClock
 from chunkgrpo.types import Experience, Prompt
 
 DRAWS = 4
-"""Iterations that are counted where the choice of chunks is drawn at random."""
+"""Iterations that are averaged over, since the selection of chunks may be random."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,13 @@ class Cost:
 
     Attributes:
         rollout: Forward, without gradient.
-        measured: Forward, without gradient, while training: ratios of the moved policy, replay,
+        measured: Forward, without gradient, while training: ratios of the updated policy, replay,
             reference, old policy.
         trained: Forward and backward.
         rewards: Images decoded and scored.
-        pairs: (image, step) pairs that are trained; more than ``trained`` where images of a prompt
-            share a row.
-        stored: Bytes per latent element that wait for training.
+        pairs: (sample, step) pairs that are trained on; more than ``trained`` where samples of a
+            prompt share a row.
+        stored: Bytes that are stored for training, per latent element of a sample.
     """
 
     rollout: float
@@ -56,19 +56,19 @@ class Cost:
 
     @property
     def forwards(self) -> int:
-        """All network rows that are evaluated; a backward costs about two more each."""
+        """All network rows that are evaluated; each backward costs about two more."""
         return round(self.rollout + self.measured + self.trained)
 
 
 def iteration_cost(config: Config) -> Cost:
-    """Count one iteration, in the mean over what is drawn at random.
+    """Return the cost of one iteration, averaged over random choices.
 
-    Windows are counted at each of their places, by the share of the iterations that they have.
-    Chunks that are clipped away and groups without spread make an iteration cheaper than this.
+    A window that moves is counted at each of its places, weighted by the share of the iterations.
+    Clipped chunks and groups without spread make a real iteration cheaper.
 
     Args:
-        config: A checked configuration. Chunks that are cut from a model's dynamics are counted as
-            nearly equal ones.
+        config: A checked configuration. Plans that are cut from a model's dynamics are replaced by
+            nearly equal chunks.
     """
     config = with_known_chunks(config)
     policy = CountingPolicy()
@@ -118,19 +118,19 @@ def _counted(
 
 
 class _Random:
-    """Scores that are all different, and the same at every call with the same images."""
+    """A reward whose scores differ between images and are the same at every call."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the mean of each image, which its own noise decides."""
+        """Return a function of each image's mean, which its own noise determines."""
         salt = sum(map(ord, self.name))
         return torch.sin(1e3 * (images.double().flatten(1).mean(1) + salt)).float()
 
 
 def with_known_chunks(config: Config) -> Config:
-    """Return a configuration whose chunks are listed; measured ones become nearly equal ones."""
+    """Return the configuration with a measured plan replaced by nearly equal chunks."""
     o = config.objective
     if not isinstance(o, ChunkGRPOObjective) or not o.plan.measured:
         return config
@@ -139,9 +139,8 @@ def with_known_chunks(config: Config) -> Config:
 
 
 def chunk_sizes(config: Config) -> tuple[int, ...]:
-    """Chunk sizes; where they are found only from the model, nearly equal ones in their stead."""
-    o, steps = config.objective, num_planned(config)
-    assert isinstance(o, ChunkGRPOObjective)
+    """Chunk sizes; of a measured plan, those of nearly equal chunks."""
+    o, steps = chunk_objective(config), num_planned(config)
     if not isinstance(o.plan, AdaptivePlan | OptimalPlan):
         return o.plan.plan(steps).sizes
     number = o.plan.num_chunks_of(steps) or max(1, min(4, steps // o.plan.min_size))

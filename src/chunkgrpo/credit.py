@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores to advantages, and to the samples that are trained on: decided once, here.
+"""From scores to advantages, and to the samples that are trained on.
 
 Axis names: B samples, prompt-major; R rewards; C chunks.
 """
@@ -21,22 +21,23 @@ from chunkgrpo.rewards.scoring import jointly_kept
 from chunkgrpo.types import RewardBatch
 
 ASSIGNMENTS = ("trajectory", "gain")
-"""What a chunk is credited with."""
+"""What determines the advantage of a chunk."""
 
 
 @dataclass(frozen=True)
 class Credit:
-    """How much better than its siblings an image is, and which images are trained on.
+    """How scores become advantages, and which samples are trained on.
 
     Attributes:
         convention: How rewards are normalised within a group.
         clip: Largest absolute advantage, above 0.
         assign: ``trajectory`` credits every chunk with the reward of the image; ``gain`` each
             chunk with what it added to the reward of the predicted clean image.
-        keep: Share of a rollout's samples that is trained on, in (0, 1]: those with the largest
-            absolute advantage.
-        project_out: Names of watched rewards. Advantages are projected orthogonally to their
-            scores, over the samples trained on, so that no rollout raises or lowers them.
+        keep: Share of a rollout's samples that is trained on, in (0, 1]: those of largest absolute
+            advantage.
+        project_out: Names of watched rewards. The advantages of the samples trained on are
+            projected orthogonally to their scores, so that at first order no update changes their
+            mean.
     """
 
     convention: Annotated[str, OneOf(CONVENTIONS)] = "group_std"
@@ -50,7 +51,7 @@ class Credit:
         check_name("convention of advantages", self.convention, CONVENTIONS)
         check_name("assignment of credit", self.assign, ASSIGNMENTS)
         if not self.clip > 0:
-            raise ValueError(f"clip is {self.clip}; the largest absolute advantage is above 0")
+            raise ValueError(f"clip is {self.clip}; the largest absolute advantage must be above 0")
         num_chosen(1, self.keep)
 
     @property
@@ -67,7 +68,7 @@ class Credit:
             scores: Of the finished images; where :attr:`by_chunk`, of the clean predictions where
                 each chunk begins before them, in order.
             num_prompts: P.
-            updates: Optimizer steps a rollout; each gets a sample.
+            updates: Optimizer steps per rollout; each needs at least one sample.
 
         Returns:
             Values [B], or [B, C] where credit differs by chunk; ``chosen`` is None where all
@@ -99,9 +100,9 @@ class Credit:
         chosen: Tensor | None,
         kept_B: Tensor | None,
     ) -> Tensor:
-        """Return the advantages, orthogonal to the watched scores over what is trained on."""
+        """Return the advantages, orthogonal to the watched scores over the samples trained on."""
         among = torch.arange(len(values)) if chosen is None else chosen
-        if kept_B is not None:  # what has no reward keeps the advantage 0
+        if kept_B is not None:  # a dropped sample keeps the advantage 0
             among = among[kept_B[among]]
         watched_RB = torch.stack([final.watched[name] for name in self.project_out])
         return project_out(values, watched_RB, num_prompts, among)

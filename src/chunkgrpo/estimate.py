@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run will do and cost, told before anything is loaded.
+"""An estimate of what a run will do and cost, before anything is loaded.
 
 Only the ``config.json`` files of the model are read. Operations and memory come from the networks
-themselves, called on tensors without content (``policies.counting``); time is operations over
+themselves, called on tensors without data (``policies.counting``); time is operations over
 the accelerator's peak rate times a stated utilisation.
 """
 
@@ -28,10 +28,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Accelerator:
-    """A GPU as its maker describes it.
+    """A GPU, by its manufacturer's specifications.
 
     Attributes:
-        name: Short.
+        name: Short name.
         bf16: Peak dense bfloat16 rate with float32 accumulation, TFLOP/s.
         fp32: Peak float32 rate without tensor cores, TFLOP/s.
         memory: In units of 10^9 bytes.
@@ -66,8 +66,8 @@ class Phase:
     """A part of an iteration.
 
     Attributes:
-        name: What is done.
-        rows: How many latents or images it is done to.
+        name: Which part.
+        rows: Number of latents or images.
         flops: Floating-point operations.
     """
 
@@ -83,13 +83,13 @@ class Estimate:
     Attributes:
         config: The run.
         size: Height and width of images in pixels.
-        text: Text rows of a prompt.
-        network: The transformer's size, and its cost a call.
-        cost: Latents an iteration passes through it.
-        phases: Of one iteration.
+        text: Text tokens of a prompt.
+        network: The transformer's size, and the cost of a call.
+        cost: Network rows of an iteration.
+        phases: Phases of one iteration.
         evaluation: Operations of all evaluations of the run together.
         memory: Bytes at the peak of each phase.
-        resident: Bytes that stay, by what they are.
+        resident: Bytes that stay allocated, by what they hold.
     """
 
     config: Config
@@ -119,27 +119,27 @@ class Estimate:
 
     @property
     def images(self) -> int:
-        """Images an iteration."""
+        """Images per iteration."""
         return self.config.sampling.images
 
     def seconds(self, accelerator: Accelerator, utilisation: float, gpus: int = 1) -> float:
-        """Return the time of one iteration on GPUs that share its images out."""
+        """Return the seconds of one iteration on GPUs that share its images."""
         share = math.ceil(self.images / gpus) / self.images
         rate = accelerator.rate(self.config.model.precision) * utilisation
         return self.iteration_flops * share / rate
 
     def hours(self, accelerator: Accelerator, utilisation: float, gpus: int = 1) -> float:
-        """Return the GPU-hours of the run: those that idle count as well."""
+        """Return the GPU-hours of the run, those of idle GPUs included."""
         seconds = self.seconds(accelerator, utilisation, gpus) * self.config.iterations * gpus
         rate = accelerator.rate(self.config.model.precision) * utilisation
         return (seconds + self.evaluation / rate) / 3600
 
 
 def make_estimate(config: Config) -> Estimate:
-    """Work out what a run will do and cost.
+    """Estimate what a run will do and cost.
 
     Raises:
-        ConfigError: Or another ValueError, if the run could not start.
+        ConfigError: If the run could not start; or another ValueError.
     """
     from chunkgrpo.policies import counting, network_inputs
     from chunkgrpo.policies.architecture import read_architecture
@@ -192,7 +192,7 @@ def make_estimate(config: Config) -> Estimate:
 
 
 def trained_modules(config: Config, pipeline: str) -> tuple[str, ...] | None:
-    """Return the modules that are trained; for a LoRA the family's where the user names none."""
+    """Return the modules that are trained; for a LoRA without targets those of the family."""
     from importlib import import_module
 
     from chunkgrpo.policies.loading import FAMILIES
@@ -212,7 +212,7 @@ class Weights:
         network: The transformer.
         decoding: Decoding of one image.
         vae: Bytes of the VAE.
-        text: Weights of all text encoders.
+        text: Number of weights of all text encoders.
     """
 
     network: NetworkWork
@@ -224,7 +224,7 @@ class Weights:
 def _memory(
     config: Config, weights: Weights, stored: float, prompts: float
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Return what stays in memory, and the peak of each phase, in bytes."""
+    """Return resident memory by what it holds, and the peak of each phase, in bytes."""
     from chunkgrpo.policies.pipeline import PipelinePolicy
 
     m, s, o, network = config.model, config.sampling, config.objective, weights.network

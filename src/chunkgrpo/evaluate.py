@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fixed prompts and seeds to images and scores."""
+"""From fixed prompts and seeds to images and scores."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Evaluation:
 
     Attributes:
         prompts: The prompt set, P prompts.
-        num_seeds: S images a prompt.
-        scores: Each reward's scores, [P, S]; NaN where a lenient one gave none.
+        num_seeds: S images per prompt.
+        scores: Scores of each reward, [P, S]; NaN where a lenient one gave none.
         images: uint8 [P * S, 3, H, W], prompt-major.
         health: Image-health figures of all images (see ``report.health``).
     """
@@ -52,7 +52,7 @@ class Evaluation:
         return {label: self.scores[name][groups == label].ravel() for label in labels}
 
     def clusters(self) -> dict[str, list[str]]:
-        """The prompt of each score of ``by_group``: images of one prompt are no new evidence."""
+        """The prompt of each score of ``by_group``: images of one prompt are not independent."""
         return {
             label: [
                 text
@@ -66,15 +66,15 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """How much is drawn and scored, and what happens to scores that are missing.
+    """How many images are sampled, and what missing scores do.
 
     Attributes:
-        num_seeds: Images a prompt.
+        num_seeds: Images per prompt.
         seed: The same seed gives every policy the same initial noise.
-        batch_size: Images at once.
+        batch_size: Largest number of images at once.
         lenient: Names of rewards whose missing scores become NaN.
-        folder: Where the image concerned is saved if there is an error; nowhere where None.
-        label: Begins the name of a saved image.
+        folder: Where images without a usable score are saved; None: nowhere.
+        label: Prefix of the names of saved images.
     """
 
     num_seeds: int = 1
@@ -93,21 +93,21 @@ def sample_images(
     batch_size: int = 128,
     progress: ProgressHook | None = None,
 ) -> Tensor:
-    """Draw one image a prompt by the deterministic (ODE) sampler.
+    """Sample one image per prompt with the deterministic (ODE) sampler.
 
     Args:
         policy: The policy.
         prompts: P prompts.
         sigmas: [K+1].
-        seeds: One a prompt; an image depends on nothing but its prompt and seed.
-        batch_size: Images at once.
+        seeds: One per prompt; an image depends on its prompt and seed only.
+        batch_size: Largest number of images at once.
         progress: Called with (done, total) images.
 
     Returns:
         uint8 [P, 3, H, W].
     """
     images = []
-    # No state of the later steps is kept.
+    # No state of the later steps is stored.
     sampler = Sampler(Transition(OdeDiffusion()), sigmas, window=range(1), batch_size=batch_size)
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
@@ -127,14 +127,14 @@ def evaluate(
     settings: EvaluationSettings | None = None,
     progress: ProgressHook | None = None,
 ) -> Evaluation:
-    """Sample images of every prompt and score them, each against its own record.
+    """Sample images of every prompt and score each against its own prompt.
 
     Args:
         policy: The policy.
-        prompts: What to draw.
+        prompts: The prompts.
         sigmas: [K+1], of the deterministic sampler.
-        rewards: Scorers; each is reported by itself.
-        settings: See :class:`EvaluationSettings`; one image a prompt where None.
+        rewards: Rewards; each is reported separately.
+        settings: See :class:`EvaluationSettings`; one image per prompt where None.
         progress: Called with (done, total) images.
 
     Raises:
@@ -147,7 +147,7 @@ def evaluate(
     images = sample_images(policy, repeated, sigmas, seeds, s.batch_size, progress)
     scores = {reward.name: [] for reward in rewards}
     # Whole groups, few enough to be held as floats. A remote reward sends them in smaller requests,
-    # each with a deadline of its own, so this size decides nothing there.
+    # each with its own deadline, so this size has no effect there.
     size = max(1, 512 // s.num_seeds) * s.num_seeds
     for start in range(0, len(repeated), size):
         part = slice(start, start + size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods this library knows: what each needs and what an iteration costs."""
+"""The published methods in this library: what each needs and what an iteration costs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class PromptSet:
     """Prompts in a fixed order.
 
     Attributes:
-        prompts: The records; two with one text are two prompts.
+        prompts: The records; two with the same text are two prompts.
     """
 
     prompts: tuple[Prompt, ...]
@@ -39,7 +39,7 @@ class PromptSet:
 
     @property
     def metadata(self) -> tuple[Mapping[str, Any], ...]:
-        """What else the source says of each prompt, by field; empty where it says nothing."""
+        """Other fields of each prompt's record; empty where there are none."""
         return tuple(prompt.metadata for prompt in self.prompts)
 
     def __len__(self) -> int:
@@ -83,7 +83,7 @@ def shapes_prompts(
 
     Args:
         split: ``"train"``, ``"held_out"`` or ``"held_out_pairs"``.
-        number: How many; None gives every task equal weight by repeating the smaller ones.
+        number: Number of prompts; None gives every task equal weight by repeating the smaller ones.
         seed: Seed of the choice.
         tasks: Tasks to draw from; all by default.
     """
@@ -104,10 +104,10 @@ def shapes_prompts(
 def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
     """Read prompts from a file or a Hugging Face dataset.
 
-    A ``.txt`` file holds a prompt a line; a ``.jsonl``, ``.json`` or ``.csv`` file a record a
-    prompt (in ``.json`` a list of them, or of plain texts). Anything else is a dataset: a folder
+    A ``.txt`` file holds one prompt per line; a ``.jsonl``, ``.json`` or ``.csv`` file one record
+    per prompt (in ``.json`` a list of them, or of texts). Anything else is a dataset: a folder
     that ``datasets`` wrote or can read, or a name on the hub, ``owner/name`` or
-    ``owner/name:split``; that takes the extra ``chunkgrpo[datasets]``.
+    ``owner/name:split``; which needs the extra ``chunkgrpo[datasets]``.
 
     The prompt is the field ``column``, or the first of ``prompt``, ``prompts``, ``text``,
     ``caption`` and ``description`` (in any case) that the first record has. A field ``tag``,
@@ -288,13 +288,13 @@ def _csv_records(path: Path) -> Iterator[NumberedRecord]:
                 f"{path}, line {reader.line_num} has fewer cells than the header; end it with a "
                 "comma for each empty cell"
             )
-        if row.get("negative_prompt") == "":  # a table has no other way to say nothing
+        if row.get("negative_prompt") == "":  # a table cannot represent absence otherwise
             del row["negative_prompt"]
         yield reader.line_num, row
 
 
 def _dataset_records(source: str) -> Iterator[NumberedRecord]:
-    """Read a dataset's rows, without columns of pictures or sound."""
+    """Read a dataset's rows, without image and audio columns."""
     path, split = Path(source), None
     if not path.exists() and ":" in source:
         name, _, split = source.rpartition(":")
@@ -320,7 +320,7 @@ def _dataset_records(source: str) -> Iterator[NumberedRecord]:
         found: Any = (
             datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path))
         )
-    except Exception as error:  # its many kinds share no base, and the user must see one line
+    except Exception as error:  # datasets raises errors of many unrelated classes
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{source} cannot be read as a dataset: {reason}") from error
     if isinstance(found, dict):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From prompts to trajectories: policy and transition, step by step.
 
-Axis names: P prompts, B samples, R rows that still differ, M samples of one batch, N transitions.
+Axis names: P prompts, B samples, R distinct rows, M samples of one batch, N transitions.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PREFIXES = ("ode", "sde")
 """How the steps before the window are taken."""
 
 Tail = Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor]
-"""Finishes a trajectory without noise: (velocity(x, sigma), x, sigmas that are left) -> x0."""
+"""Finishes a trajectory without noise: (velocity(x, sigma), x, remaining sigmas) -> x0."""
 
 FinishedHook = Callable[[slice, Tensor], None]
-"""Called with samples that are finished and their clean latents [M, *latent]."""
+"""Called with finished samples and their clean latents [M, *latent]."""
 
 STORE_PLACES = ("device", "host")
 STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,15 +36,15 @@ STORE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Store:
-    """How a trajectory's states are kept until they are trained on.
+    """How a trajectory's states are stored until they are trained on.
 
-    Where states are kept in bfloat16, the sampler itself goes on from the rounded state, and its
-    density is that of the rounded state. So what is stored is what was sampled: ratios before an
-    update are as exact as in float32. The price is that the noise is rounded: its spread is the
-    transition's only up to one part in 256 of the latent's size, and samples are others.
+    With bfloat16 the sampler itself continues from the rounded state, and the log-density is that
+    of the rounded state. So what is stored is what was sampled, and ratios before an update are as
+    exact as in float32. The noise is rounded, too: its standard deviation is the transition's up to
+    one part in 256 of the latent's size, and samples differ from those of float32.
 
     Attributes:
-        place: ``device``, or ``host``: host memory, with the same numbers.
+        place: ``device``, or ``host`` for host memory, with the same values.
         dtype: ``float32``, or ``bfloat16`` for half the memory.
     """
 
@@ -62,43 +62,43 @@ class Store:
         return STORE_DTYPES[self.dtype]
 
     def empty(self, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-        """Return room for tensors that come from a device."""
+        """Return an empty tensor to store states or velocities in."""
         if self.place == "device":
             return torch.empty(shape, device=device, dtype=dtype)
         return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
     def rounded(self, x: Tensor) -> Tensor:
-        """Return a state as it will come back: rounded to the type of the store."""
+        """Return a state as it will be read back: rounded to the type of the store."""
         return x if self.dtype == "float32" else x.to(self.torch_dtype).float()
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How images are sampled, and what of it is kept for training.
+    """How images are sampled, and what is stored for training.
 
     Every step of the window but the last of the schedule draws from ``transition``; the last is
-    deterministic, x0 = x - sigma v, and is not stored. Kept are the states of the window, which
-    the algorithm can choose trained steps from, and no others. Each sample owns its random
+    deterministic, x0 = x - sigma v, and is not stored. Only the states of the window are stored,
+    from which the algorithm can choose the steps that it trains on. Each sample has its own random
     streams, so ``batch_size`` and the order of prompts change nothing but rounding.
 
-    Where a group starts from one noise and all steps before the window are shared too, its members
-    are one row until the window begins: the window's first state is a branching point, and the
-    prefix costs a network row per prompt, not per sample. After it, ``batch_size`` samples at a
-    time are taken to the end, so that those which are finished can be decoded and scored while
-    the others are still on their way.
+    With ``same_noise`` a group also shares all steps before the window, so its samples are one
+    network row until the window begins: the window's first state is a branching point, and the
+    prefix costs one row per prompt instead of one per sample. From there, ``batch_size`` samples
+    at a time are sampled to the end, so that finished ones can be decoded and scored while the
+    others are still being sampled.
 
     Attributes:
         transition: Shared with the algorithm, so that sampling and training cannot disagree.
         sigmas: [K+1] decreasing to 0; K-1 transitions can be trained.
-        window: Sampler steps that are stochastic, stored and trained, within 0..K-2; all of them
-            where None. Outside it, steps follow the ODE.
+        window: Sampler steps that are stochastic, stored and trained on, within 0..K-2; all of
+            them where None. Outside it, steps follow the ODE.
         prefix: ``"ode"``, or ``"sde"``: steps before the window draw noise too, and where the group
             shares its first noise it shares this noise as well.
         tail: Solver of the steps after the window; Euler where None.
         same_noise: Start the whole group from one noise.
-        store: Where and in which type states are kept.
-        keep_velocities: Store the sampling policy's velocities.
-        batch_size: Most samples in one forward.
+        store: Where and in which type states are stored.
+        keep_velocities: Store the policy's velocities too.
+        batch_size: Largest number of samples in one forward.
 
     Raises:
         ValueError: If the schedule or the window does not fit.
@@ -145,12 +145,12 @@ class Sampler:
         progress: ProgressHook | None = None,
         finished: FinishedHook | None = None,
     ) -> Trajectory:
-        """Sample ``group_size`` images of each prompt and keep what training needs.
+        """Sample ``group_size`` images of each prompt and store what training needs.
 
         Args:
             policy: The sampling policy.
             prompts: P prompts.
-            group_size: G >= 1 samples a prompt.
+            group_size: G >= 1 samples per prompt.
             generator: Source of the samples' seeds where ``seeds`` is None.
             seeds: One per sample, prompt-major.
             progress: Called after each forward with (done, expected) network rows.
@@ -172,14 +172,14 @@ class Sampler:
             base = int(torch.randint(2**62, (), generator=generator))
             seeds = [derive_seed(base, b) for b in range(num_samples)]
         if len(seeds) != num_samples:
-            raise ValueError(f"{len(seeds)} seeds for {num_samples} samples; give one a sample")
+            raise ValueError(f"{len(seeds)} seeds for {num_samples} samples; give one per sample")
         with torch.no_grad():
             run = _Rollout(self, policy, records, group_size, list(seeds), progress)
             return run.trajectory(finished)
 
 
 class _Rollout:
-    """One rollout on its way."""
+    """The state of one rollout in progress."""
 
     def __init__(
         self,
@@ -196,7 +196,7 @@ class _Rollout:
         self.sigmas = sampler.sigmas.to(policy.device)
         self.conditioning = policy.encode(prompts)
         self.ode = Transition(OdeDiffusion())
-        # Members of a group are one row until noise of their own tells them apart.
+        # Samples of a group are one row until their own noise makes them differ.
         self.fold = group_size if sampler.same_noise else 1
         latent, device, store = policy.latent_shape, policy.device, sampler.store
         number, trained = len(seeds), len(self.window)
@@ -204,7 +204,7 @@ class _Rollout:
         self.states_BN = store.empty(shape, device, store.torch_dtype)
         self.velocities_BN = None
         if sampler.keep_velocities:
-            # In float32 always: a rounded one would look like a policy that has moved.
+            # Always float32: a rounded velocity would look like a changed policy.
             shape = (number, trained, *latent)
             self.velocities_BN = store.empty(shape, device, torch.float32)
         self.log_prob_BN = torch.zeros((number, trained), device=device)
@@ -214,7 +214,7 @@ class _Rollout:
         self.expected = number // self.fold * shared + number * (steps - shared)
 
     def trajectory(self, finished: FinishedHook | None) -> Trajectory:
-        """Take all samples to the end."""
+        """Sample everything; return the trajectory."""
         seeds, number, size = self.seeds, len(self.seeds), self.sampler.batch_size
         shared = None
         if self.fold > 1:
@@ -252,7 +252,7 @@ class _Rollout:
         return self.conditioning[index]
 
     def velocity(self, x: Tensor, sigma: Tensor, texts: Conditioning) -> Tensor:
-        """Ask the policy, in batches."""
+        """Evaluate the policy, in batches."""
         parts, size = [], self.sampler.batch_size
         for start in range(0, len(x), size):
             part = slice(start, start + size)
@@ -312,7 +312,7 @@ class _Rollout:
     def stochastic_step(
         self, x_M: Tensor, v_M: Tensor, i: int, rows: slice, inside: NoiseSource
     ) -> Tensor:
-        """Take a step of the window and note its density."""
+        """Take a step of the window and record its log-density."""
         rounded = self.sampler.store.rounded
         step = self.sampler.transition(x_M, v_M, self.sigmas[i], self.sigmas[i + 1])
         if not step.has_density:

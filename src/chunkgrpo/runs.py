@@ -30,6 +30,7 @@ from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.curves import DEFAULT_PANELS, panels_of_score, save_curves
 from chunkgrpo.report.grids import save_comparison
+from chunkgrpo.report.health import HEALTH_BANDS
 from chunkgrpo.report.html import write_html
 from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.report.tables import (
@@ -46,14 +47,6 @@ from chunkgrpo.rewards.scoring import is_share
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.types import ProgressHook, Prompt
 
-# Health of tuned images over that of the base's; outside, a gain may have been hacked.
-HEALTH_BANDS = {
-    "texture": (0.5, 1.5),
-    "edge_sharpness": (0.8, 1.25),
-    "saturation": (0.75, 1.33),
-    "brightness": (0.75, 1.33),
-    "diversity": (0.75, 1.33),
-}
 NUM_SHOWN = 12
 
 
@@ -97,7 +90,7 @@ def save_evaluation(path: Path, result: Evaluation) -> None:
 
 
 def shown_rows(result: Evaluation) -> list[int]:
-    """Choose prompts for the picture: round and round the groups, in order."""
+    """Choose prompts for the picture, one group after the other, repeatedly."""
     groups = np.array(result.prompts.groups)
     members = [list(np.flatnonzero(groups == g)) for g in dict.fromkeys(result.prompts.groups)]
     rows: list[int] = []
@@ -129,7 +122,7 @@ def train_run(
 ) -> dict[str, Any] | None:
     """Evaluate the base, train, evaluate again and report.
 
-    Goes on where an earlier call with the same folder stopped.
+    Continues where an earlier call with the same folder stopped.
 
     Args:
         config: What to run.
@@ -172,9 +165,9 @@ def encode_ahead(
     prompts: Sequence[Prompt | str],
     on_phase: Callable[[str], ProgressHook],
 ) -> None:
-    """Encode every prompt a run will meet, onto the disk, and release the text encoders.
+    """Encode every prompt of a run to disk, and release the text encoders.
 
-    One line says what was done: how many were encoded, and how many were there.
+    One line is printed: how many were encoded, and how many were found.
     """
     cache = policy.embeddings
     assert cache is not None
@@ -255,7 +248,7 @@ def scores_of_summary(base: Evaluation, rows: Sequence[AccuracyRow]) -> dict[str
 
 
 def health_of_summary(base: Evaluation, tuned: Evaluation) -> dict[str, Any]:
-    """Return the health of the images before and after, and what left its band."""
+    """Return the image health before and after, and the figures outside their bands."""
     ratios = {k: tuned.health[k] / max(base.health[k], 1e-9) for k in base.health}
     outside = [k for k, r in ratios.items() if not HEALTH_BANDS[k][0] <= r <= HEALTH_BANDS[k][1]]
     return {
@@ -285,7 +278,7 @@ def save_samples(path: Path, base: Evaluation, tuned: Evaluation, judge: Reward)
 def page(
     config: Config, folder: Path, summary: Mapping[str, Any], rows: list[AccuracyRow]
 ) -> dict[str, Any]:
-    """Return what the HTML page says."""
+    """Return the content of the HTML page."""
     s, share = summary, summary["share"]
     health = [
         [k, f"{s['health_base'][k]:.4f}", f"{s['health_tuned'][k]:.4f}",
@@ -316,14 +309,14 @@ def page(
                 "title": "Image health",
                 "columns": ["measure", "base", "tuned", "ratio", "band"],
                 "rows": health,
-                "note": "A ratio outside its band hints that the gain was hacked.",
+                "note": "A ratio outside its band is a sign of reward hacking.",
             },
         ],
         "command": f"chunkgrpo train {folder / 'config.yaml'}",
         "files": [
             {"path": "model/", "what": "the tuned model, for stock diffusers"},
-            {"path": "metrics.jsonl", "what": "one record an iteration"},
-            {"path": "checkpoints/", "what": "to go on from"},
+            {"path": "metrics.jsonl", "what": "one record per iteration"},
+            {"path": "checkpoints/", "what": "to continue from"},
             {"path": "evaluation/", "what": "scores of every held-out image"},
         ],
     }
@@ -358,10 +351,10 @@ def export_run(folder: Path, out: Path, dtype: str = "float32") -> None:
     Args:
         folder: The run.
         out: A folder that is empty or does not exist.
-        dtype: Of the written weights, ``"float32"`` or ``"bfloat16"``.
+        dtype: Type of the written weights, ``"float32"`` or ``"bfloat16"``.
 
     Raises:
-        ConfigError: If the run is not finished, the folder is not empty, or the type is another.
+        ConfigError: If the run is not finished, the folder is not empty, or the type is unknown.
     """
     _, model, lora = find_tuned(folder)
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -379,14 +372,14 @@ def load_untrained(config: Config, path: str, lora: Path | None = None) -> Pipel
 
 
 def draw_both(folder: Path, prompt: str, seeds: Sequence[int]) -> tuple[Config, dict[str, Tensor]]:
-    """Draw a prompt with the base and the tuned model of a finished run, one after the other.
+    """Sample a prompt with the base and the tuned model of a finished run, one after the other.
 
-    The two need not fit into memory together: the first is released before the second is loaded.
+    The first is released before the second is loaded, so they need not fit into memory together.
 
     Args:
         folder: The run.
-        prompt: What to draw.
-        seeds: One an image; both models start from the same noise.
+        prompt: The prompt.
+        seeds: One per image; both models start from the same noise.
 
     Returns:
         The run's settings, and the images of ``"base"`` and ``"tuned"``, [len(seeds), 3, H, W] in
@@ -417,14 +410,14 @@ def evaluate_run(
     seed: int | None = None,
     base: bool = False,
 ) -> tuple[Evaluation, Reward]:
-    """Evaluate a finished run's tuned model again, or otherwise than the run did.
+    """Evaluate a finished run's tuned model again, or with other prompts or noise.
 
     Args:
-        folder: Of the run.
+        folder: The run.
         progress: Called after each batch.
         split: Of the embedded world; the run's own held-out prompts where None.
-        seed: Of the noises; the run's own where None. It does not change the prompts.
-        base: Evaluate the model that the run started from instead.
+        seed: Seed of the noise; the run's own where None. It does not change the prompts.
+        base: Evaluate the base model instead.
 
     Returns:
         The evaluation, and the judge whose scores are in it.

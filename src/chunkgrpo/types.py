@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that flow through the library; read this file first.
+"""The values that are passed between the parts of the library; read this file first.
 
 Axes: P prompts x G images per prompt = B samples, prompt-major; K sampler steps; N = K - 1
-stochastic, trained transitions; C chunks; D latent elements.
+stochastic, trainable transitions; C chunks; D latent elements.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from chunkgrpo.core.dynamics import relative_l1
 from chunkgrpo.core.precision import at_least_float32
 
 ProgressHook = Callable[[int, int], None]
-"""Called with (done, total) while something long runs."""
+"""Called with (done, total) while a long operation runs."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and all that its source says about it.
+    """A prompt and everything its source says about it.
 
-    Two prompts with one text are two prompts: each keeps its own metadata and negative prompt.
+    Two prompts with the same text are two prompts: each has its own metadata and negative prompt.
 
     Attributes:
-        text: What to draw.
+        text: The prompt itself.
         metadata: Other fields of the source, for rewards whose ``needs_metadata`` is true:
             GenEval's ``include`` and ``exclude``, a text to be rendered.
         negative_prompt: Text of the unconditional half of classifier-free guidance; the policy's
             own setting where None. An empty text overrides that setting too.
-        images: Source images, for policies with ``reads_images``; others refuse them.
+        images: Source images, for policies with ``reads_images``; the others raise an error.
         group: Label in reports, such as a task.
     """
 
@@ -46,7 +46,7 @@ class Prompt:
 
 
 def as_prompts(prompts: Iterable[Prompt | str]) -> tuple[Prompt, ...]:
-    """Return prompts as records: texts become records, records pass unchanged."""
+    """Return prompts as records: texts become records, records are returned unchanged."""
     return tuple(Prompt(each) if isinstance(each, str) else each for each in prompts)
 
 
@@ -86,24 +86,22 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a rollout leaves behind.
+    """The states and log-probabilities of a rollout's samples.
 
     Attributes:
         states: [B, N+1, *latent]; ``states[:, i]`` is the latent at ``sigmas[offset + i]``. Stored
-            as the rollout was told (``rollout.Store``): read it with :meth:`state`.
+            as ``rollout.Store`` says: read it with :meth:`state`.
         sigmas: [K+1], from 1 (noise) to 0.
-        old_log_prob: [B, N], per-dimension log-density of each transition under the sampling
-            policy.
+        old_log_prob: [B, N], log-density per dimension of each transition under the old policy.
         final: [B, *latent], the clean latent after the deterministic last step.
-        conditioning: One row per prompt, P rows; read those of samples with
-            :meth:`conditioning_of`.
+        conditioning: One row per prompt, P rows; :meth:`conditioning_of` returns those of samples.
         num_prompts: P.
-        num_evaluations: Network rows evaluated to make it.
+        num_evaluations: Network rows evaluated in the rollout.
         offset: Sampler step of ``states[:, 0]``: 0 unless only a window of steps is stochastic.
-        shared_start: Whether the samples of a prompt all have the same ``states[:, 0]``.
-        velocities: [B, N, *latent] float32, what the sampling policy predicted at
-            ``states[:, :-1]``; kept only where an algorithm compares means or clean predictions
-            with it. It lies where the states lie: read it with :meth:`velocity`.
+        shared_start: Whether all samples of a prompt have the same ``states[:, 0]``.
+        velocities: [B, N, *latent] float32, the old policy's predictions at ``states[:, :-1]``;
+            stored only where an algorithm compares means or clean predictions with them, and in
+            the same place as the states: read them with :meth:`velocity`.
     """
 
     states: Tensor
@@ -134,11 +132,11 @@ class Trajectory:
 
     @property
     def device(self) -> torch.device:
-        """Where training happens, wherever states are kept."""
+        """Where training happens, wherever states are stored."""
         return self.final.device
 
     def state(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
-        """Return latents on the device, in float32, bit for bit as the rollout met them.
+        """Return latents on the device, in float32, bit for bit as the rollout had them.
 
         Args:
             sample: Which samples, [Q], or a slice.
@@ -150,17 +148,17 @@ class Trajectory:
         return at_least_float32(self.states[sample, step].to(self.device))
 
     def velocity(self, sample: Tensor | slice, step: Tensor | int) -> Tensor:
-        """Return the sampling policy's velocities on the device, as :meth:`state`.
+        """Return the old policy's velocities on the device, as :meth:`state`.
 
         Raises:
-            ValueError: If the rollout kept none.
+            ValueError: If the rollout stored none.
         """
         if self.velocities is None:
-            raise ValueError("the rollout kept no velocities; roll out with keep_velocities=True")
+            raise ValueError("the rollout stored no velocities; sample with keep_velocities=True")
         return self.velocities[sample, step].to(self.device)
 
     def conditioning_of(self, sample: Tensor | slice) -> Conditioning:
-        """Return the encoded prompt of each sample, without waiting for the device.
+        """Return the encoded prompt of each sample, without synchronising with the device.
 
         Args:
             sample: Which samples, [Q] on the conditioning's device, or a slice.
@@ -193,11 +191,11 @@ class RewardBatch:
     """Scores of a batch.
 
     Attributes:
-        raw: Each reward as it scored, [B]; NaN where it gave no usable score.
-        total: What they combine to, [B]; NaN where a sample is dropped.
+        raw: Scores of each reward, [B]; NaN where there is no usable score.
+        total: The combined score, [B]; NaN where a sample is dropped.
         weights: Of the rewards, [R].
         combine: How they were combined, a name in ``core.combination.COMBINATIONS``.
-        kept: False for dropped samples, [B]; None where all are kept.
+        kept: False for dropped samples, [B]; None where none is dropped.
         watched: Rewards that are logged but not trained on, as ``raw``.
     """
 
@@ -210,17 +208,17 @@ class RewardBatch:
 
     @property
     def stacked(self) -> Tensor:
-        """Each reward as it scored, [R, B]."""
+        """Scores of each reward, [R, B]."""
         return torch.stack(list(self.raw.values()))
 
 
 @dataclass(frozen=True)
 class SamplingRequest:
-    """What an algorithm wants sampled.
+    """What an algorithm needs sampled.
 
     Attributes:
-        window: Sampler steps that are stochastic, stored and trained; all of them where None.
-        keep_velocities: Whether the sampling policy's velocities are needed.
+        window: Sampler steps that are stochastic, stored and trained on; all of them where None.
+        keep_velocities: Whether the old policy's velocities are stored.
         chunk_starts: First steps of the chunks within the window; empty for a method without
             chunks.
     """
@@ -255,9 +253,9 @@ class LossPart:
     Attributes:
         loss: Scalar to back-propagate at once, by :meth:`backward`.
         ends_update: True on the last piece before an optimizer step.
-        diagnostics: Detached tensors about this piece.
-        hook: Back-propagates in place of ``loss.backward()``, for an algorithm that watches the
-            gradient; None where nobody does.
+        diagnostics: Detached tensors that describe this piece.
+        hook: Back-propagates in place of ``loss.backward()``, for an algorithm that observes the
+            gradient; None otherwise.
     """
 
     loss: Tensor
@@ -266,7 +264,7 @@ class LossPart:
     hook: Callable[[Tensor], None] | None = None
 
     def backward(self) -> None:
-        """Add this piece's gradient to that of the parameters."""
+        """Accumulate this piece's gradient in the parameters."""
         if self.hook is None:
             self.loss.backward()
         else:

@@ -16,7 +16,6 @@ from torch import Generator
 
 import stock_sampling
 import tiny_pipelines
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import (
     ChunkPlan,
     FlowDiffusion,
@@ -26,13 +25,13 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.core.schedules import exact_timestep, floor1000_timestep
+from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.execution import PRODUCTS, Execution
 from chunkgrpo.policies.loading import FAMILIES as POLICIES
 from chunkgrpo.policies.loading import export_fused, load_policy
-from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.policies.sana import SanaPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience, Prompt
+from compose import chunk_grpo, rollout
 from stock_sampling import sample
 
 STEPS = 4
@@ -561,8 +560,8 @@ def first_log_ratios(policy, anchor, micro_batch, group_size=2):
         policy, PROMPTS, transition, policy.native_sigmas(STEPS), group_size, generator
     )
     advantages = torch.linspace(-1, 1, trajectory.num_samples)
-    algorithm = ChunkGRPO(
-        plan, transition, UniformSelection(1.0), num_updates=1, micro_batch=micro_batch,
+    algorithm = chunk_grpo(
+        plan, transition, UniformSelection(1.0), updates=1, micro_batch=micro_batch,
         anchor=anchor,
     )  # fmt: skip
     parts = algorithm.losses(policy, Experience(trajectory, advantages), generator)

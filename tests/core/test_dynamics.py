@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chunkgrpo.core.dynamics import cosine_distance, mean_curve, relative_l1, relative_l2
+from chunkgrpo.core.dynamics import DISTANCES, cosine_distance, mean_curve, relative_l1, relative_l2
 
 MEASURES = [relative_l1, relative_l2, cosine_distance]
 
@@ -69,3 +69,8 @@ def test_wrong_shapes_are_refused(measure, shape):
 def test_mean_curve():
     curve = torch.tensor([[1.0, 2.0], [3.0, 6.0]], dtype=torch.bfloat16)
     assert torch.equal(mean_curve(curve), torch.tensor([2.0, 4.0]))
+
+
+def test_distances_by_name() -> None:
+    assert list(DISTANCES) == ["l1", "l2", "cosine"]
+    assert list(DISTANCES.values()) == [relative_l1, relative_l2, cosine_distance]

@@ -12,6 +12,11 @@ from torch.distributions import Normal
 
 from chunkgrpo.core.schedules import (
     TIMESTEP_ROUNDINGS,
+    MergeEntropy,
+    MergeSizes,
+    Native,
+    NoMerge,
+    Shifted,
     entropy_merges,
     exact_timestep,
     floor1000_timestep,
@@ -205,3 +210,41 @@ def test_merges_by_entropy_cover_the_schedule(steps, least, eta):
 
 def test_steps_without_noise_are_not_merged():
     assert entropy_merges(make_sigmas(4), Transition(OdeDiffusion()).std, -9.0) == (1, 1, 1, 1)
+
+
+# --- the choices of a run -----------------------------------------------------------------------
+
+STD = Transition(FlowDiffusion(0.7)).std
+
+
+def test_choices_of_a_schedule_by_kind():
+    assert torch.equal(Shifted().sigmas(17), make_sigmas(17))
+    assert torch.equal(Shifted(1.0).sigmas(8), torch.arange(8, -1, -1) / 8)
+    assert (Shifted().kind, Native().kind) == ("shifted", "native")
+    for shift in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"shift is {shift}; it must be positive and finite"):
+            Shifted(shift)
+    with pytest.raises(ValueError, match="num_steps is 1"):
+        Shifted().sigmas(1)
+
+
+def test_nothing_is_merged_unless_asked():
+    assert NoMerge().sizes_of(5, None, STD) is None
+    assert (NoMerge().kind, MergeSizes((1,)).kind, MergeEntropy(0).kind) == (
+        "none", "sizes", "entropy"
+    )  # fmt: skip
+
+
+def test_listed_merges_need_no_schedule_and_must_cover_the_steps():
+    assert MergeSizes([1, 3, 1]).sizes_of(5, None, STD) == (1, 3, 1)
+    for sizes, message in (((2, 2), "sum to 4, but the schedule has 5 steps"), ((), "sum to 0")):
+        with pytest.raises(ValueError, match=message):
+            MergeSizes(sizes).sizes_of(5, None, STD)
+
+
+def test_merges_by_entropy_follow_the_schedule():
+    sigmas = make_sigmas(16)
+    found = MergeEntropy(0.8).sizes_of(16, sigmas, STD)
+    assert found == entropy_merges(sigmas, STD, 0.8) == (1, 1, 2, 2, 3, 4, 1, 1, 1)
+    with pytest.raises(ValueError, match="known before the model is loaded; use schedule 'shift"):
+        MergeEntropy(0.8).sizes_of(16, None, STD)

@@ -18,6 +18,7 @@ from chunkgrpo.core.sde import (
     Gaussian,
     OdeDiffusion,
     Transition,
+    kernel_of,
     predict_clean,
     predict_noise,
     transition,
@@ -335,3 +336,10 @@ def test_the_std_of_a_kernel_is_that_of_its_steps(kernel, expected):
     assert std.tolist() == pytest.approx(expected, rel=1e-12)
     x = noise(2, 3)
     assert torch.equal(kernel(x, x, sigma, sigma_next).std[:, 0], std)
+
+
+def test_the_kernel_of_a_choice():
+    for choice in (FlowDiffusion(0.5), DanceDiffusion(0.2), OdeDiffusion()):
+        assert kernel_of(choice) == Transition(choice)
+        assert kernel_of(choice).has_density == choice.has_density
+    assert kernel_of(CpsTransition(0.4)) == CpsTransition(0.4)

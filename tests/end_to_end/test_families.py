@@ -7,16 +7,16 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import compose
 import tiny_pipelines
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.cli import app
 from chunkgrpo.core import ChunkPlan, FlowDiffusion, OdeDiffusion, Transition
+from chunkgrpo.core.trust import Clip
 from chunkgrpo.policies.loading import load_policy
 from chunkgrpo.policies.pipeline import Adaptation
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward
-from chunkgrpo.rollout import rollout
-from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
@@ -31,7 +31,7 @@ FAMILIES = {
 def brightness(policy, sigmas):
     """[24] of images sampled without noise, from the same first noise each time."""
     transition, seeds = Transition(OdeDiffusion()), list(range(24))
-    trajectory = rollout(policy, PROMPTS.texts, transition, sigmas, 12, seeds=seeds)
+    trajectory = compose.rollout(policy, PROMPTS.texts, transition, sigmas, 12, seeds=seeds)
     return policy.decode(trajectory.final).mean((1, 2, 3))
 
 
@@ -46,22 +46,12 @@ def test_brightness_follows_its_reward(name, sign, tmp_path):
     )
     sigmas = policy.native_sigmas(4)
     reward = FunctionReward("brightness", lambda images, prompts: sign * images.mean((1, 2, 3)))
-    trainer = Trainer(
-        policy=policy,
-        transition=FLOW,
-        algorithm=ChunkGRPO(
-            ChunkPlan((1, 2)), FLOW, clip_low=1e-2, clip_high=1e-2, num_updates=2, micro_batch=24
-        ),
-        sigmas=sigmas,
-        prompts=PROMPTS,
-        rewards=[(reward, 1.0)],
-        held_out=PROMPTS,
-        judge=reward,
-        folder=tmp_path / "run",
-        settings=TrainSettings(
-            iterations=20, num_prompts=2, group_size=8, learning_rate=2e-2, evaluate_every=0,
-            checkpoint_every=20,
-        ),
+    trust = Clip(1e-2, 1e-2)
+    algorithm = compose.chunk_grpo(ChunkPlan((1, 2)), FLOW, trust=trust, updates=2, micro_batch=24)
+    trainer = compose.trainer(
+        policy, algorithm, Sampler(FLOW, sigmas, same_noise=True, batch_size=96), PROMPTS,
+        [(reward, 1.0)], PROMPTS, reward, tmp_path / "run", iterations=20, num_prompts=2,
+        group_size=8, learning_rate=2e-2, evaluate_every=0, checkpoint_every=20,
     )  # fmt: skip
     before = brightness(policy, sigmas)
     assert trainer.run()
@@ -93,7 +83,8 @@ def test_a_model_prompts_and_a_reward_are_enough(name, tmp_path):
     (tmp_path / "prompts.txt").write_text("a red star\ntwo circles\n")
     small = [
         "iterations=1", "threads=1", "sampling.steps=3", "sampling.prompts=2",
-        "sampling.group_size=2", "chunks.plan=steps", "chunks.fraction=1.0", "model.rank=2",
+        "sampling.group_size=2", "objective.plan=steps", "objective.selection.fraction=1.0",
+        "model.adaptation.rank=2",
         f"model.height={side}", f"model.width={side}", f"model.max_sequence_length={rows}",
         f"model.guidance={guidance}", "evaluation.every=0", *([more] if more else []),
     ]  # fmt: skip

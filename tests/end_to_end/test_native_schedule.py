@@ -13,12 +13,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import compose
 import stock_sampling
 import tiny_pipelines
 from chunkgrpo.cli import app
-from chunkgrpo.config import build_policy, build_sigmas, parse_config
+from chunkgrpo.config import parse_config
+from chunkgrpo.config.build import build_policy, build_sigmas
 from chunkgrpo.core import OdeDiffusion, Transition
-from chunkgrpo.rollout import rollout
+from chunkgrpo.core.schedules import Native
 from chunkgrpo.runs import load_tuned, read_run
 
 PROMPTS = ["a red star", "two circles"]
@@ -46,12 +48,14 @@ def run(request, model, tmp_path_factory) -> Path:
     (folder / "prompts.txt").write_text("a red star\ntwo circles\na blue cross\n")
     settings = {
         "iterations": 2, "model.height": 16, "model.width": 24, "model.max_sequence_length": 8,
-        "model.precision": "fp32", "model.guidance": 3.5, "model.rank": 4, "model.alpha": 16,
-        "model.method": request.param, "sampling.schedule": "native", "sampling.steps": STEPS,
-        "sampling.prompts": 2, "sampling.group_size": 3, "chunks.plan": "equal",
-        "chunks.size": 2, "chunks.fraction": 1.0, "optimizer.learning_rate": 0.02,
-        "objective.clip_low": 0.1, "objective.clip_high": 0.1, "evaluation.every": 0,
+        "model.precision": "fp32", "model.guidance": 3.5, "model.adaptation.kind": request.param,
+        "sampling.schedule": "native", "sampling.steps": STEPS, "sampling.prompts": 2,
+        "sampling.group_size": 3, "objective.plan.kind": "equal", "objective.plan.size": 2,
+        "objective.selection.fraction": 1.0, "optimizer.learning_rate": 0.02,
+        "objective.trust.low": 0.1, "objective.trust.high": 0.1, "evaluation.every": 0,
     }  # fmt: skip
+    if request.param == "lora":
+        settings |= {"model.adaptation.rank": 4, "model.adaptation.alpha": 16}
     given = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
     call(
         "train", "--model", str(model), "--prompts", str(folder / "prompts.txt"),
@@ -81,7 +85,7 @@ def test_the_schedule_follows_the_size(model):
         tokens = (16 // 4) * (width // 4)
         expected = torch.tensor(flux_sigmas(STEPS, tokens))
         assert (sigmas(schedule="native") - expected).abs().max() < 1e-6
-        merged = sigmas(schedule="native", merge=[1, 3, 1])
+        merged = sigmas(schedule="native", merge={"kind": "sizes", "sizes": [1, 3, 1]})
         assert torch.equal(merged, sigmas(schedule="native")[[0, 1, 4, 5]])
         assert (sigmas() - expected).abs().max() > 0.05  # the default is another one
 
@@ -109,7 +113,9 @@ def test_the_export_is_the_tuned_model_in_stock_diffusers(run, tmp_path):
     assert not list((tmp_path / "whole").rglob("*lora*"))
     config, policy = load_tuned(run)
     sigmas = build_sigmas(config, policy)
-    trajectory = rollout(policy, PROMPTS, Transition(OdeDiffusion()), sigmas, 1, seeds=SEEDS)
+    trajectory = compose.rollout(
+        policy, PROMPTS, Transition(OdeDiffusion()), sigmas, 1, seeds=SEEDS
+    )
     noise = tmp_path / "noise.pt"
     torch.save(trajectory.states[:, 0].clone(), noise)
     jobs = [
@@ -135,7 +141,7 @@ def test_the_export_is_the_tuned_model_in_stock_diffusers(run, tmp_path):
 
 
 def test_an_export_in_bfloat16_is_half_the_size(run, tmp_path):
-    assert read_run(run).sampling.schedule == "native"
+    assert read_run(run).sampling.schedule == Native()
     for dtype in ("float32", "bfloat16"):
         call("export", str(run), "--out", str(tmp_path / dtype), "--dtype", dtype)
     sizes = [

@@ -11,22 +11,16 @@ import pytest
 import torch
 import yaml
 
-from chunkgrpo.config import (
-    Config,
-    ConfigError,
-    build_plan,
-    build_selection,
-    check_plan,
-    load_config,
-    num_chunks,
-    parse_config,
-)
+from chunkgrpo.config import Config, ConfigError, load_config, parse_config
+from chunkgrpo.config.derived import num_planned
+from chunkgrpo.config.rules import check
 from chunkgrpo.core.learned import LearnedSelection
 from chunkgrpo.core.measured_plans import adaptive_plan, explained_variation, optimal_plan
+from chunkgrpo.core.plan_rules import ExplicitPlan
 from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import DanceDiffusion, FlowDiffusion, OdeDiffusion, Transition
-from chunkgrpo.core.selection import WeightedSelection
+from chunkgrpo.core.selection import UniformSelection, WeightedSelection
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.profile import (
     RULES,
@@ -42,7 +36,7 @@ from chunkgrpo.profile import (
     save_profile,
     variance_shares,
 )
-from chunkgrpo.types import Conditioning
+from chunkgrpo.types import Conditioning, as_prompts
 
 SIGMAS = make_sigmas(9, 3.0)
 PROMPTS = ["a", "bb", "cccc"]
@@ -55,7 +49,8 @@ class SizedPolicy(GaussianPolicy):
     """Data whose spread, and so its dynamics, depends on the prompt's length."""
 
     def encode(self, prompts):
-        return Conditioning({"rows": torch.tensor([[len(p) / 10] for p in prompts])})
+        lengths = [[len(p.text) / 10] for p in as_prompts(prompts)]
+        return Conditioning({"rows": torch.tensor(lengths)})
 
     def velocity(self, x, sigma, conditioning):
         spread = conditioning.tensors["rows"].double().view(-1, *[1] * (x.ndim - 1))
@@ -269,10 +264,13 @@ def test_files_and_terminal(tmp_path: Path) -> None:
         GaussianPolicy(torch.zeros(16)), SAMPLERS, Measurement(PROMPTS, SIGMAS, 2)
     )
     file = save_profile(
-        tmp_path / "out", profiles, SIGMAS.tolist(), "equal", {"selection": "uniform"}, "a title"
+        tmp_path / "out", profiles, SIGMAS.tolist(), "equal", {"kind": "uniform"}, "a title"
     )
     assert yaml.safe_load(file.read_text()) == {
-        "chunks": {"plan": "explicit", "sizes": [2, 2, 2, 2], "selection": "uniform"}
+        "objective": {
+            "plan": {"kind": "explicit", "sizes": [2, 2, 2, 2]},
+            "selection": {"kind": "uniform"},
+        }
     }
     assert file.read_text().startswith("# a title\n# flow: the step explains")
     assert (file.parent / "dynamics.png").read_bytes().startswith(b"\x89PNG")
@@ -301,80 +299,123 @@ def test_the_plot_puts_every_value_in_its_row() -> None:
 # --- settings -----------------------------------------------------------------------------------
 
 
-def settings(steps: int = 17, **chunks) -> Config:
-    return parse_config({"sampling": {"steps": steps}, "chunks": chunks})
+def settings(steps: int = 17, **objective) -> Config:
+    """A run with a plan and a selection."""
+    return parse_config({"sampling": {"steps": steps}, "objective": objective})
+
+
+def plan_of(config: Config, curve=None) -> ChunkPlan:
+    """Cut a run's steps, with the curve that would be measured."""
+    return config.objective.plan.cut(num_planned(config), lambda distance: curve)
+
+
+LEARNED = {"kind": "learned"}
 
 
 @pytest.mark.parametrize(
-    ("chunks", "says"),
+    ("objective", "says"),
     [
-        ({"refresh": 5}, "chunks.plan is 'paper', which is not measured"),
-        ({"plan": "optimal", "refresh": 5, "selection": "learned"}, "set chunks.refresh to 0"),
-        ({"correction": True}, "nothing to correct"),
-        ({"correction": True, "selection": "listed", "indices": [0]}, "never trains"),
-        ({"selection": "listed"}, "needs chunks.indices"),
-        ({"selection": "listed", "indices": [0, 4]}, "has chunks 0 to 3; list only these"),
-        ({"selection": "listed", "indices": [-1]}, "has chunks 0 to 3"),
+        ({"plan": {"kind": "paper", "refresh": 5}}, "refresh belongs to .* adaptive, optimal, and"),
         (
-            {"plan": "adaptive", "selection": "listed", "indices": [0], "refresh": 2},
+            {"plan": {"kind": "optimal", "refresh": 5}, "selection": LEARNED},
+            "objective.plan.refresh = 5 would change what they are; set it to 0",
+        ),
+        (
+            {"selection": {"kind": "uniform", "correction": True}},
+            "selection.correction belongs to .*selection.kind learned, weighted, and",
+        ),
+        (
+            {"selection": {"kind": "listed", "indices": [0], "correction": True}},
+            "selection.correction belongs to .*selection.kind learned, weighted, and",
+        ),
+        ({"selection": {"kind": "listed"}}, "objective.selection.indices .* field required"),
+        (
+            {"selection": {"kind": "listed", "indices": [0, 4]}},
+            "has chunks 0 to 3; list only these",
+        ),
+        ({"selection": {"kind": "listed", "indices": [-1]}}, "must be distinct and >= 0"),
+        (
+            {
+                "plan": {"kind": "adaptive", "refresh": 2},
+                "selection": {"kind": "listed", "indices": [0]},
+            },
             "does not change",
         ),
-        ({"plan": "optimal", "num_chunks": 5}, "at most 4 chunks of that size"),
-        ({"plan": "optimal", "min_size": 17}, "at most 0 chunks"),
+        ({"plan": {"kind": "optimal", "num_chunks": 5}}, "at most 4 chunks of that size"),
+        ({"plan": {"kind": "optimal", "min_size": 17}}, "at most 0 chunks"),
     ],
 )
-def test_wrong_combinations_are_refused(chunks: dict, says: str) -> None:
+def test_wrong_combinations_are_refused(objective: dict, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        check_plan(settings(**chunks))
+        check(settings(**objective))
 
 
 @pytest.mark.parametrize(
-    "chunks",
+    "objective",
     [
-        {"plan": "adaptive", "refresh": 5, "selection": "weighted", "correction": True},
-        {"plan": "optimal", "num_chunks": 4, "refresh": 5, "selection": "listed", "indices": [3]},
-        {"plan": "adaptive", "selection": "listed", "indices": [6]},
-        {"selection": "learned", "correction": True, "usefulness": "reward"},
+        {
+            "plan": {"kind": "adaptive", "refresh": 5},
+            "selection": {"kind": "weighted", "correction": True},
+        },
+        {
+            "plan": {"kind": "optimal", "num_chunks": 4, "refresh": 5},
+            "selection": {"kind": "listed", "indices": [3]},
+        },
+        {"plan": {"kind": "adaptive"}, "selection": {"kind": "listed", "indices": [6]}},
+        {"selection": {"kind": "learned", "correction": True, "usefulness": "reward"}},
     ],
 )
-def test_right_combinations_are_not(chunks: dict) -> None:
-    check_plan(settings(**chunks))
+def test_right_combinations_are_not(objective: dict) -> None:
+    check(settings(**objective))
 
 
 def test_number_of_chunks_before_anything_is_measured() -> None:
-    for plan, count in {"steps": 16, "whole": 1, "paper": 4, "equal": 4, "adaptive": None}.items():
-        assert num_chunks(settings(plan=plan)) == count
-    assert num_chunks(settings(plan="explicit", sizes=[10, 6])) == 2
-    assert num_chunks(settings(plan="equal", size=5)) == 4
+    def num_chunks(**plan):
+        config = settings(plan=plan)
+        return config.objective.plan.num_chunks_of(num_planned(config))
+
+    for kind, count in {"steps": 16, "whole": 1, "paper": 4, "equal": 4, "adaptive": None}.items():
+        assert num_chunks(kind=kind) == count
+    assert num_chunks(kind="explicit", sizes=[10, 6]) == 2
+    assert num_chunks(kind="equal", size=5) == 4
 
 
 def test_plans_and_selections_follow_their_settings() -> None:
     curve = torch.tensor([1.0, 2.0, 4.0, 3.0, 2.5, 2.4])
     for difference, sizes in {"forward": (2, 4), "backward": (3, 3)}.items():
-        config = settings(7, plan="adaptive", difference=difference)
-        assert build_plan(config, lambda: curve).sizes == sizes
-    config = settings(7, plan="optimal", min_size=1, explained=0.0)
-    assert build_plan(config, lambda: curve).sizes == (6,)
-    weighted = build_selection(settings(selection="softmax", fraction=0.25, correction=True))
+        config = settings(7, plan={"kind": "adaptive", "difference": difference})
+        assert plan_of(config, curve).sizes == sizes
+    config = settings(7, plan={"kind": "optimal", "min_size": 1, "explained": 0.0})
+    assert plan_of(config, curve).sizes == (6,)
+    softmax = {"kind": "weighted", "softmax": True, "fraction": 0.25, "correction": True}
+    weighted = settings(selection=softmax).objective.selection
     assert weighted == WeightedSelection(0.25, softmax=True, correction=True)
     for usefulness, power in (("gradient", 0.5), ("reward", 1.0)):
-        config = settings(selection="learned", floor=0.3, decay=0.8, usefulness=usefulness)
-        assert build_selection(config) == LearnedSelection(0.5, 0.3, 0.8, power)
+        learned = {"kind": "learned", "floor": 0.3, "decay": 0.8, "usefulness": usefulness}
+        made = settings(selection=learned).objective.selection.make()
+        assert made == LearnedSelection(0.5, 0.3, 0.8, power, usefulness=usefulness)
 
 
-def test_a_chunks_file_changes_the_section_key_by_key(tmp_path: Path) -> None:
+def test_a_chunks_file_changes_plan_and_selection(tmp_path: Path) -> None:
+    """Key by key, but where the kind changes."""
     file = tmp_path / "chunks.yaml"
-    file.write_text("chunks: {sizes: [4, 5], indices: [1]}\n")
-    config = load_config("chunk-grpo", ["chunks.selection=listed"], file)
-    assert (config.chunks.sizes, config.chunks.indices) == ((4, 5), (1,))
-    assert config.chunks.fraction == load_config("chunk-grpo").chunks.fraction
+    file.write_text("objective: {plan: {sizes: [4, 5]}, selection: {fraction: 0.25}}\n")
+    objective = load_config("chunk-grpo", [], file).objective
+    assert (objective.plan, objective.selection) == (ExplicitPlan((4, 5)), UniformSelection(0.25))
+    file.write_text("objective: {plan: {sizes: [4, 5]}}\n")
+    given = ["objective.selection={kind: listed, indices: [1]}"]
+    objective = load_config("chunk-grpo", given, file).objective
+    assert (objective.plan.sizes, objective.selection.indices) == ((4, 5), (1,))
+    same = load_config("chunk-grpo", [], file).objective
+    assert same.selection == load_config("chunk-grpo").objective.selection
     for text, says in (
-        ("chunks: [1]", "must hold one section"),
+        ("objective: [1]", "must hold one section"),
         ("sizes: [4, 5]", "must hold one section"),
-        ("chunks: {}\nname: x", "nothing else"),
-        ("chunks: {sizes: [1, 3]}", "sum to 4"),
-        ("chunks: {size: x}", "chunks.size"),
-        ("chunks: {siezs: [9]}", "did you mean 'chunks.sizes'"),
+        ("objective: {}\nname: x", "nothing else"),
+        ("objective: {clip: 1}", "a plan and a selection and nothing else"),
+        ("objective: {plan: {sizes: [1, 3]}}", "sum to 4"),
+        ("objective: {plan: {kind: equal, size: x}}", "objective.plan.size"),
+        ("objective: {plan: {siezs: [9]}}", "did you mean 'objective.plan.sizes'"),
         ("[", "no YAML"),
     ):
         file.write_text(text)

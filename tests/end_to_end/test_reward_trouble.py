@@ -5,7 +5,6 @@ import json
 import logging
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,27 +14,30 @@ import pytest
 import torch
 from PIL import Image
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.config import build_trainer, load_config
+import compose
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_trainer
 from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.report.statistics import wilson_interval
 from chunkgrpo.rewards import FunctionReward, RewardError
+from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
-from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
 PROMPTS = PromptSet(as_prompts(("a star", "two circles", "a red cross")))
-SETTINGS = TrainSettings(
-    iterations=4, num_prompts=2, group_size=3, learning_rate=1e-2, evaluate_every=0,
-    checkpoint_every=2,
-)  # fmt: skip
+SETTINGS = {
+    "iterations": 4, "num_prompts": 2, "group_size": 3, "learning_rate": 1e-2, "evaluate_every": 0,
+    "checkpoint_every": 2,
+}  # fmt: skip
 TINY_RUN = [
     "iterations=2", "sampling.prompts=2", "sampling.group_size=4", "sampling.steps=5",
-    "sampling.window.kind=all", "chunks.sizes=[1,3]", "chunks.indices=[0]", "evaluation.every=0",
+    "sampling.tail.kind=euler", "objective.window.kind=all", "objective.plan.sizes=[1,3]",
+    "objective.selection.indices=[0]", "evaluation.every=0",
     "model.precision=fp32", "model.max_sequence_length=4",
 ]  # fmt: skip
 TIMES = ("seconds", "phase_seconds", "images_per_second")
@@ -48,30 +50,31 @@ def brightness(images, prompts):
 BRIGHTNESS = FunctionReward("brightness", brightness)
 
 
-def make_trainer(folder, rewards: Any = BRIGHTNESS, watched=(), **changes):
+def make_trainer(
+    folder,
+    rewards: Any = BRIGHTNESS,
+    judge=BRIGHTNESS,
+    rollout_batch=96,
+    same_noise=True,
+    **options,
+):
     rewards = rewards if isinstance(rewards, list) else [(rewards, 1.0)]
-    return Trainer(
-        policy=GaussianPolicy(torch.zeros(4)),
-        transition=FLOW,
-        algorithm=ChunkGRPO(ChunkPlan((1, 2)), FLOW, num_updates=2, micro_batch=4),
-        sigmas=make_sigmas(4),
-        prompts=PROMPTS,
-        rewards=rewards,
-        held_out=PROMPTS,
-        judge=BRIGHTNESS,
-        folder=folder,
-        settings=replace(SETTINGS, **changes),
-        watched=watched,
-    )
+    algorithm = compose.chunk_grpo(ChunkPlan((1, 2)), FLOW, updates=2, micro_batch=4)
+    sampler = Sampler(FLOW, make_sigmas(4), same_noise=same_noise, batch_size=rollout_batch)
+    return compose.trainer(
+        GaussianPolicy(torch.zeros(4)), algorithm, sampler, PROMPTS, rewards, PROMPTS, judge,
+        folder, **SETTINGS | options,
+    )  # fmt: skip
 
 
 def finish(trainer):
     """Run to the end; return the state and the records without times."""
     assert trainer.run()
-    state = {f"parameter {i}": p.detach().clone() for i, p in enumerate(trainer.parameters)}
+    named = zip(trainer.names, trainer.parameters, strict=True)
+    state = {f"parameter {name}": p.detach().clone() for name, p in named}
     records = read_metrics(trainer.folder / "metrics.jsonl")
     records = [{k: v for k, v in record.items() if k not in TIMES} for record in records]
-    return state | optimizer_tensors(trainer.optimizer), records
+    return state | optimizer_tensors(trainer.optimizer, trainer.names), records
 
 
 def assert_same(a, b):
@@ -149,12 +152,13 @@ def test_a_reward_that_breaks_is_named_and_loses_nothing(tmp_path, on_error):
 @pytest.mark.parametrize("share", [False, True])
 def test_a_judge_may_have_any_unit(tmp_path, share, monkeypatch):
     values = np.array([1.0, 0.0, 1.0]) if share else np.array([-30.0, -20.0, -10.0])
-    trainer = make_trainer(tmp_path / "run", evaluate_every=1)
-    trainer.judge = FunctionReward("judge", brightness)
-    trainer.judge.share = share
+    judge = FunctionReward("judge", brightness)
+    judge.share = share
+    trainer = make_trainer(tmp_path / "run", judge=judge, evaluate_every=1)
+    trainer.iteration = 1
     found = SimpleNamespace(scores={"judge": values})
-    monkeypatch.setattr(trainer, "evaluate", lambda *_, **__: found)
-    seen = [trainer.look()[f"accuracy{end}"] for end in ("", "_low", "_high")]
+    monkeypatch.setattr(Evaluator, "evaluate", lambda *_, **__: found)
+    seen = [trainer.evaluate_if_due()[f"accuracy{end}"] for end in ("", "_low", "_high")]
     if share:
         assert seen == [pytest.approx(2 / 3), *wilson_interval(2, 3)]
     else:
@@ -170,7 +174,7 @@ def test_a_failed_evaluation_loses_nothing(tmp_path):
             raise RewardError("judge", "is on holiday")
         return {}
 
-    trainer.look = look
+    trainer.evaluate_if_due = look
     with pytest.raises(RewardError, match="reward 'judge' is on holiday"):
         trainer.run()
     resumed = finish(make_trainer(tmp_path / "run"))
@@ -187,8 +191,8 @@ def test_an_evaluation_without_a_score_shows_the_image(tmp_path, on_error):
         return scores
 
     judged = []
-    trainer = make_trainer(tmp_path / "run", evaluate_every=2, on_error=on_error)
-    trainer.judge = FunctionReward("judge", judging)
+    judge = FunctionReward("judge", judging)
+    trainer = make_trainer(tmp_path / "run", judge=judge, evaluate_every=2, on_error=on_error)
     with pytest.raises(RewardError) as caught:
         trainer.run()
     picture = tmp_path / "run" / "unscored" / "000002-evaluation-judge-1.png"
@@ -265,7 +269,7 @@ def test_dropped_samples_are_counted_and_told_once(tmp_path, caplog):
     zero = FunctionReward("picky", lambda i, p: picky(i, p).nan_to_num(0.0))
     zeroed = finish(make_trainer(tmp_path / "zero", zero))
     assert zeroed[1][0]["reward_mean"] < dropping[1][0]["reward_mean"]
-    assert not torch.equal(zeroed[0]["parameter 0"], dropping[0]["parameter 0"])
+    assert not torch.equal(zeroed[0]["parameter mean"], dropping[0]["parameter mean"])
     # With nothing to drop, dropping changes nothing.
     picky.broken = False
     plain = finish(make_trainer(tmp_path / "plain", reward))
@@ -301,7 +305,7 @@ def by_boundary(*lost):
 def test_what_is_dropped_at_any_chunk_boundary_is_counted(tmp_path):
     # Two chunks: image 1 has no score where the first begins, images 1 and 4 where the second does.
     reward = by_boundary([1], [1, 4], [])
-    trainer = make_trainer(tmp_path, reward, credit="gain", on_error="drop", iterations=2)
+    trainer = make_trainer(tmp_path, reward, assign="gain", on_error="drop", iterations=2)
     seen = []
     losses = trainer.algorithm.losses
 
@@ -318,12 +322,12 @@ def test_what_is_dropped_at_any_chunk_boundary_is_counted(tmp_path):
 
 def test_boundaries_that_together_drop_everything_stop_the_run(tmp_path):
     reward = by_boundary([0, 1, 2], [3, 4], [5])
-    trainer = make_trainer(tmp_path, reward, credit="gain", on_error="drop")
+    trainer = make_trainer(tmp_path, reward, assign="gain", on_error="drop")
     with pytest.raises(RewardError, match="'patchy' and the others left no image with a usable sc"):
         trainer.run()
     # One image less is lost, and there is something to learn from.
     reward = by_boundary([0, 1, 2], [3], [5])
-    _, records = finish(make_trainer(tmp_path, reward, credit="gain", on_error="drop"))
+    _, records = finish(make_trainer(tmp_path, reward, assign="gain", on_error="drop"))
     assert [record["dropped_samples"] for record in records] == [5] * 4
 
 
@@ -363,16 +367,14 @@ def test_a_held_reward_does_not_move(tmp_path, keep):
 
     def start(held):
         # An eps far above rounding, or Adam would make a step of it.
-        options = {"advantage": "mean_only", "weight_decay": 0.0, "eps": 1e-3}
-        trainer = make_trainer(tmp_path / f"{held}", watched=[dark], **options)
-        trainer.algorithm = replace(trainer.algorithm, keep=keep)
-        trainer.held = held
-        return finish(trainer)[0]
+        options = {"convention": "mean_only", "weight_decay": 0.0, "eps": 1e-3, "keep": keep}
+        options["project_out"] = tuple(held)
+        return finish(make_trainer(tmp_path / f"{held}", watched=[dark], **options))[0]
 
     free, still = start([]), start(["dark"])
-    moved = free["parameter 0"].abs().min()
+    moved = free["parameter mean"].abs().min()
     assert moved > 1e-3
-    assert still["parameter 0"].abs().max() < 1e-4 * moved
+    assert still["parameter mean"].abs().max() < 1e-4 * moved
 
 
 def test_drowned_and_flat_rewards_are_reported_once(tmp_path, caplog):
@@ -454,7 +456,7 @@ GENEVAL_LINES = [
 
 def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_path, monkeypatch):
     """As ``chunkgrpo train --prompts FILE --reward geneval``, with stand-ins for the models."""
-    from chunkgrpo.cli import chosen
+    from chunkgrpo.cli.training import Overrides
     from chunkgrpo.rewards.geneval import Detection, reward
 
     class Finder:
@@ -485,11 +487,12 @@ def test_geneval_takes_its_demands_from_the_prompt_file(tmp_path, tiny_pipeline_
     monkeypatch.setattr(reward, "ClipColorNamer", Namer)
     path = tmp_path / "geneval.jsonl"
     path.write_text("\n".join(json.dumps(line) for line in GENEVAL_LINES))
-    settings = chosen(str(tiny_pipeline_path), str(path), ["geneval"], False)
-    settings += TINY_RUN
+    given = Overrides(str(tiny_pipeline_path), str(path), ["geneval"], False, TINY_RUN)
+    settings = given.assignments()
     trainer = build_trainer(load_config("demo", settings), tmp_path / "run")
     trainer.policy.decode = spread_out(trainer.policy.decode)
-    assert trainer.judge is trainer.rewards[0][0] and trainer.judge.name == "geneval"
+    judge = trainer.evaluator.judge
+    assert judge is trainer.scorer.rewards[0][0] and judge.name == "geneval"
     _, records = finish(trainer)
     scores = [record["rewards"]["geneval"] for record in records]
     assert len(scores) == 2 and all(0 < score < 1 for score in scores)
@@ -532,14 +535,14 @@ def test_overlapped_scoring_changes_no_bit(tmp_path, credit, same_noise):
 
     rewards = [(FunctionReward("slow", slow), 1.0), (BRIGHTNESS, 0.5)]
     options = {
-        "credit": credit, "same_noise": same_noise, "group_size": 4, "rollout_batch": 3,
+        "assign": credit, "same_noise": same_noise, "group_size": 4, "rollout_batch": 3,
         "combine": "advantage", "iterations": 2,
     }  # fmt: skip
     plain = finish(make_trainer(tmp_path / "plain", rewards, **options))
     assert set(names) == {"MainThread"}
     number = len(names)
     names.clear()
-    overlapped = finish(make_trainer(tmp_path / "overlap", rewards, async_rewards=True, **options))
+    overlapped = finish(make_trainer(tmp_path / "overlap", rewards, overlap=True, **options))
     assert len(names) == number and all(name.startswith("reward slow") for name in names)
     assert_same(overlapped, plain)
 
@@ -547,7 +550,7 @@ def test_overlapped_scoring_changes_no_bit(tmp_path, credit, same_noise):
 def test_an_error_in_a_thread_stops_the_run_like_any_other(tmp_path):
     reward, _ = spoilt(with_nan)
     with pytest.raises(RewardError, match="'spoilt' returned nan"):
-        make_trainer(tmp_path / "run", reward, async_rewards=True).run()
+        make_trainer(tmp_path / "run", reward, overlap=True).run()
     mended = FunctionReward("spoilt", brightness)
-    resumed = finish(make_trainer(tmp_path / "run", mended, async_rewards=True))
+    resumed = finish(make_trainer(tmp_path / "run", mended, overlap=True))
     assert_same(resumed, finish(make_trainer(tmp_path / "whole", mended)))

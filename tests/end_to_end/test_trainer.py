@@ -6,34 +6,35 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 
 import pytest
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+import compose
 from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.core.trust import Clip
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.rewards import FunctionReward
-from chunkgrpo.runtime.checkpoints import list_checkpoints, optimizer_tensors
-from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.rollout import Sampler
+from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint, optimizer_tensors
+from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.types import as_prompts
 
 FLOW = Transition(FlowDiffusion(0.7))
 TRAIN = PromptSet(as_prompts(("a star", "two circles", "a red cross")))
 HELD_OUT = PromptSet(as_prompts(("a blue square", "a star")))
 BRIGHTNESS = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
-SETTINGS = TrainSettings(
-    iterations=6,
-    num_prompts=2,
-    group_size=3,
-    learning_rate=1e-3,
-    warmup=5,
-    evaluate_every=3,
-    checkpoint_every=2,
-)
+SETTINGS = {
+    "iterations": 6,
+    "num_prompts": 2,
+    "group_size": 3,
+    "learning_rate": 1e-3,
+    "warmup": 5,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+}
 KEYS = (
     "iteration", "seconds", "phase_seconds", "images_per_second", "reward_mean", "reward_std",
     "rewards", "advantage_spread", "zero_spread_groups", "loss", "grad_norm", "l1_rel",
@@ -45,26 +46,37 @@ KEYS = (
 TIMES = ("seconds", "phase_seconds", "images_per_second")
 
 
-def make_trainer(policy, folder, settings=SETTINGS, reward=BRIGHTNESS, steps=4, **options):
-    return Trainer(
-        policy=policy,
-        transition=FLOW,
-        algorithm=ChunkGRPO(ChunkPlan((1, steps - 2)), FLOW, num_updates=2, micro_batch=4),
-        sigmas=make_sigmas(steps),
-        prompts=TRAIN,
-        rewards=[(reward, 1.0)],
-        held_out=HELD_OUT,
-        judge=BRIGHTNESS,
-        folder=folder,
-        settings=settings,
-        **options,
+METHODS = {
+    "ChunkGRPO": lambda policy, old: compose.chunk_grpo(ChunkPlan((1, 2)), FLOW),
+    "DiffusionNFT": lambda policy, old: compose.diffusion_nft(
+        OldPolicy(policy.named_parameters(), "nft1") if old else None
+    ),
+    "AWM": lambda policy, old: compose.awm(
+        OldPolicy(policy.named_parameters(), "awm") if old else None,
+        times=2, ema_weight=1.0 if old else 0.0,
+    ),
+}  # fmt: skip
+"""Algorithms by the name of their class, each with an old policy of its own, or without."""
+
+
+def make_trainer(
+    policy, folder, settings=SETTINGS, rewards=BRIGHTNESS, algorithm=None, rollout_batch=96
+):
+    if algorithm is None:
+        algorithm = compose.chunk_grpo(ChunkPlan((1, 2)), FLOW, updates=2, micro_batch=4)
+    sampler = Sampler(FLOW, make_sigmas(4), same_noise=True, batch_size=rollout_batch)
+    rewards = rewards if isinstance(rewards, list) else [(rewards, 1.0)]
+    return compose.trainer(
+        policy, algorithm, sampler, TRAIN, rewards, HELD_OUT, BRIGHTNESS, folder, **settings
     )
 
 
 def state_of(trainer):
-    tensors = {f"parameter {i}": p.detach() for i, p in enumerate(trainer.parameters)}
-    tensors |= {f"average {i}": value for i, value in enumerate(trainer.ema.values)}
-    return tensors | optimizer_tensors(trainer.optimizer)
+    named = zip(trainer.names, trainer.parameters, trainer.ema.values, strict=True)
+    tensors = {}
+    for name, parameter, average in named:
+        tensors |= {f"parameter {name}": parameter.detach(), f"average {name}": average}
+    return tensors | optimizer_tensors(trainer.optimizer, trainer.names)
 
 
 def assert_identical(a, b):
@@ -142,6 +154,65 @@ def test_two_checkpoints_are_kept(reference_run):
     assert sorted(p.name for p in folder.iterdir()) == ["000004", "000006"]
 
 
+def test_a_checkpoint_is_by_name(reference_run):
+    """Its tensors are called as the model's parameters are, and hold them."""
+    state, _, trainer = reference_run
+    tensors, info = load_checkpoint(trainer.folder / "checkpoints" / "000006")
+    network = dict(trainer.policy.pipe.transformer.named_parameters())
+    trained = {name for name, p in network.items() if p.requires_grad}
+    assert trained and trained == set(trainer.policy.named_parameters())
+    moments = ("exp_avg", "exp_avg_sq", "step")
+    expected = {f"{kind}.{name}" for kind in ("parameter", "ema") for name in trained}
+    expected |= {f"optimizer.{name}:{moment}" for name in trained for moment in moments}
+    assert set(tensors) == expected
+    for name in trained:
+        assert torch.equal(tensors[f"parameter.{name}"], network[name])
+        assert torch.equal(tensors[f"ema.{name}"], state[f"average {name}"])
+    assert info["iteration"] == 6 and info["algorithm"] == {"chunks": [1, 2]}
+
+
+def refused(trainer, message):
+    """Assert that a run does not begin, says why in one line, and has changed nothing."""
+    before = [p.detach().clone() for p in trainer.parameters]
+    averages = [value.clone() for value in trainer.ema.values]
+    with pytest.raises(ValueError, match=message) as caught:
+        trainer.run()
+    assert "\n" not in str(caught.value)
+    assert all(map(torch.equal, before, trainer.parameters))
+    assert all(map(torch.equal, averages, trainer.ema.values))
+    assert trainer.iteration == 0 and not trainer.optimizer.state
+
+
+def test_a_checkpoint_of_other_weights_is_refused(tiny_policy, reference_run):
+    from chunkgrpo.policies.adaptation import Adaptation
+
+    folder = reference_run[2].folder
+    name = next(iter(reference_run[2].policy.named_parameters()))
+    wider = make_trainer(tiny_policy(Adaptation(rank=8)), folder)
+    refused(wider, rf"of other weights .* its {name} has shape \(4, \d+\), not \(8, \d+\)")
+    fewer = make_trainer(tiny_policy(Adaptation(rank=4, targets=("to_q",))), folder)
+    refused(fewer, "of other weights .* it holds .*add_k_proj.*, which is not trained")
+    whole = make_trainer(tiny_policy(Adaptation("full")), folder)
+    refused(whole, "of other weights than those trained now: it lacks .*model.adaptation")
+
+
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("first", METHODS)
+def test_a_checkpoint_of_another_method_is_refused(tmp_path, first, old):
+    def start(name):
+        policy = GaussianPolicy(torch.zeros(4))
+        return make_trainer(
+            policy, tmp_path, quiet(iterations=1), algorithm=METHODS[name](policy, old)
+        )
+
+    begun = start(first)
+    assert begun.run()
+    assert start(first).run()  # of the same method: taken, and finished already
+    for name in METHODS:
+        if name != first:
+            refused(start(name), "the checkpoint .*written by another method.*; start a new run")
+
+
 def test_records_hold_what_is_promised(reference_run):
     _, records, _ = reference_run
     for record in records:
@@ -170,20 +241,25 @@ from pathlib import Path
 torch.set_num_threads(1)
 from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.credit import Credit
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.rewards import FunctionReward
-from chunkgrpo.train import Trainer, TrainSettings
+from chunkgrpo.rewards import FunctionReward, Scorer
+from chunkgrpo.rollout import Sampler
+from chunkgrpo.train.evaluating import Evaluator
+from chunkgrpo.train.loop import Budget, Trainer
 from chunkgrpo.types import as_prompts
 flow, prompts = Transition(FlowDiffusion(0.7)), PromptSet(as_prompts(("a star", "two circles")))
 reward = FunctionReward("brightness", lambda images, prompts: images.mean((1, 2, 3)))
 def pace(record):
     print(record["iteration"], flush=True)
     time.sleep(float(sys.argv[3]))
+sampler = Sampler(flow, make_sigmas(4), same_noise=True, batch_size=96)
 trainer = Trainer(
-    GaussianPolicy(torch.zeros(4)), flow, ChunkGRPO(ChunkPlan((1, 2)), flow), make_sigmas(4),
-    prompts, [(reward, 1.0)], prompts, reward, Path(sys.argv[1]),
-    TrainSettings(int(sys.argv[2]), 2, 4, evaluate_every=0, checkpoint_every=3), pace,
+    GaussianPolicy(torch.zeros(4)), sampler, ChunkGRPO(ChunkPlan((1, 2)), flow), Credit(),
+    Scorer([(reward, 1.0)]), prompts, Evaluator(prompts, reward, sampler.sigmas),
+    Path(sys.argv[1]),
+    Budget(int(sys.argv[2]), 2, 4, evaluate_every=0, checkpoint_every=3), on_iteration=pace,
 )
 print("finished" if trainer.run() else "interrupted", flush=True)
 """
@@ -207,11 +283,12 @@ def finish_here(folder, iterations):
     """Resume a child's run in this process, and run the same without interruption."""
     runs = []
     for place in (folder, folder.parent / "uninterrupted"):
-        settings = TrainSettings(iterations, 2, 4, evaluate_every=0, checkpoint_every=3)
         prompts = PromptSet(as_prompts(("a star", "two circles")))
-        trainer = Trainer(
-            GaussianPolicy(torch.zeros(4)), FLOW, ChunkGRPO(ChunkPlan((1, 2)), FLOW),
-            make_sigmas(4), prompts, [(BRIGHTNESS, 1.0)], prompts, BRIGHTNESS, place, settings,
+        sampler = Sampler(FLOW, make_sigmas(4), same_noise=True, batch_size=96)
+        trainer = compose.trainer(
+            GaussianPolicy(torch.zeros(4)), compose.chunk_grpo(ChunkPlan((1, 2)), FLOW), sampler,
+            prompts, [(BRIGHTNESS, 1.0)], prompts, BRIGHTNESS, place, iterations=iterations,
+            num_prompts=2, group_size=4, evaluate_every=0, checkpoint_every=3,
         )  # fmt: skip
         assert trainer.run()
         runs.append((state_of(trainer), read_metrics(place / "metrics.jsonl")))
@@ -272,7 +349,7 @@ def test_a_second_ctrl_c_ends_the_run_at_once(tmp_path):
 
 def quiet(**changes):
     """Settings for the toy, which has no images to look at."""
-    return replace(SETTINGS, **({"evaluate_every": 0} | changes))
+    return SETTINGS | {"evaluate_every": 0} | changes
 
 
 def test_a_reward_that_is_not_finite_stops_the_run(tmp_path):
@@ -312,9 +389,9 @@ def test_rewards_without_spread_teach_nothing_and_are_counted(tmp_path):
 
 
 def test_weights_of_rewards_add_up(tmp_path):
-    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet(iterations=1))
     dark = FunctionReward("dark", lambda images, prompts: 1 - images.mean((1, 2, 3)))
-    trainer.rewards = [(BRIGHTNESS, 2.0), (dark, 0.5)]
+    rewards = [(BRIGHTNESS, 2.0), (dark, 0.5)]
+    trainer = make_trainer(GaussianPolicy(torch.zeros(4)), tmp_path, quiet(iterations=1), rewards)
     trainer.run()
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     rewards = record["rewards"]
@@ -369,7 +446,7 @@ def test_an_evaluation_takes_no_more_at_once_than_a_rollout(tiny_policy, tmp_pat
     policy.velocity = counted
     for size, expected in ((3, [3] * 8 + [2] * 4), (96, [8] * 4)):
         rows.clear()
-        trainer = make_trainer(policy, tmp_path, quiet(rollout_batch=size))
+        trainer = make_trainer(policy, tmp_path, quiet(), rollout_batch=size)
         scores.append(trainer.evaluate(HELD_OUT, 4, seed=1).scores["brightness"])
         assert rows == expected  # 8 images, 4 steps
     assert scores[0] == pytest.approx(scores[1], abs=1e-3)  # up to one grey level of some pixels
@@ -390,15 +467,11 @@ def test_the_seed_decides_the_run(tmp_path):
 @pytest.mark.slow
 def test_brightness_rises_where_brightness_is_rewarded(tiny_policy, tmp_path):
     started = time.perf_counter()
-    settings = replace(
-        SETTINGS, iterations=25, group_size=8, learning_rate=1e-2, warmup=0, evaluate_every=0
-    )
+    settings = quiet(iterations=25, group_size=8, learning_rate=1e-2, warmup=0)
     policy = tiny_policy()
-    algorithm = ChunkGRPO(
-        ChunkPlan((1, 2)), FLOW, clip_low=1e-2, clip_high=1e-2, micro_batch=64, num_updates=2
-    )
-    trainer = make_trainer(policy, tmp_path, settings)
-    trainer.algorithm = algorithm
+    trust = Clip(1e-2, 1e-2)
+    algorithm = compose.chunk_grpo(ChunkPlan((1, 2)), FLOW, trust=trust, micro_batch=64, updates=2)
+    trainer = make_trainer(policy, tmp_path, settings, algorithm=algorithm)
     before = trainer.evaluate(HELD_OUT, 8, seed=1)
     assert trainer.run()
     with trainer.averaged():

@@ -10,25 +10,32 @@ from itertools import combinations
 import pytest
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
+from chunkgrpo.algorithms.chunk_loss import ChunkLoss
 from chunkgrpo.core import (
     ChunkPlan,
+    ChunkSizeWeights,
+    Clip,
     DanceDiffusion,
     FlowDiffusion,
+    ImplicitWeights,
     ListedSelection,
     OdeDiffusion,
     Transition,
+    TransitionKl,
     UniformSelection,
     group_advantages,
+    largest_advantages,
     make_sigmas,
+    num_chosen,
     policy_gradient_scale,
     step_plan,
     whole_plan,
 )
-from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.credit import Credit
+from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience
+from compose import chunk_grpo, rollout
 from oracles import (
     FLOW,
     PLAN,
@@ -55,8 +62,8 @@ from oracles import (
 def test_pieces_sum_to_the_direct_loss_and_gradient(plan, clip, fraction):
     policy = toy()
     experience = make_experience(policy, group_size=32)
-    algorithm = ChunkGRPO(
-        plan, FLOW, UniformSelection(fraction), clip, clip, num_updates=2, micro_batch=5
+    algorithm = chunk_grpo(
+        plan, FLOW, UniformSelection(fraction), trust=Clip(clip, clip), updates=2, micro_batch=5
     )
     _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
     samples = samples_of(parts)
@@ -84,7 +91,9 @@ def test_pieces_sum_to_the_direct_gradient_on_a_network(tiny_policy):
     policy, clip = tiny_policy(Adaptation("full")), 1e-4
     experience = make_experience(policy, ["a star", "two circles"], 4, sigmas=make_sigmas(5))
     plan = ChunkPlan((1, 3))
-    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2, micro_batch=3)
+    algorithm = chunk_grpo(
+        plan, FLOW, UniformSelection(1.0), trust=Clip(clip, clip), updates=2, micro_batch=3
+    )
     _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(1e-3))
     samples = samples_of(parts)
     mask = chosen_of(parts, plan, 8)
@@ -98,7 +107,7 @@ def test_any_micro_batch_gives_the_same_gradient():
     found, first_values = [], None
     for micro_batch in (1, 3, 7, 1000):
         policy = toy()
-        algorithm = ChunkGRPO(PLAN, FLOW, clip_low=2e-3, clip_high=2e-3, micro_batch=micro_batch)
+        algorithm = chunk_grpo(PLAN, FLOW, trust=Clip(2e-3, 2e-3), micro_batch=micro_batch)
         updates = collect(algorithm, policy, make_experience(policy), shift(0.02))
         found.append(torch.stack([grad for _, grad, _ in updates]))
         values = torch.stack([value for value, _, _ in updates])
@@ -109,7 +118,7 @@ def test_any_micro_batch_gives_the_same_gradient():
             len(part.diagnostics["step"])
             for _, _, parts in updates
             for part in parts
-            if "idle" not in part.diagnostics
+            if "skipped" not in part.diagnostics
         ]
         assert max(computed) <= micro_batch
 
@@ -121,16 +130,16 @@ def test_what_pulls_nowhere_is_not_computed():
     group = experience.trajectory.group_size
     advantages = experience.advantages.clone()
     advantages[:group] = 0
-    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=5)
+    algorithm = chunk_grpo(PLAN, FLOW, UniformSelection(1.0), updates=1, micro_batch=5)
     policy.calls.clear()
     idle = replace(experience, advantages=advantages)
     parts = list(algorithm.losses(policy, idle, torch.Generator().manual_seed(0)))
     num_samples, num_trained = experience.trajectory.old_log_prob.shape
     assert sum(policy.calls) == (num_samples - group) * num_trained
     last = parts[-1]
-    assert last.ends_update and len(last.diagnostics["idle"]) == group * num_trained
+    assert last.ends_update and len(last.diagnostics["skipped"]) == group * num_trained
     assert last.loss == 0
-    last.loss.backward()
+    last.backward()
     assert all((p.grad == 0).all() for p in policy.parameters())
 
 
@@ -139,10 +148,12 @@ def test_any_micro_batch_gives_the_same_gradient_on_a_network(tiny_policy):
     for micro_batch in (3, 1000):
         policy = tiny_policy()
         experience = make_experience(policy, ["a star"], 4, sigmas=make_sigmas(5))
-        algorithm = ChunkGRPO(ChunkPlan((1, 3)), FLOW, micro_batch=micro_batch, num_updates=1)
+        algorithm = chunk_grpo(
+            ChunkPlan((1, 3)), FLOW, micro_batch=micro_batch, updates=1, anchor="replay"
+        )
         # A fresh LoRA answers with 0, and so half of its gradient is 0: move it first.
         shift(0.05)(policy)
-        found.append(collect(replace(algorithm, anchor="replay"), policy, experience)[0][1])
+        found.append(collect(algorithm, policy, experience)[0][1])
     close(found[1], found[0], 1e-4)
 
 
@@ -152,7 +163,7 @@ def test_any_micro_batch_gives_the_same_gradient_on_a_network(tiny_policy):
 def moved(plan, clip=2e-3):
     policy = toy()
     experience = make_experience(policy)
-    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2)
+    algorithm = chunk_grpo(plan, FLOW, UniformSelection(1.0), trust=Clip(clip, clip))
     _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
     samples = samples_of(parts)
     new = log_probs(policy, experience.trajectory, samples)
@@ -190,7 +201,9 @@ def test_chunks_of_one_are_step_level_grpo_to_the_last_bit(tiny_policy, network)
     experience = make_experience(policy, prompts, group, sigmas=make_sigmas(steps + 1))
     t, advantages = experience.trajectory, experience.advantages
     plan = step_plan(steps)
-    algorithm = ChunkGRPO(plan, FLOW, UniformSelection(1.0), clip, clip, 2, micro_batch)
+    algorithm = chunk_grpo(
+        plan, FLOW, UniformSelection(1.0), trust=Clip(clip, clip), micro_batch=micro_batch
+    )
     parameters, number, update, signs = (
         policy.parameters(),
         len(prompts) * group * steps // 2,
@@ -246,11 +259,11 @@ def test_one_chunk_of_all_steps_has_the_sequence_level_ratio():
 # --- before any update --------------------------------------------------------------------------
 
 
-def first_log_ratios(policy, anchor, micro_batch, num_updates=1):
+def first_log_ratios(policy, anchor, micro_batch, updates=1):
     experience = make_experience(policy, ["a star", "two circles"], 3, sigmas=make_sigmas(5))
-    algorithm = ChunkGRPO(
+    algorithm = chunk_grpo(
         ChunkPlan((1, 3)), FLOW, UniformSelection(1.0), anchor=anchor, micro_batch=micro_batch,
-        num_updates=num_updates,
+        updates=updates,
     )  # fmt: skip
     parts = list(algorithm.losses(policy, experience, seeded(4)))
     return torch.cat([part.diagnostics["log_ratio"] for part in parts])
@@ -265,7 +278,7 @@ def test_a_replayed_anchor_starts_at_exactly_one(tiny_policy, precision, micro_b
 
 
 def test_later_updates_replay_in_the_batches_they_train(tiny_policy):
-    log_ratio = first_log_ratios(tiny_policy(precision="bf16"), "replay", 5, num_updates=2)
+    log_ratio = first_log_ratios(tiny_policy(precision="bf16"), "replay", 5, updates=2)
     assert (log_ratio == 0).all()
 
 
@@ -281,7 +294,7 @@ def test_the_toys_anchors_agree_to_rounding():
     policy = toy()
     experience = make_experience(policy)
     for anchor in ("rollout", "replay"):
-        parts = ChunkGRPO(PLAN, FLOW, anchor=anchor).losses(policy, experience, seeded())
+        parts = chunk_grpo(PLAN, FLOW, anchor=anchor).losses(policy, experience, seeded())
         for part in parts:
             assert part.diagnostics["log_ratio"].abs().max() < 1e-6
 
@@ -289,7 +302,7 @@ def test_the_toys_anchors_agree_to_rounding():
 def test_at_ratio_one_steps_weigh_as_the_inverse_of_their_chunk():
     policy = toy()
     experience = make_experience(policy)
-    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1)
+    algorithm = chunk_grpo(PLAN, FLOW, UniformSelection(1.0), updates=1)
     ((value, grad, _),) = collect(algorithm, policy, experience)
     weights = torch.tensor([7 / (3 * 1)] + [7 / (3 * 2)] * 2 + [7 / (3 * 4)] * 4)
     new = log_probs(policy, experience.trajectory, torch.arange(24))
@@ -306,19 +319,19 @@ def test_implicit_weights_make_step_level_the_chunks_at_ratio_one(anchor):
     experience = make_experience(policy)
 
     def gradient(plan, **options):
-        algorithm = ChunkGRPO(
-            plan, FLOW, UniformSelection(1.0), num_updates=1, anchor=anchor, **options
+        algorithm = chunk_grpo(
+            plan, FLOW, UniformSelection(1.0), updates=1, anchor=anchor, **options
         )
         return collect(algorithm, policy, experience)[0]
 
     value, chunks, _ = gradient(PLAN)
-    same_value, steps, _ = gradient(step_plan(7), outer_weights="implicit", implicit=PLAN)
+    same_value, steps, _ = gradient(step_plan(7), outer_weights=ImplicitWeights(PLAN.sizes))
     close(steps, chunks, 1e-6)
     assert same_value.item() == pytest.approx(value.item(), abs=1e-6)
     _, even, _ = gradient(step_plan(7))
     assert (even - chunks).norm() > 0.1 * chunks.norm()
     # And chunks that count by their size are the plain steps.
-    close(gradient(PLAN, outer_weights="chunk_size")[1], even, 1e-6)
+    close(gradient(PLAN, outer_weights=ChunkSizeWeights())[1], even, 1e-6)
 
 
 def test_equal_kappa_and_chunk_sizes_give_every_step_the_same_gradient():
@@ -330,16 +343,17 @@ def test_equal_kappa_and_chunk_sizes_give_every_step_the_same_gradient():
     policy = Asked(toy().mean.detach(), 0.5)
     experience = make_experience(policy)
     t = experience.trajectory
-    algorithm = ChunkGRPO(
-        PLAN, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=10**6,
-        inner_weights="equal_kappa", outer_weights="chunk_size",
-    )  # fmt: skip
+    options = {"updates": 1, "micro_batch": 10**6, "inner_weights": "equal_kappa"}
+    plain = chunk_grpo(PLAN, FLOW, UniformSelection(1.0), **options)
+    algorithm = chunk_grpo(
+        PLAN, FLOW, UniformSelection(1.0), outer_weights=ChunkSizeWeights(), **options
+    )
 
     def sizes(algorithm):
         """[B, N]: derivatives with respect to the velocity, without A and the step's noise."""
         policy.answers.clear()
         (part,) = algorithm.losses(policy, experience, seeded(3))
-        part.loss.backward()
+        part.backward()
         (v,), b, i = policy.answers, part.diagnostics["sample"], part.diagnostics["step"]
         step = FLOW(t.states[b, i], v.detach(), t.sigmas[i], t.sigmas[i + 1])
         noise = (t.states[b, i + 1] - step.mean) / step.std
@@ -353,7 +367,7 @@ def test_equal_kappa_and_chunk_sizes_give_every_step_the_same_gradient():
         sizes(algorithm), expected.expand(24, 7), rtol=1e-4, atol=0, check_dtype=False
     )
     # Equal kappa alone leaves 1 / cs: the steps of each chunk are alike, and 1 : 1/2 : 1/4.
-    plain = sizes(replace(algorithm, outer_weights="none")).mean(0)
+    plain = sizes(plain).mean(0)
     ratios = [7 / 3] + [7 / 6] * 2 + [7 / 12] * 4
     assert (plain / expected).tolist() == pytest.approx(ratios, rel=1e-4)
 
@@ -378,7 +392,7 @@ def test_drawing_chunks_keeps_these_weights_in_expectation():
     experience = make_experience(policy)
 
     def gradient(selection):
-        algorithm = ChunkGRPO(PLAN, FLOW, selection, num_updates=1)
+        algorithm = chunk_grpo(PLAN, FLOW, selection, updates=1)
         return collect(algorithm, policy, experience)[0][1]
 
     every = gradient(UniformSelection(1.0))
@@ -389,16 +403,16 @@ def test_drawing_chunks_keeps_these_weights_in_expectation():
 # --- several updates ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num_updates", [1, 2, 3, 24])
-def test_updates_deal_every_sample_once(num_updates):
+@pytest.mark.parametrize("number", [1, 2, 3, 24])
+def test_updates_deal_every_sample_once(number):
     policy = toy()
     experience = make_experience(policy)
-    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=num_updates, micro_batch=4)
+    algorithm = chunk_grpo(PLAN, FLOW, updates=number, micro_batch=4)
     updates = collect(algorithm, policy, experience)
     dealt = [samples_of(parts) for _, _, parts in updates]
-    assert len(updates) == num_updates
+    assert len(updates) == number
     assert torch.cat(dealt).sort().values.tolist() == list(range(24))
-    assert {len(share) for share in dealt} == {24 // num_updates}
+    assert {len(share) for share in dealt} == {24 // number}
     for _, _, parts in updates:
         assert [part.ends_update for part in parts] == [False] * (len(parts) - 1) + [True]
         pairs = {
@@ -409,11 +423,18 @@ def test_updates_deal_every_sample_once(num_updates):
         assert len(pairs) == sum(len(part.diagnostics["step"]) for part in parts)
 
 
+def strongest(experience, keep, updates=2):
+    """The same experience, of which a share is trained on."""
+    number = num_chosen(len(experience.advantages), keep, updates)
+    chosen = largest_advantages(experience.advantages, number)
+    return replace(experience, chosen=chosen)
+
+
 @pytest.mark.parametrize(("keep", "number"), [(1.0, 24), (0.5, 12), (0.3, 8), (0.01, 2)])
 def test_updates_deal_the_strongest_samples(keep, number):
     policy = toy()
-    experience = make_experience(policy)
-    algorithm = ChunkGRPO(PLAN, FLOW, keep=keep, micro_batch=4)
+    experience = strongest(make_experience(policy), keep)
+    algorithm = chunk_grpo(PLAN, FLOW, micro_batch=4)
     updates = collect(algorithm, policy, experience)
     dealt = [samples_of(parts) for _, _, parts in updates]
     assert [len(share) for share in dealt] == [number // 2] * 2
@@ -424,8 +445,8 @@ def test_updates_deal_the_strongest_samples(keep, number):
 
 def test_pieces_of_the_strongest_sum_to_their_direct_loss():
     policy, clip = toy(), 1e-3
-    experience = make_experience(policy, group_size=32)
-    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), clip, clip, keep=0.4, micro_batch=5)
+    experience = strongest(make_experience(policy, group_size=32), 0.4)
+    algorithm = chunk_grpo(PLAN, FLOW, UniformSelection(1.0), trust=Clip(clip, clip), micro_batch=5)
     _, (value, grad, parts) = collect_until(algorithm, policy, experience, shift(0.02))
     samples = samples_of(parts)
     assert len(samples) == 39 // 2  # of 96, 0.4 are 38.4; the second update has the odd one less
@@ -438,7 +459,7 @@ def test_pieces_of_the_strongest_sum_to_their_direct_loss():
 
 def test_later_updates_use_the_moved_policy():
     policy = toy()
-    updates = collect(ChunkGRPO(PLAN, FLOW), policy, make_experience(policy), shift(0.02))
+    updates = collect(chunk_grpo(PLAN, FLOW), policy, make_experience(policy), shift(0.02))
     first, second = (parts[-1].diagnostics["chunk_log_ratio"] for _, _, parts in updates)
     assert (first == 0).all()
     assert (second != 0).all() and second.abs().max() > 1e-3
@@ -455,7 +476,7 @@ def test_later_updates_use_the_moved_policy():
 
 def test_the_generator_decides_everything():
     first, again, other = (
-        collect(ChunkGRPO(PLAN, FLOW), policy, make_experience(policy), shift(0.02), seed)[1]
+        collect(chunk_grpo(PLAN, FLOW), policy, make_experience(policy), shift(0.02), seed)[1]
         for policy, seed in ((toy(), 3), (toy(), 3), (toy(), 4))
     )
     assert torch.equal(first[1], again[1])
@@ -466,7 +487,7 @@ def test_advantages_may_differ_by_chunk():
     policy = toy()
     experience = make_experience(policy)
     per_chunk = replace(experience, advantages=experience.advantages[:, None].repeat(1, 3))
-    algorithm = ChunkGRPO(PLAN, FLOW, UniformSelection(1.0), num_updates=1)
+    algorithm = chunk_grpo(PLAN, FLOW, UniformSelection(1.0), updates=1)
     same = collect(algorithm, policy, per_chunk)[0]
     plain = collect(algorithm, policy, experience)[0]
     assert torch.equal(same[1], plain[1])
@@ -505,8 +526,8 @@ def test_the_kl_term_is_the_divergence_per_element():
     shift(0.1)(policy)
     experience = make_experience(policy)
     silent = replace(experience, advantages=torch.zeros(24))
-    algorithm = ChunkGRPO(
-        PLAN, FLOW, UniformSelection(1.0), num_updates=1, kl_coefficient=0.5, micro_batch=13
+    algorithm = chunk_grpo(
+        PLAN, FLOW, UniformSelection(1.0), updates=1, kl=TransitionKl(0.5), micro_batch=13
     )
     ((value, grad, parts),) = collect(algorithm, policy, silent)
     expected = 0.5 * torch_kl(policy, experience.trajectory)
@@ -521,7 +542,7 @@ def test_the_kl_term_is_zero_at_the_reference():
     policy = toy()
     experience = make_experience(policy)
     silent = replace(experience, advantages=torch.zeros(24))
-    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=1, kl_coefficient=0.5)
+    algorithm = chunk_grpo(PLAN, FLOW, updates=1, kl=TransitionKl(0.5))
     ((value, grad, _),) = collect(algorithm, policy, silent)
     assert value == 0 and (grad == 0).all()
 
@@ -533,8 +554,9 @@ def test_the_kl_term_reaches_a_network(tiny_policy, method):
     before = [p.detach().clone() for p in policy.parameters()]
     experience = make_experience(policy, ["a star"], 3, sigmas=make_sigmas(4))
     silent = replace(experience, advantages=torch.zeros(3))
-    algorithm = ChunkGRPO(step_plan(3), FLOW, UniformSelection(1.0), num_updates=1)
-    algorithm = replace(algorithm, kl_coefficient=0.5, micro_batch=4)
+    algorithm = chunk_grpo(
+        step_plan(3), FLOW, UniformSelection(1.0), updates=1, kl=TransitionKl(0.5), micro_batch=4
+    )
     ((value, grad, _),) = collect(algorithm, policy, silent)
     expected = 0.5 * torch_kl(policy, experience.trajectory)
     grads = torch.autograd.grad(expected, policy.parameters(), allow_unused=True)
@@ -555,32 +577,28 @@ def test_what_can_not_work_is_refused():
         next(iter(algorithm.losses(policy, experience, seeded())))
 
     with pytest.raises(ValueError, match=r"sum to 8, but this schedule has 7 trained steps"):
-        start(ChunkGRPO(ChunkPlan((4, 4)), FLOW))
-    with pytest.raises(ValueError, match="25 updates need as many samples, the rollout has 24"):
-        start(ChunkGRPO(PLAN, FLOW, num_updates=25))
+        start(chunk_grpo(ChunkPlan((4, 4)), FLOW))
+    with pytest.raises(ValueError, match="25 updates need as many samples, and 24 samples are tr"):
+        start(chunk_grpo(PLAN, FLOW, updates=25))
     with pytest.raises(ValueError, match="needs a density"):
-        ChunkGRPO(PLAN, Transition(OdeDiffusion()))
+        chunk_grpo(PLAN, Transition(OdeDiffusion()))
     with pytest.raises(ValueError, match="needs a density"):
-        ChunkGRPO(PLAN, Transition(DanceDiffusion(0.0)))
+        chunk_grpo(PLAN, Transition(DanceDiffusion(0.0)))
     with pytest.raises(ValueError, match="unknown anchor 'memory'; known: rollout, replay"):
-        ChunkGRPO(PLAN, FLOW, anchor="memory")
+        ChunkLoss(anchor="memory")
     with pytest.raises(ValueError, match="must be at least 1, got 0 and 64"):
-        ChunkGRPO(PLAN, FLOW, num_updates=0)
+        ChunkLoss(updates=0)
     with pytest.raises(ValueError, match="must be at least 1, got 2 and 0"):
-        ChunkGRPO(PLAN, FLOW, micro_batch=0)
+        ChunkLoss(micro_batch=0)
     for keep in (0.0, 1.5):
-        with pytest.raises(ValueError, match=rf"keep is {keep}; it is a share of the samples"):
-            ChunkGRPO(PLAN, FLOW, keep=keep)
-    with pytest.raises(ValueError, match=r"unknown outer weighting 'size'; known: .*chunk_size"):
-        ChunkGRPO(PLAN, FLOW, outer_weights="size")
-    with pytest.raises(ValueError, match=r"'implicit' with implicit None: .* give both"):
-        ChunkGRPO(step_plan(7), FLOW, outer_weights="implicit")
-    with pytest.raises(ValueError, match=r"'none' with implicit \[1, 2, 4\]: .* give both"):
-        ChunkGRPO(step_plan(7), FLOW, implicit=PLAN)
+        with pytest.raises(ValueError, match=rf"samples that is kept is {keep}; it must be in"):
+            Credit(keep=keep)
+    with pytest.raises(ValueError, match=r"unknown inner weighting 'size'.*none, equal_kappa"):
+        ChunkLoss(inner_weights="size")
     with pytest.raises(ValueError, match=r"the plan is \[1, 2, 4\]; use chunks of one"):
-        ChunkGRPO(PLAN, FLOW, outer_weights="implicit", implicit=PLAN)
+        chunk_grpo(PLAN, FLOW, outer_weights=ImplicitWeights(PLAN.sizes))
     with pytest.raises(ValueError, match="sum to 7, but this schedule has 6 trained steps"):
-        ChunkGRPO(step_plan(6), FLOW, outer_weights="implicit", implicit=PLAN)
+        chunk_grpo(step_plan(6), FLOW, outer_weights=ImplicitWeights(PLAN.sizes))
 
 
 # --- does it learn? -----------------------------------------------------------------------------
@@ -592,7 +610,7 @@ def test_the_mean_moves_towards_what_is_rewarded(plan, diffusion):
     transition, target = Transition(diffusion), torch.tensor([1.0, -1.0])
     policy = GaussianPolicy(torch.zeros(2), 0.5)
     optimizer = torch.optim.Adam(policy.parameters(), lr=0.05)
-    algorithm = ChunkGRPO(plan, transition, clip_low=0.2, clip_high=0.2, micro_batch=1000)
+    algorithm = chunk_grpo(plan, transition, trust=Clip(0.2, 0.2), micro_batch=1000)
     distances = []
     for iteration in range(15):
         generator = seeded(100 + iteration)
@@ -600,7 +618,7 @@ def test_the_mean_moves_towards_what_is_rewarded(plan, diffusion):
         rewards = -(trajectory.final - target).square().sum(1)
         experience = Experience(trajectory, group_advantages(rewards, 2).values)
         for part in algorithm.losses(policy, experience, generator):
-            part.loss.backward()
+            part.backward()
             if part.ends_update:
                 optimizer.step()
                 optimizer.zero_grad()

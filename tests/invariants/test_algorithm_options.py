@@ -10,22 +10,27 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.core import (
     ChunkPlan,
+    ChunkSizeWeights,
     Clip,
     CpsTransition,
     DanceDiffusion,
+    InverseDtWeights,
     KlMask,
+    NoiseLevelWeights,
+    NoOuterWeights,
     NoTrustRegion,
+    RateKl,
     Transition,
+    TransitionKl,
     UniformSelection,
     group_advantages,
     policy_gradient_scale,
     transition_scale,
 )
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience
+from compose import chunk_grpo, rollout
 from oracles import (
     FLOW,
     PLAN,
@@ -34,19 +39,13 @@ from oracles import (
     chosen_of,
     close,
     collect,
+    experience_with_velocities,
+    objective,
     samples_of,
     seeded,
     shift,
     toy,
 )
-
-
-def experience_of(policy, transition=FLOW, window=None):
-    trajectory = rollout(
-        policy, PROMPTS, transition, SIGMAS, 8, seeded(1), keep_velocities=True, window=window
-    )
-    rewards = torch.randn(trajectory.num_samples, generator=seeded(2))
-    return Experience(trajectory, group_advantages(rewards, len(PROMPTS)).values)
 
 
 @dataclass(frozen=True)
@@ -59,100 +58,30 @@ class Doubling(UniformSelection):
         return weights
 
 
-def direct(policy, experience, algorithm, samples, mask):
-    """The loss as its formula says, all in one graph; returns value and gradient."""
-    t, a = experience.trajectory, algorithm
-    sigmas = t.sigmas[t.offset :]
-    logs, bias, kls, clean = [], [], [], []
-    for i in range(t.num_trained):
-        x, s, n = t.states[samples, i], sigmas[i], sigmas[i + 1]
-        v = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
-        new = a.transition(x, v, s, n)
-        old_v = t.velocities[samples, i].to(v.dtype)
-        old = a.transition(x, old_v, s, n)
-        logs.append(new.log_prob_per_dim(t.states[samples, i + 1]))
-        bias.append(((new.mean - old.mean) ** 2 / (2 * old.std**2)).mean(1))
-        clean.append(-s * (v - old_v))
-        with torch.no_grad(), policy.reference():
-            v_ref = policy.velocity(x, s.expand(len(x)), t.conditioning_of(samples))
-        ref = a.transition(x, v_ref, s, n)
-        kl = ((new.mean - ref.mean) ** 2 / (2 * ref.std**2)).mean(1)
-        kls.append(kl * (s - n) if a.kl_form == "rate" else kl)
-    new_BN, bias_BN, kl_BN = torch.stack(logs, 1), torch.stack(bias, 1), torch.stack(kls, 1)
-    step = new_BN - t.old_log_prob[samples]
-    std = a.transition.std(sigmas[: t.num_trained], sigmas[1 : t.num_trained + 1])
-    dt = sigmas[: t.num_trained] - sigmas[1 : t.num_trained + 1]
-    if a.ratio == "guard":
-        step = (step + bias_BN) * std
-    elif a.ratio == "full":
-        step = step * t.final[0].numel()
-    elif a.ratio == "squared_error":
-        step = step * 2 * std**2
-    if a.inner_weights == "equal_kappa":
-        kappa = policy_gradient_scale(t.sigmas, a.transition.diffusion)
-        kappa = kappa[t.offset : t.offset + t.num_trained]
-        step = step * (1 / kappa) / (1 / kappa).mean()
-    sizes = [size for size in a.plan.sizes for _ in range(size)]
-    outer = {
-        "none": torch.ones_like(dt),
-        "noise_level": std / std.mean(),
-        "inverse_dt": 1 / dt,
-        "chunk_size": torch.tensor(sizes) * a.plan.num_chunks / a.plan.num_steps,
-    }
-    losses = []
-    weights = a.selection.loss_weights(a.plan, t.dynamics, None)[samples]
-    A = experience.advantages[samples]
-    for c in range(a.plan.num_chunks):
-        inside = list(a.plan.steps_of(c))
-        log_s = step[:, inside].mean(1)
-        s = log_s.exp()
-        region = a.region
-        if isinstance(region, Clip):
-            loss = torch.maximum(-A * s, -A * s.clamp(1 - region.low, 1 + region.high))
-        elif isinstance(region, KlMask):
-            gone = (bias_BN[:, inside].mean(1) >= region.threshold) & (A * log_s > 0)
-            loss = -A * s * (~gone).detach()
-        else:
-            loss = -A * s
-        k3 = (-log_s).exp() - 1 + log_s
-        loss = (loss + a.old_kl_coefficient * k3) * outer[a.outer_weights][inside].mean()
-        losses.append(loss * weights[:, c])
-    value = torch.stack(losses, 1)[mask[samples]].mean()
-    if a.kl_coefficient:
-        trained = mask[samples][:, a.plan.chunk_of_step]
-        value = value + a.kl_coefficient * kl_BN[trained].mean()
-    if a.consistency:
-        starts = a.plan.starts
-        terms = [((clean[k] - clean[i]) ** 2).mean() for i, k in itertools.pairwise(starts)]
-        value = value + a.consistency * torch.stack(terms).mean()
-    grads = torch.autograd.grad(value, policy.parameters())
-    return value.detach(), torch.cat([g.double().flatten() for g in grads])
-
-
 OPTIONS = {
     "published": {},
-    "full": {"ratio": "full", "clip_low": 0.05, "clip_high": 0.1},
-    "guard": {"ratio": "guard", "clip_low": 1e-3, "clip_high": 1e-3},
-    "guard, weighted as published": {"ratio": "guard", "outer_weights": "inverse_dt"},
-    "squared error": {"ratio": "squared_error", "clip_low": 1e-3, "clip_high": 1e-3},
+    "full": {"ratio": "full", "trust": Clip(0.05, 0.1)},
+    "guard": {"ratio": "guard", "trust": Clip(1e-3, 1e-3)},
+    "guard, weighted as published": {"ratio": "guard", "outer_weights": InverseDtWeights()},
+    "squared error": {"ratio": "squared_error", "trust": Clip(1e-3, 1e-3)},
     "KL mask": {"trust": KlMask(1e-4)},
     "KL mask that drops nothing": {"trust": KlMask(10.0)},
     "no trust region": {"trust": NoTrustRegion()},
-    "equal kappa": {"inner_weights": "equal_kappa", "clip_low": 2e-3, "clip_high": 2e-3},
-    "noise level": {"outer_weights": "noise_level"},
-    "k3 to the sampling policy": {"old_kl_coefficient": 3.0, "trust": NoTrustRegion()},
-    "reference KL": {"kl_coefficient": 0.5},
-    "reference KL as a rate": {"kl_coefficient": 0.5, "kl_form": "rate"},
+    "equal kappa": {"inner_weights": "equal_kappa", "trust": Clip(2e-3, 2e-3)},
+    "noise level": {"outer_weights": NoiseLevelWeights()},
+    "k3 to the sampling policy": {"old_kl": 3.0, "trust": NoTrustRegion()},
+    "reference KL": {"kl": TransitionKl(0.5)},
+    "reference KL as a rate": {"kl": RateKl(0.5)},
     "consistency": {"consistency": 50.0},
-    "chunk size": {"outer_weights": "chunk_size"},
+    "chunk size": {"outer_weights": ChunkSizeWeights()},
     "weighted selection": {"selection": Doubling(0.67)},
     "all at once": {
         "ratio": "guard",
         "inner_weights": "equal_kappa",
-        "outer_weights": "noise_level",
+        "outer_weights": NoiseLevelWeights(),
         "trust": KlMask(1e-4),
-        "old_kl_coefficient": 2.0,
-        "kl_coefficient": 0.3,
+        "old_kl": 2.0,
+        "kl": TransitionKl(0.3),
         "consistency": 0.4,
         "selection": Doubling(0.67),
     },
@@ -167,10 +96,10 @@ NEVER_CUT = {"KL mask that drops nothing", "no trust region", "k3 to the samplin
 def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
     policy = toy()
     shift(0.02)(policy)  # away from the reference, so that its KL is not flat
-    experience = experience_of(policy)
-    options = {"selection": UniformSelection(0.67), "clip_low": 1e-3, "clip_high": 1e-3}
-    algorithm = ChunkGRPO(
-        PLAN, FLOW, num_updates=3, micro_batch=micro_batch, **options | OPTIONS[name]
+    experience = experience_with_velocities(policy)
+    options = {"selection": UniformSelection(0.67), "trust": Clip(1e-3, 1e-3)}
+    algorithm = chunk_grpo(
+        PLAN, FLOW, updates=3, micro_batch=micro_batch, **options | OPTIONS[name]
     )
     kept = policy.mean.detach().clone()
     updates = collect(algorithm, policy, experience, move=shift(0.05))
@@ -187,7 +116,7 @@ def test_pieces_sum_to_the_loss_and_its_gradient(name, micro_batch):
         samples = torch.cat([p.diagnostics["sample"] for p in parts if "sample" in p.diagnostics])
         samples = samples.unique()
         mask = chosen_of([p for p in parts if "sample" in p.diagnostics], PLAN, 24)
-        expected, expected_gradient = direct(policy, experience, algorithm, samples, mask)
+        expected, expected_gradient = objective(policy, experience, algorithm, samples, mask)
         close(value, expected, 1e-5)
         close(gradient, expected_gradient, 1e-4)
         shift(0.05)(policy)
@@ -199,9 +128,9 @@ def test_options_change_the_gradient():
     for name, options in OPTIONS.items():
         policy = toy()
         shift(0.02)(policy)
-        experience = experience_of(policy)
-        base = {"selection": UniformSelection(0.67), "clip_low": 1e-3, "clip_high": 1e-3}
-        algorithm = ChunkGRPO(PLAN, FLOW, num_updates=2, **base | options)
+        experience = experience_with_velocities(policy)
+        base = {"selection": UniformSelection(0.67), "trust": Clip(1e-3, 1e-3)}
+        algorithm = chunk_grpo(PLAN, FLOW, updates=2, **base | options)
         last = collect(algorithm, policy, experience, move=shift(0.05))[-1]
         seen[name] = last[1]
     same = {"KL mask that drops nothing", "no trust region"}
@@ -217,9 +146,9 @@ def test_options_change_the_gradient():
 def test_reference_kl_pulls_towards_the_reference():
     policy = toy()
     shift(0.3)(policy)
-    experience = experience_of(policy)
+    experience = experience_with_velocities(policy)
     experience = Experience(experience.trajectory, torch.zeros_like(experience.advantages))
-    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=1, kl_coefficient=1.0)
+    algorithm = chunk_grpo(PLAN, FLOW, updates=1, kl=TransitionKl(1.0))
     ((_, gradient, _),) = collect(algorithm, policy, experience)
     away = (policy.mean - policy._base).detach()
     # Here every element's KL is quadratic in its own distance, with one positive factor for all.
@@ -230,9 +159,9 @@ def test_reference_kl_pulls_towards_the_reference():
 
 def test_consistency_is_flat_until_the_policy_moves():
     policy = toy()
-    experience = experience_of(policy)
-    algorithm = ChunkGRPO(PLAN, FLOW, num_updates=2, consistency=5.0)
-    plain = ChunkGRPO(PLAN, FLOW, num_updates=2)
+    experience = experience_with_velocities(policy)
+    algorithm = chunk_grpo(PLAN, FLOW, updates=2, consistency=5.0)
+    plain = chunk_grpo(PLAN, FLOW, updates=2)
     with_term = collect(algorithm, policy, experience)
     without = collect(plain, policy, experience)
     for (_, a, _), (_, b, _) in zip(with_term, without, strict=True):
@@ -241,13 +170,15 @@ def test_consistency_is_flat_until_the_policy_moves():
 
 def test_windows_train_their_own_steps():
     policy = toy()
-    experience = experience_of(policy, window=range(2, 5))
-    algorithm = ChunkGRPO(ChunkPlan((1, 2)), FLOW, num_updates=2, selection=UniformSelection(1.0))
+    experience = experience_with_velocities(policy, window=range(2, 5))
+    algorithm = chunk_grpo(ChunkPlan((1, 2)), FLOW, updates=2, selection=UniformSelection(1.0))
     updates = collect(algorithm, policy, experience, move=shift(0.05))
     fresh = toy()
     for value, gradient, parts in updates:
         mask = chosen_of(parts, algorithm.plan, 24)
-        expected, expected_gradient = direct(fresh, experience, algorithm, samples_of(parts), mask)
+        expected, expected_gradient = objective(
+            fresh, experience, algorithm, samples_of(parts), mask
+        )
         close(value, expected, 1e-5)
         close(gradient, expected_gradient, 1e-4)
         shift(0.05)(fresh)
@@ -264,15 +195,15 @@ def test_scale_read_off_the_kernel_is_the_closed_form(kernel):
 def test_cps_ratio_is_the_difference_of_squared_errors():
     """What Flow-CPS publishes, from a density whose variance cancels."""
     policy, kernel = toy(), CpsTransition(0.8)
-    experience = experience_of(policy, kernel)
+    experience = experience_with_velocities(policy, kernel)
     t = experience.trajectory
-    algorithm = ChunkGRPO(
-        ChunkPlan((1,) * 7), kernel, ratio="squared_error", num_updates=1,
+    algorithm = chunk_grpo(
+        ChunkPlan((1,) * 7), kernel, ratio="squared_error", updates=1,
         selection=UniformSelection(1.0), trust=NoTrustRegion(),
     )  # fmt: skip
     shift(0.05)(policy)
-    replayed = ChunkGRPO(
-        algorithm.plan, kernel, ratio="squared_error", num_updates=2,
+    replayed = chunk_grpo(
+        algorithm.plan, kernel, ratio="squared_error", updates=2,
         selection=UniformSelection(1.0), trust=NoTrustRegion(),
     )  # fmt: skip
     for _, _, parts in collect(replayed, policy, experience)[1:]:
@@ -307,9 +238,9 @@ def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch,
     rewards = torch.randn(24, generator=seeded(2))
     experience = Experience(trajectory, group_advantages(rewards, 3).values)
     apart = Experience(replace(trajectory, shared_start=False), experience.advantages)
-    algorithm = ChunkGRPO(
-        PLAN, FLOW, UniformSelection(1.0), 1e-3, 1e-3, num_updates=2, micro_batch=micro_batch,
-        anchor=anchor, kl_coefficient=0.1,
+    algorithm = chunk_grpo(
+        PLAN, FLOW, UniformSelection(1.0), trust=Clip(1e-3, 1e-3), updates=2,
+        micro_batch=micro_batch, anchor=anchor, kl=TransitionKl(0.1),
     )  # fmt: skip
     results, rows = [], []
     for given in (experience, apart):
@@ -328,13 +259,13 @@ def test_shared_first_step_costs_a_row_a_prompt_and_changes_nothing(micro_batch,
 def test_weights_in_a_window_are_those_of_the_whole_schedule(start):
     """A branch at a noisy step counts more than one at a quiet step: TempFlow-GRPO."""
     policy = toy()
-    experience = experience_of(policy, window=range(start, start + 1))
+    experience = experience_with_velocities(policy, window=range(start, start + 1))
     gradients = {}
-    for weights in ("none", "noise_level"):
-        algorithm = ChunkGRPO(
-            ChunkPlan((1,)), FLOW, UniformSelection(1.0), num_updates=1, outer_weights=weights
+    for weights in (NoOuterWeights(), NoiseLevelWeights()):
+        algorithm = chunk_grpo(
+            ChunkPlan((1,)), FLOW, UniformSelection(1.0), updates=1, outer_weights=weights
         )
-        ((_, gradients[weights], _),) = collect(algorithm, policy, experience)
+        ((_, gradients[weights.kind], _),) = collect(algorithm, policy, experience)
     levels = SIGMAS.double().tolist()
     stds = [
         0.7 * (s / (1 - (n if s == 1 else s))) ** 0.5 * (s - n) ** 0.5

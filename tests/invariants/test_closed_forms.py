@@ -36,18 +36,20 @@ import numpy as np
 import pytest
 import torch
 
-from chunkgrpo.algorithms.awm import AWM
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.core import (
     ChunkPlan,
     CpsTransition,
     DanceDiffusion,
     FlowDiffusion,
+    InverseDtWeights,
     KlMask,
+    LinearLogProb,
     ListedSelection,
+    NoiseLevelWeights,
     OdeDiffusion,
+    QuadraticLogProb,
     Transition,
+    UniformLogProb,
     UniformSelection,
     WeightedSelection,
     chunk_advantages,
@@ -61,8 +63,8 @@ from chunkgrpo.core import (
     whole_plan,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Experience, Trajectory
+from compose import awm, chunk_grpo, diffusion_nft, rollout
 from oracles import collect, seeded
 
 STD = 0.5
@@ -532,7 +534,7 @@ def gain_credit(trajectory, plan):
 def estimates(setting, plan, credit=image_credit, **options):
     """The algorithm's gradients in the unit of d E[reward], one per portion: [M, K, 6]."""
     options = {"selection": UniformSelection(1.0)} | options
-    algorithm = ChunkGRPO(plan, setting.kernel, num_updates=1, micro_batch=10**6, **options)
+    algorithm = chunk_grpo(plan, setting.kernel, updates=1, micro_batch=10**6, **options)
     policy, found = StepwiseGaussian(), []
     for index, trajectory in enumerate(portions(rolled_out(setting))):
         experience = Experience(trajectory, credit(trajectory, plan).float())
@@ -660,7 +662,7 @@ def test_the_closed_form_is_that_of_the_samples():
 def test_a_shared_parameter_gets_the_sum_over_stochastic_steps():
     """GaussianPolicy, one mean for all steps: what it learns omits the last step's own part."""
     policy = GaussianPolicy(StepwiseGaussian().mean[0].detach(), STD)
-    algorithm = ChunkGRPO(HALVES, FLOW, UniformSelection(1.0), num_updates=1, micro_batch=10**6)
+    algorithm = chunk_grpo(HALVES, FLOW, UniformSelection(1.0), updates=1, micro_batch=10**6)
     found = []
     for trajectory in portions(rolled_out(ALL)):
         experience = Experience(trajectory, image_credit(trajectory, HALVES).float())
@@ -707,14 +709,15 @@ REWEIGHTED = {
         [2.28, 1.60, 0.92, 0.59, 0.38, 0.23], 0.935,
     ),
     "noise level": (
-        {"outer_weights": "noise_level"}, 1.0, STD_N / STD_N.mean(),
+        {"outer_weights": NoiseLevelWeights()}, 1.0, STD_N / STD_N.mean(),
         [1.30, 1.41, 1.02, 0.86, 0.75, 0.66], 0.997,
     ),
     "inverse dt": (
-        {"outer_weights": "inverse_dt"}, 1.0, 1 / DT_N, [1.69, 1.37, 1.08, 0.83, 0.61, 0.42], 0.978,
+        {"outer_weights": InverseDtWeights()}, 1.0, 1 / DT_N,
+        [1.69, 1.37, 1.08, 0.83, 0.61, 0.42], 0.978,
     ),
     "guard over dt": (
-        {"ratio": "guard", "outer_weights": "inverse_dt"}, STD_N, 1 / DT_N,
+        {"ratio": "guard", "outer_weights": InverseDtWeights()}, STD_N, 1 / DT_N,
         [1.98, 1.73, 0.99, 0.64, 0.41, 0.25], 0.937,
     ),
 }  # fmt: skip
@@ -841,7 +844,11 @@ def reach(sigma):
     return slope * (1 - sigma) + 1, slope * sigma - 1
 
 
-@pytest.mark.parametrize(("log_prob", "power"), [("uniform", 0), ("t", 1), ("t2", 2)])
+@pytest.mark.parametrize(
+    ("log_prob", "power"),
+    [(UniformLogProb(), 0), (LinearLogProb(), 1), (QuadraticLogProb(), 2)],
+    ids=["uniform", "t", "t2"],
+)
 def test_awm_estimates_the_policy_gradient_times_the_images_covariance(log_prob, power):
     r"""Not the gradient of the expected reward in m, Q (t - mean), but C times that.
 
@@ -852,8 +859,8 @@ def test_awm_estimates_the_policy_gradient_times_the_images_covariance(log_prob,
     :math:`E[A y y'] = -C Q C + d (C g)' + (C g) d'`, d the distance of the images' mean from m. The
     direction is the same at every noise level.
     """
-    algorithm = AWM(
-        log_prob=log_prob, num_times=6, advantage_clip=1e3, advantage_max=1e3, micro_batch=10**6
+    algorithm = awm(
+        log_prob=log_prob, times=6, advantage_clip=1e3, advantage_max=1e3, micro_batch=10**6
     )
     away, _, slope, turned = image_moments()
     outer = away[:, None] * slope
@@ -902,9 +909,7 @@ def test_nft_estimates_a_bounded_form_of_the_same():
     The error of the predicted image is sigma e, of which the norm leaves no more than sigma; each
     of the K times has the share 1 / K of the pairs.
     """
-    algorithm = DiffusionNFT(
-        advantage_clip=100.0, fraction=1.0, micro_batch=10**6, kl_coefficient=0.0
-    )
+    algorithm = diffusion_nft(advantage_clip=100.0, fraction=1.0, micro_batch=10**6, kl=0.0)
     expected = torch.zeros(NUM_STEPS, DIM, dtype=torch.float64)
     for i, sigma in enumerate(SIGMAS.double()[:-1].tolist()):
         pull = nft_mean(sigma, *image_moments())

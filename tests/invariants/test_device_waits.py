@@ -12,13 +12,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from chunkgrpo.algorithms.awm import AWM
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.algorithms.nft import DiffusionNFT
-from chunkgrpo.core import KlMask
+from chunkgrpo.core import KlMask, LearnedSelection, TransitionKl
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.types import Conditioning, Experience
+from compose import awm, chunk_grpo, diffusion_nft, rollout
 from oracles import FLOW, PLAN, PROMPTS, SIGMAS, seeded, toy
 
 COPIES = ("aten::_to_copy", "aten::copy_")
@@ -85,10 +82,11 @@ def counts(algorithm, shared=True):
     """Train on a device without values; return what was waited for."""
     policy = GaussianPolicy(torch.zeros(12, device="meta"), 0.5)
     experience = experience_away(shared)
+    algorithm.begin(0, seeded(2))
     with Watch() as watch:
         parts = 0
         for part in algorithm.losses(policy, experience, seeded(3)):
-            part.loss.backward()
+            part.backward()
             parts += 1
     assert policy.parameters()[0].grad.device.type == "meta"
     return parts, watch
@@ -100,7 +98,7 @@ GRPO = {
     "guard": {"ratio": "guard"},
     "mask": {"trust": KlMask(1e-5)},
     "consistency": {"consistency": 1.0},
-    "by chunk": {"group_by_chunk": True},
+    "by chunk": {"selection": LearnedSelection()},
 }
 
 
@@ -109,7 +107,7 @@ GRPO = {
 def test_chunk_grpo_waits_for_no_micro_batch(options, shared):
     found = {}
     for size in (24, 6):
-        algorithm = ChunkGRPO(PLAN, FLOW, kl_coefficient=0.1, micro_batch=size, **options)
+        algorithm = chunk_grpo(PLAN, FLOW, kl=TransitionKl(0.1), micro_batch=size, **options)
         parts, watch = counts(algorithm, shared)
         assert not watch.mixed
         found[size] = parts, watch.copies, watch.waiting
@@ -120,9 +118,9 @@ def test_chunk_grpo_waits_for_no_micro_batch(options, shared):
 @pytest.mark.parametrize("name", ["nft", "awm", "awm sum first"])
 def test_forward_methods_send_all_they_draw_without_waiting(name):
     algorithm = {
-        "nft": DiffusionNFT(num_updates=2, micro_batch=6),
-        "awm": AWM(num_updates=2, micro_batch=6, kl_coefficient=0.1),
-        "awm sum first": AWM(num_updates=2, micro_batch=6, mode="sum_first"),
+        "nft": diffusion_nft(updates=2, micro_batch=6),
+        "awm": awm(updates=2, micro_batch=6, kl=0.1),
+        "awm sum first": awm(updates=2, micro_batch=6, mode="sum_first"),
     }[name]
     parts, watch = counts(algorithm, shared=False)
     assert parts > 8

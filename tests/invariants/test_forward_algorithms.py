@@ -12,14 +12,25 @@ import pytest
 import torch
 
 import oracles
-from chunkgrpo.algorithms.awm import AWM
-from chunkgrpo.algorithms.nft import DiffusionNFT
-from chunkgrpo.core import FlowDiffusion, OdeDiffusion, Transition, group_advantages, make_sigmas
-from chunkgrpo.policies.pipeline import Adaptation
+from chunkgrpo.algorithms.awm import AWM, AWMLoss
+from chunkgrpo.algorithms.nft import DiffusionNFT, NFTLoss
+from chunkgrpo.core import (
+    FlowDiffusion,
+    GeneralHuberLogProb,
+    HuberLogProb,
+    LinearLogProb,
+    OdeDiffusion,
+    QuadraticLogProb,
+    Transition,
+    UniformLogProb,
+    group_advantages,
+    make_sigmas,
+)
+from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
-from chunkgrpo.runtime.old_policy import Old
-from chunkgrpo.types import Experience
+from chunkgrpo.runtime.old_policy import OldPolicy
+from chunkgrpo.types import Experience, SamplingRequest
+from compose import awm, diffusion_nft, rollout
 from oracles import close, seeded
 
 SIGMAS = make_sigmas(8)
@@ -79,7 +90,7 @@ def collect(algorithm, policy, experience, amount=0.0, seed=3):
     if isinstance(policy, Recorder):
         policy.seen, policy.quiet = [], 0
     for part in algorithm.losses(policy, experience, seeded(seed)):
-        part.loss.backward()
+        part.backward()
         value = value + part.loss.detach().double()
         parts.append(part)
         if part.ends_update:
@@ -126,6 +137,14 @@ def nft_loss(update, experience, old, base, beta, clip, coefficient):
     return total.detach(), torch.autograd.grad(total, mean)[0]
 
 
+KINDS = {
+    "uniform": UniformLogProb(),
+    "t": LinearLogProb(),
+    "t2": QuadraticLogProb(),
+    "huber": HuberLogProb(),
+    "ghuber": GeneralHuberLogProb(),
+}
+
 LOG_PROBS = {
     "uniform": lambda e, t, p: -e,
     "t": lambda e, t, p: -t * e,
@@ -135,8 +154,9 @@ LOG_PROBS = {
 }
 
 
-def awm_loss(update, experience, anchor, base, averaged, algorithm):
+def awm_loss(update, experience, anchor, base, averaged, loss):
     """Value, gradient and ratios of one update's AWM loss."""
+    power = getattr(loss.log_prob, "power", None)
     mean, penalties = update.weights[0].clone().requires_grad_(), 0
     log_ratios = {}
     for (b, i), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
@@ -145,25 +165,24 @@ def awm_loss(update, experience, anchor, base, averaged, algorithm):
         target = (x_t - (1 - t) * x0) / t - x0
         v, v_old, v_ref, v_ema = (velocity(m, x_t, t) for m in (mean, anchor, base, averaged))
         log_prob, old = (
-            LOG_PROBS[algorithm.log_prob](((u - target) ** 2).mean(), t, algorithm.power)
-            for u in (v, v_old)
+            LOG_PROBS[loss.log_prob.kind](((u - target) ** 2).mean(), t, power) for u in (v, v_old)
         )
         log_ratios.setdefault(b, []).append(log_prob - old)
-        penalties = penalties + algorithm.kl_coefficient * ((v - v_ref) ** 2).mean()
-        penalties = penalties + algorithm.ema_coefficient * ((v - v_ema) ** 2).mean()
+        penalties = penalties + loss.kl * ((v - v_ref) ** 2).mean()
+        penalties = penalties + loss.ema_weight * ((v - v_ema) ** 2).mean()
     ratios, advantages = [], []
     for b, values in log_ratios.items():
-        advantage = min(max(experience.advantages[b].item(), -algorithm.advantage_clip),
-                        algorithm.advantage_clip)  # fmt: skip
-        advantage *= algorithm.advantage_max / algorithm.advantage_clip
-        assert len(values) == algorithm.num_times
-        if algorithm.mode == "sum_first":
+        advantage = min(max(experience.advantages[b].item(), -loss.advantage_clip),
+                        loss.advantage_clip)  # fmt: skip
+        advantage *= loss.advantage_max / loss.advantage_clip
+        assert len(values) == loss.times
+        if loss.mode == "sum_first":
             values = [sum(values) / len(values)]
         ratios += [value.exp() for value in values]
         advantages += [advantage] * len(values)
     surrogate = 0
     for ratio, advantage in zip(ratios, advantages, strict=True):
-        clipped = ratio.clip(1 - algorithm.clip_low, 1 + algorithm.clip_high)
+        clipped = ratio.clip(1 - loss.clip_low, 1 + loss.clip_high)
         surrogate = surrogate - torch.min(ratio * advantage, clipped * advantage)
     total = surrogate / len(ratios) + penalties / len(update.pairs)
     (grad,) = torch.autograd.grad(total, mean)
@@ -188,11 +207,11 @@ def test_nft_pieces_sum_to_the_direct_loss_and_gradient(beta, coefficient, with_
     shift(policy, 0.1, 70)
     experience = make_experience(policy)
     assert (experience.advantages > 0).any() and (experience.advantages < 0).any()
-    old = Old(policy.parameters(), "nft1") if with_old else None
+    old = OldPolicy(policy.named_parameters(), "nft1") if with_old else None
     sampled = policy.mean.detach().clone()
     # A small clip, so that some samples are wholly good or bad and others between.
-    algorithm = DiffusionNFT(
-        old, beta, 1.0, 0.99, num_updates=3, micro_batch=5, kl_coefficient=coefficient
+    algorithm = diffusion_nft(
+        old, beta=beta, advantage_clip=1.0, fraction=0.99, updates=3, micro_batch=5, kl=coefficient
     )
     updates = collect(algorithm, policy, experience, 0.05)
     assert len(updates) == 3
@@ -205,10 +224,11 @@ def test_nft_pieces_sum_to_the_direct_loss_and_gradient(beta, coefficient, with_
 
 def test_nft_is_anchored_at_the_old_policy_it_is_given():
     policy = Recorder()
-    old = Old(policy.parameters())
+    old = OldPolicy(policy.named_parameters())
     shift(policy, 0.1)
     experience = make_experience(policy)
-    (update,) = collect(DiffusionNFT(old, 0.5, 2.0, kl_coefficient=0), policy, experience)
+    algorithm = diffusion_nft(old, beta=0.5, advantage_clip=2.0, kl=0.0)
+    (update,) = collect(algorithm, policy, experience)
     assert (update.column("old_gap") > 0).all()
     expected = nft_loss(update, experience, old.values[0], old.values[0], 0.5, 2.0, 0)
     matches(update, *expected)
@@ -218,7 +238,7 @@ def test_nft_is_anchored_at_the_old_policy_it_is_given():
 
 def test_nft_trains_each_samples_times_once():
     policy = Recorder()
-    updates = collect(DiffusionNFT(num_updates=2, micro_batch=7), policy, make_experience(policy))
+    updates = collect(diffusion_nft(updates=2, micro_batch=7), policy, make_experience(policy))
     pairs = [pair for update in updates for pair in update.pairs]
     # 0.99 of 8 steps is 7 of them.
     assert len(set(pairs)) == len(pairs) == NUM_SAMPLES * 7
@@ -237,13 +257,15 @@ def test_awm_pieces_sum_to_the_direct_loss_and_gradient(mode, clip, log_prob):
     policy = Recorder()
     base = policy.mean.detach().clone()
     experience = make_experience(policy, group_size=12)
-    algorithm = AWM(
-        log_prob=log_prob, mode=mode, num_times=3, clip_low=clip, clip_high=clip,
-        advantage_clip=1.0, num_updates=2, micro_batch=5,
+    algorithm = awm(
+        log_prob=KINDS[log_prob], mode=mode, times=3, clip_low=clip, clip_high=clip,
+        advantage_clip=1.0, updates=2, micro_batch=5,
     )  # fmt: skip
     first, second = collect(algorithm, policy, experience, 0.05)
     for update in (first, second):
-        value, grad, ratio, advantage = awm_loss(update, experience, base, base, base, algorithm)
+        value, grad, ratio, advantage = awm_loss(
+            update, experience, base, base, base, algorithm.loss
+        )
         matches(update, value, grad)
     # The policy has moved by now, and ratios leave the range on the right side and on the wrong
     # one, where the gradient stays; or they are seen not to.
@@ -254,7 +276,7 @@ def test_awm_pieces_sum_to_the_direct_loss_and_gradient(mode, clip, log_prob):
     else:
         for sign in (advantage > 0, advantage < 0):
             assert (sign & (ratio > 1 + clip)).any() and (sign & (ratio < 1 - clip)).any()
-        times = algorithm.num_times if mode == "sum_first" else 1
+        times = algorithm.loss.times if mode == "sum_first" else 1
         assert reported.sum() == cut.sum() * times
     assert (first.column("log_ratio") == 0).all() and not first.column("cut").any()
     assert (second.column("log_ratio") != 0).all()
@@ -265,16 +287,18 @@ def test_awm_penalties_join_the_direct_loss(mode):
     policy = Recorder()
     base = policy.mean.detach().clone()
     shift(policy, 0.1, 70)
-    old = Old(policy.parameters(), "awm")
+    old = OldPolicy(policy.named_parameters(), "awm")
     shift(policy, 0.1, 80)
     anchor = policy.mean.detach().clone()
     experience = make_experience(policy)
-    algorithm = AWM(
-        old, mode=mode, num_times=4, num_updates=2, micro_batch=7,
-        kl_coefficient=0.3, ema_coefficient=0.7, advantage_max=2.0,
+    algorithm = awm(
+        old, mode=mode, times=4, updates=2, micro_batch=7, kl=0.3, ema_weight=0.7,
+        advantage_max=2.0,
     )  # fmt: skip
     for update in collect(algorithm, policy, experience, 0.05):
-        value, grad, _, _ = awm_loss(update, experience, anchor, base, old.values[0], algorithm)
+        value, grad, _, _ = awm_loss(
+            update, experience, anchor, base, old.values[0], algorithm.loss
+        )
         matches(update, value, grad)
         for name in ("reference_gap", "ema_gap"):
             assert (update.column(name) > 0).all()
@@ -284,18 +308,18 @@ def test_awm_averages_the_powers_it_is_told():
     policy = Recorder()
     base, experience = policy.mean.detach().clone(), make_experience(policy)
     for power in (0.5, 1.0):
-        (update,) = collect(AWM(power=power, num_times=2), policy, experience)
-        algorithm = AWM(power=power, num_times=2)
-        value, grad, _, _ = awm_loss(update, experience, base, base, base, algorithm)
+        algorithm = awm(log_prob=GeneralHuberLogProb(power), times=2)
+        (update,) = collect(algorithm, policy, experience)
+        value, grad, _, _ = awm_loss(update, experience, base, base, base, algorithm.loss)
         matches(update, value, grad)
-    (linear,) = collect(AWM(log_prob="t", num_times=2), policy, experience)
+    (linear,) = collect(awm(log_prob=LinearLogProb(), times=2), policy, experience)
     close(update.grad, linear.grad, 1e-6)
 
 
 def test_awm_on_policy_weighs_the_gradient_of_matching_by_the_advantage():
     policy = Recorder()
     experience = make_experience(policy)
-    (update,) = collect(AWM(log_prob="uniform", num_times=3), policy, experience)
+    (update,) = collect(awm(log_prob=UniformLogProb(), times=3), policy, experience)
     mean, total = policy.mean.detach().clone().requires_grad_(), 0
     for (b, _), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
         x0, x_t, t = experience.trajectory.final[b].double(), x_t.double(), sigma.double()
@@ -307,7 +331,7 @@ def test_awm_on_policy_weighs_the_gradient_of_matching_by_the_advantage():
 
 def test_awm_trains_stratified_times():
     policy = Recorder()
-    updates = collect(AWM(num_times=3, num_updates=2), policy, make_experience(policy))
+    updates = collect(awm(times=3, updates=2), policy, make_experience(policy))
     times = {}
     for update in updates:
         for b, i in update.pairs:
@@ -322,13 +346,20 @@ def test_awm_trains_stratified_times():
 # --- both ---------------------------------------------------------------------------------------
 
 BOTH = {
-    "nft": DiffusionNFT(beta=0.5, num_updates=2, kl_coefficient=0.2),
-    "awm": AWM(num_times=3, num_updates=2, kl_coefficient=0.2, clip_low=0.01, clip_high=0.01),
-    "awm-sum": AWM(
-        num_times=3, num_updates=2, kl_coefficient=0.2, clip_low=0.01, clip_high=0.01,
-        mode="sum_first",
+    "nft": diffusion_nft(beta=0.5, updates=2, kl=0.2),
+    "awm": awm(times=3, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01),
+    "awm-sum": awm(
+        times=3, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01, mode="sum_first",
     ),
 }  # fmt: skip
+
+
+def changed(algorithm, anchor=None, **loss):
+    """The algorithm with other numbers in its loss, and with a second policy if one is given."""
+    loss = replace(algorithm.loss, **loss)
+    return AWM(loss, anchor) if isinstance(loss, AWMLoss) else DiffusionNFT(loss, anchor)
+
+
 both = pytest.mark.parametrize("algorithm", BOTH.values(), ids=BOTH.keys())
 
 
@@ -338,7 +369,7 @@ def test_any_micro_batch_gives_the_same_noise_and_gradient(algorithm):
     for micro_batch in (1, 4, 7, 1000):
         policy = Recorder()
         shift(policy, 0.1, 70)
-        smaller = replace(algorithm, micro_batch=micro_batch)
+        smaller = changed(algorithm, micro_batch=micro_batch)
         updates = collect(smaller, policy, make_experience(policy), 0.05)
         noised = {p: x for u in updates for p, (x, _) in zip(u.pairs, u.seen, strict=True)}
         found.append((updates, noised))
@@ -389,7 +420,7 @@ def test_the_reference_is_asked_only_where_it_counts(algorithm):
         experience = make_experience(policy)
         # Advantage 0 everywhere: what is left pulls by the penalty alone.
         experience = replace(experience, advantages=torch.zeros(NUM_SAMPLES))
-        alone = replace(algorithm, kl_coefficient=coefficient, num_updates=1)
+        alone = changed(algorithm, kl=coefficient, updates=1)
         (update,) = collect(alone, policy, experience)
         return update, policy
 
@@ -409,7 +440,7 @@ def test_the_reference_is_asked_only_where_it_counts(algorithm):
 @both
 def test_nothing_is_asked_twice_while_the_policy_stands_still(algorithm):
     policy = Recorder()
-    once = replace(algorithm, kl_coefficient=0.0, num_updates=1)
+    once = changed(algorithm, kl=0.0, updates=1)
     (update,) = collect(once, policy, make_experience(policy))
     assert policy.quiet == 0 and len(update.seen) == len(update.pairs)
 
@@ -417,22 +448,23 @@ def test_nothing_is_asked_twice_while_the_policy_stands_still(algorithm):
 @both
 def test_the_policy_is_left_as_it_was(algorithm):
     policy = Recorder()
-    algorithm = replace(algorithm, old=Old(policy.parameters()))
+    old = OldPolicy(policy.named_parameters())
+    algorithm = changed(algorithm, old)
     shift(policy, 0.1)
     before, parameter = policy.mean.detach().clone(), policy.mean
     collect(algorithm, policy, make_experience(policy))
     assert policy.mean is parameter and torch.equal(policy.mean, before)
-    assert policy.mean.data_ptr() != algorithm.old.values[0].data_ptr()
+    assert policy.mean.data_ptr() != old.values[0].data_ptr()
 
 
 @both
-@pytest.mark.parametrize("num_updates", [1, 5])
-def test_updates_deal_every_sample_once(algorithm, num_updates):
+@pytest.mark.parametrize("number", [1, 5])
+def test_updates_deal_every_sample_once(algorithm, number):
     policy = Recorder()
-    algorithm = replace(algorithm, num_updates=num_updates)
+    algorithm = changed(algorithm, updates=number)
     updates = collect(algorithm, policy, make_experience(policy), 0.01)
     dealt = [sorted({b for b, _ in update.pairs}) for update in updates]
-    assert len(dealt) == num_updates and sorted(chain(*dealt)) == list(range(NUM_SAMPLES))
+    assert len(dealt) == number and sorted(chain(*dealt)) == list(range(NUM_SAMPLES))
     sizes = {len(share) for share in dealt}
     assert max(sizes) - min(sizes) <= 1
 
@@ -447,9 +479,9 @@ def test_micro_batches_agree_on_a_network(tiny_policy, algorithm, method):
         shift(policy, 0.05)
         before = [p.detach().clone() for p in policy.parameters()]
         experience = make_experience(policy, ["a star", "two circles"], 2, make_sigmas(4))
-        smaller = replace(algorithm, micro_batch=micro_batch, old=Old(policy.parameters()))
-        if isinstance(smaller, AWM):
-            smaller = replace(smaller, ema_coefficient=0.1)
+        terms = {"ema_weight": 0.1} if isinstance(algorithm, AWM) else {}
+        old = OldPolicy(policy.named_parameters())
+        smaller = changed(algorithm, old, micro_batch=micro_batch, **terms)
         updates = collect(smaller, policy, experience)
         found.append(torch.cat([update.grad for update in updates]))
         assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
@@ -467,35 +499,35 @@ def test_what_can_not_work_is_refused():
     def start(algorithm, experience=experience):
         next(iter(algorithm.losses(policy, experience, seeded())))
 
-    for algorithm in (DiffusionNFT, AWM):
-        assert not algorithm().needs_trajectory
-        with pytest.raises(ValueError, match="13 updates need as many samples, the rollout has 12"):
-            start(algorithm(num_updates=13, **({"num_times": 3} if algorithm is AWM else {})))
+    for algorithm, loss in ((diffusion_nft, NFTLoss), (awm, AWMLoss)):
+        assert algorithm().begin(0, seeded()) == SamplingRequest()
+        with pytest.raises(ValueError, match="13 updates need as many samples, and 12 samples are"):
+            start(algorithm(updates=13, **({"times": 3} if algorithm is awm else {})))
         chunked = replace(experience, advantages=torch.zeros(12, 3))
         with pytest.raises(ValueError, match=r"advantages have shape \(12, 3\)"):
             start(algorithm(), chunked)
         with pytest.raises(ValueError, match="must be at least 1, got 0 and 64"):
-            algorithm(num_updates=0)
+            loss(updates=0)
         with pytest.raises(ValueError, match="must be at least 1, got 1 and 0"):
-            algorithm(micro_batch=0)
+            loss(micro_batch=0)
         with pytest.raises(ValueError, match=r"advantage_clip is 0; it must be positive"):
-            algorithm(advantage_clip=0)
-        with pytest.raises(ValueError, match=r"kl_coefficient is -1; a penalty must not be neg"):
-            algorithm(kl_coefficient=-1)
+            loss(advantage_clip=0)
+        with pytest.raises(ValueError, match=r"kl is -1; a penalty must not be neg"):
+            loss(kl=-1)
     with pytest.raises(ValueError, match=r"beta is 0; it must be positive"):
-        DiffusionNFT(beta=0)
+        NFTLoss(beta=0)
     with pytest.raises(ValueError, match=r"trained share of the times"):
-        start(DiffusionNFT(fraction=0))
+        NFTLoss(fraction=0)
     with pytest.raises(ValueError, match="unknown mode 'mean'; known: exp_first, sum_first"):
-        AWM(mode="mean")
-    with pytest.raises(ValueError, match="unknown pseudo-log-probability 'l2'"):
-        AWM(log_prob="l2")
-    with pytest.raises(ValueError, match="ema_coefficient is 1, but there is no averaged policy"):
-        AWM(ema_coefficient=1)
+        AWMLoss(mode="mean")
+    with pytest.raises(ValueError, match="power is 0; it must be positive"):
+        GeneralHuberLogProb(0)
+    with pytest.raises(ValueError, match="ema_weight is 1, but there is no averaged policy"):
+        awm(ema_weight=1)
     with pytest.raises(ValueError, match="advantage_max is 0"):
-        AWM(advantage_max=0)
+        AWMLoss(advantage_max=0)
     with pytest.raises(ValueError, match="num_times is 8; a schedule of 8 steps offers 1 to 7"):
-        start(AWM(num_times=8))
+        start(awm(times=8))
 
 
 # --- does it learn? -----------------------------------------------------------------------------
@@ -508,12 +540,12 @@ def test_the_mean_moves_towards_what_is_rewarded(name):
     parameters = policy.parameters()
     optimizer = torch.optim.Adam(parameters, lr=0.05)
     if name == "nft":
-        old = Old(parameters, "nft1")
-        algorithm = DiffusionNFT(old, advantage_clip=2.0, micro_batch=1000)
+        old = OldPolicy(policy.named_parameters(), "nft1")
+        algorithm = diffusion_nft(old, advantage_clip=2.0, micro_batch=1000)
     else:
-        old = Old(parameters, "awm")
+        old = OldPolicy(policy.named_parameters(), "awm")
         mode = "sum_first" if name == "awm-sum" else "exp_first"
-        algorithm = AWM(old, mode=mode, num_updates=2, ema_coefficient=0.1, micro_batch=1000)
+        algorithm = awm(old, mode=mode, updates=2, ema_weight=0.1, micro_batch=1000)
     distances, step = [], 0
     for iteration in range(15):
         generator = seeded(100 + iteration)
@@ -521,12 +553,12 @@ def test_the_mean_moves_towards_what_is_rewarded(name):
         rewards = -(trajectory.final - target).square().sum(1)
         experience = Experience(trajectory, group_advantages(rewards, 2).values)
         for part in algorithm.losses(policy, experience, generator):
-            part.loss.backward()
+            part.backward()
             if part.ends_update:
                 optimizer.step()
                 optimizer.zero_grad()
                 step += 1
-        old.update(parameters, step)
+        algorithm.finish(policy, step)
         distances.append((policy.mean.detach() - target).norm().item())
     assert distances[4] < 1.41
     assert distances[-1] < min(1.0, distances[4])

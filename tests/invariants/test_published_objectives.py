@@ -13,16 +13,11 @@ import math
 import pytest
 import torch
 
-from chunkgrpo.config import (
-    build_chunk_grpo,
-    build_plan,
-    build_sigmas,
-    build_transition,
-    load_config,
-)
-from chunkgrpo.core import group_advantages
-from chunkgrpo.rollout import rollout
+from chunkgrpo.config import load_config
+from chunkgrpo.config.build import build_algorithm, build_sampler, build_sigmas
+from chunkgrpo.core import StepPlan, group_advantages
 from chunkgrpo.types import Experience
+from compose import rollout
 from oracles import PROMPTS, close, collect, seeded, shift, toy
 
 
@@ -53,7 +48,7 @@ def ppo(ratio, advantage, clip):
 METHODS = {
     "dance-grpo": (dance_step, 0.3, 1e-3, []),
     "flow-grpo": (flow_step, 0.7, 1e-3, []),
-    "grpo-guard": (flow_step, 0.7, 2e-4, ["objective.clip_low=2e-4", "objective.clip_high=2e-4"]),
+    "grpo-guard": (flow_step, 0.7, 2e-4, ["objective.trust.low=2e-4", "objective.trust.high=2e-4"]),
     "flow-cps": (cps_step, 0.9, 1e-3, []),
     "flow-dppo": (flow_step, 0.7, None, []),
     "tempflow-grpo-weights": (flow_step, 0.7, 1e-3, []),
@@ -98,23 +93,25 @@ def by_hand(name, policy, experience, samples, sigmas):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_recipe_is_its_papers_formula(name):
-    settings = ["sampling.steps=8", "chunks.fraction=1", *METHODS[name][3]]
+    settings = ["sampling.steps=8", "objective.selection.fraction=1", *METHODS[name][3]]
     config = load_config(name, settings)
-    assert (config.sampling.eta, config.chunks.plan) == (METHODS[name][1], "steps")
-    policy, transition = toy(), build_transition(config)
+    assert config.sampling.transition.eta == METHODS[name][1]
+    assert config.objective.plan == StepPlan()
+    policy = toy()
     sigmas = build_sigmas(config, policy)
+    sampler = build_sampler(config, sigmas)
 
-    def measured():
+    def measured(distance):
         raise AssertionError("a plan of steps needs no measurement")
 
-    algorithm = build_chunk_grpo(config, build_plan(config, measured), transition)
+    algorithm = build_algorithm(config, policy, sampler, measured)
     shift(0.02)(policy)  # away from the reference
     trajectory = rollout(
-        policy, PROMPTS, transition, sigmas, 8, seeded(1), keep_velocities=True,
+        policy, PROMPTS, sampler.transition, sigmas, 8, seeded(1), keep_velocities=True,
         same_noise=config.sampling.same_noise,
     )  # fmt: skip
     rewards = torch.randn(24, generator=seeded(2))
-    credit = group_advantages(rewards, 3, config.objective.advantage).values
+    credit = group_advantages(rewards, 3, config.credit.convention).values
     experience = Experience(trajectory, credit)
     kept = policy.mean.detach().clone()
     updates = collect(algorithm, policy, experience, move=shift(0.03))

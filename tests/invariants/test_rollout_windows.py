@@ -23,9 +23,9 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
 from chunkgrpo.runtime.solvers import MultistepTail
+from compose import rollout
 
 SIGMAS = make_sigmas(7)
 FLOW = Transition(FlowDiffusion(0.7))
@@ -143,7 +143,7 @@ def test_windows_outside_the_trained_steps_are_refused(window):
 
 
 def test_unknown_prefixes_are_refused():
-    with pytest.raises(ValueError, match="the prefix is 'heun'; it must be one of ode, sde"):
+    with pytest.raises(ValueError, match=r"unknown prefix 'heun'.*; known: ode, sde"):
         run(prefix="heun")
 
 
@@ -174,6 +174,16 @@ def test_without_one_noise_nothing_is_shared(prefix):
     assert policy.calls == [6] * 7 and trajectory.num_evaluations == 42
     first = trajectory.states[:, 0]
     assert len({tuple(row.tolist()) for row in first}) == 6
+
+
+@pytest.mark.parametrize("window", [None, WINDOW], ids=["all", "window"])
+@pytest.mark.parametrize("same_noise", [False, True])
+def test_conditioning_has_a_row_a_prompt(same_noise, window):
+    trajectory = run(same_noise=same_noise, window=window, batch_size=4)
+    assert len(trajectory.conditioning) == trajectory.num_prompts == 2
+    assert trajectory.num_samples == 6
+    assert len(trajectory.conditioning_of(slice(None))) == 6
+    assert len(trajectory.conditioning_of(torch.tensor([5, 0, 3]))) == 3
 
 
 def test_a_stochastic_prefix_is_noise_the_ode_prefix_has_not():

@@ -312,12 +312,12 @@ def test_the_deadline_is_that_of_a_request_however_many_there_are(liar) -> None:
     [
         ("few", "answered 1 scores for 2 images"),
         ("many", "answered 3 scores for 2 images"),
-        ("strings", "answered '0.5', which is no number"),
-        ("truth", "answered True, which is no number"),
-        ("nested", r"answered \[0.5\], which is no number"),
-        ("html", "'<!doctype html><p>Welcome', which is no JSON"),
-        ("empty", "b'', which is no JSON"),
-        ("deep", "which is no JSON"),
+        ("strings", "answered '0.5', which is not a number"),
+        ("truth", "answered True, which is not a number"),
+        ("nested", r"answered \[0.5\], which is not a number"),
+        ("html", "'<!doctype html><p>Welcome', which is not JSON"),
+        ("empty", "b'', which is not JSON"),
+        ("deep", "which is not JSON"),
         ("list", r"answered \[0.5, 0.7\] instead of scores"),
         ("refusing", "answered status 422, not like that"),
         ("moved", "answered status 302"),
@@ -471,16 +471,16 @@ def test_requests_are_checked_before_they_are_believed() -> None:
     commented = io.BytesIO()
     Image.new("RGB", (8, 8), (255, 0, 51)).save(commented, "PNG", pnginfo=text)
     for body, status, says in [
-        (b"", 400, "no JSON"),
-        (b"[" * 100_000, 400, "no JSON"),
+        (b"", 400, "not JSON"),
+        (b"[" * 100_000, 400, "not JSON"),
         (b"[]", 400, "an object with prompts and images"),
         (b'{"prompts": "a", "images": "b"}', 400, "prompts must be a list of strings"),
         (b'{"prompts": ["a"], "images": [7]}', 400, "images must be a list of strings"),
         (b'{"prompts": [], "images": []}', 422, "0 prompts and 0 images"),
-        (b'{"prompts": ["a"], "images": ["\xc3\xa9"]}', 400, "image 0 is no base64"),
+        (b'{"prompts": ["a"], "images": ["\xc3\xa9"]}', 400, "image 0 is not base64"),
         (envelope(good, prompts=2), 422, "2 prompts and 1 images"),
         (envelope(*[good] * 4), 413, "4 images; at most 3"),
-        (envelope(good, gif.getvalue()), 400, "image 1 is no PNG"),
+        (envelope(good, gif.getvalue()), 400, "image 1 is not a PNG"),
         (envelope(alpha.getvalue()), 422, "image 0 is not 8-bit RGB"),
         (envelope(png(8, 8, bytes(200), color=0)), 422, "image 0 is not 8-bit RGB"),
         (envelope(png(0, 8, b"")), 400, "image 0 has no pixels"),
@@ -580,8 +580,9 @@ def test_groups_arrive_whole_at_a_served_reward(tmp_path) -> None:
 
 def test_a_run_outlives_its_reward_server(tmp_path, tiny_pipeline_path) -> None:
     """Killed while it scores an iteration, and started again: the run ends as if nothing was."""
-    from chunkgrpo.cli import chosen
-    from chunkgrpo.config import build_trainer, load_config
+    from chunkgrpo.cli.training import Overrides
+    from chunkgrpo.config import load_config
+    from chunkgrpo.config.build import build_trainer
     from chunkgrpo.report.metrics import read_metrics
     from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint
 
@@ -603,12 +604,14 @@ def test_a_run_outlives_its_reward_server(tmp_path, tiny_pipeline_path) -> None:
         over, keeper = threading.Event(), threading.Thread(target=revive)
         keeper.start()
         try:
-            settings = chosen(str(tiny_pipeline_path), str(listed), [address], False)
-            settings += [
+            small = [
                 "iterations=3", "sampling.prompts=2", "sampling.group_size=4", "sampling.steps=5",
-                "sampling.window.kind=all", "chunks.sizes=[1,3]", "chunks.indices=[0]",
+                "sampling.tail.kind=euler", "objective.window.kind=all",
+                "objective.plan.sizes=[1,3]", "objective.selection.indices=[0]",
                 "evaluation.every=2", "model.precision=fp32", "model.max_sequence_length=4",
             ]  # fmt: skip
+            given = Overrides(str(tiny_pipeline_path), str(listed), [address], False, small)
+            settings = given.assignments()
             trainer = build_trainer(load_config("demo", settings), folder / "run")
             assert trainer.run()
         finally:
@@ -661,7 +664,7 @@ wanted.share = True
         child.wait()
     values = json.loads(envelope(png(8, 8, bytes(200))))
     for wrong in ([], [1], "a", [{}, {}]):
-        with pytest.raises(Refused, match="metadata must be a list of objects, one a prompt"):
+        with pytest.raises(Refused, match="metadata must be a list of objects, one per prompt"):
             parse_request(json.dumps(values | {"metadata": wrong}).encode(), Limits())
 
 

@@ -145,7 +145,9 @@ def test_prompts_are_checked_with_what_is_known_of_them() -> None:
 def batch_of(**raw: list[float]) -> RewardBatch:
     columns = {name: torch.tensor(values) for name, values in raw.items()}
     kept = torch.stack(list(columns.values())).isfinite().all(0)
-    return RewardBatch(columns, sum(columns.values()), None if kept.all() else kept)  # type: ignore[arg-type]
+    total: torch.Tensor = sum(columns.values())  # type: ignore[assignment]
+    lost = None if kept.all() else kept
+    return RewardBatch(columns, total, torch.ones(len(columns)), kept=lost)
 
 
 def test_a_sample_is_kept_where_every_scoring_keeps_it() -> None:

@@ -12,7 +12,6 @@ from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
-    name_parameters,
     optimizer_tensors,
     save_checkpoint,
 )
@@ -69,6 +68,9 @@ def test_a_torn_checkpoint_is_not_listed(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "000002" / "state.json").read_text()) == {"iteration": 2}
 
 
+NAMES = ["block.0:weight", "bias"]  # a colon in a name does no harm
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
 def test_a_restored_optimizer_goes_on_exactly(kind):
     options = {"lr": 0.1} | ({"momentum": 0.9} if kind is torch.optim.SGD else {})
@@ -83,10 +85,10 @@ def test_a_restored_optimizer_goes_on_exactly(kind):
     for _ in range(3):
         step(parameters, optimizer)
     copies = copy.deepcopy(parameters)
-    tensors = {k: v.clone() for k, v in optimizer_tensors(optimizer).items()}
-    assert tensors
+    tensors = {k: v.clone() for k, v in optimizer_tensors(optimizer, NAMES).items()}
+    assert {key.rpartition(":")[0] for key in tensors} == {f"optimizer.{n}" for n in NAMES}
     restored = kind(copies, **options)
-    load_optimizer_tensors(restored, tensors | {"parameter.0": torch.zeros(1)})
+    load_optimizer_tensors(restored, tensors | {"parameter.weight": torch.zeros(1)}, NAMES)
     for _ in range(2):
         step(parameters, optimizer)
         step(copies, restored)
@@ -98,10 +100,34 @@ def test_settings_are_those_of_the_new_optimizer():
     old, new = torch.optim.AdamW([parameter], lr=0.1), torch.optim.AdamW([parameter], lr=0.5)
     parameter.grad = torch.ones(1)
     old.step()
-    load_optimizer_tensors(new, optimizer_tensors(old))
+    load_optimizer_tensors(new, optimizer_tensors(old, ["weight"]), ["weight"])
     assert new.param_groups[0]["lr"] == 0.5
 
 
-def test_parameters_are_named_by_position():
-    values = [torch.zeros(1), torch.ones(1)]
-    assert name_parameters("ema", values) == {"ema.0": values[0], "ema.1": values[1]}
+def test_moments_find_their_parameters_by_name_in_any_order():
+    first, second = torch.zeros(1, requires_grad=True), torch.zeros(2, requires_grad=True)
+    old = torch.optim.AdamW([first, second], lr=0.1)
+    first.grad, second.grad = torch.ones(1), torch.full((2,), 2.0)
+    old.step()
+    tensors = optimizer_tensors(old, ["first", "second"])
+    assert {"optimizer.first:exp_avg", "optimizer.second:exp_avg_sq"} <= tensors.keys()
+    new = torch.optim.AdamW([second, first], lr=0.1)
+    load_optimizer_tensors(new, tensors, ["second", "first"])
+    for parameter in (first, second):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(new.state[parameter][moment], old.state[parameter][moment])
+
+
+def test_tables_that_moments_share_are_saved_once_each():
+    """As 8-bit states do, in a dictionary of their own; files refuse tensors that share memory."""
+    table = torch.arange(4.0)
+
+    class Shared:
+        def state_dict(self):
+            inner = [{"table": table, "code": torch.full((2,), i)} for i in (0.0, 1.0)]
+            return {"state": {i: {"step": 3, "quantised": inner[i]} for i in range(2)}}
+
+    tensors = optimizer_tensors(Shared(), ["a", "b"])
+    assert set(tensors) == {f"optimizer.{p}:{m}" for p in "ab" for m in ("step", "table", "code")}
+    first, second = tensors["optimizer.a:table"], tensors["optimizer.b:table"]
+    assert torch.equal(first, second) and first.data_ptr() != second.data_ptr()

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from chunkgrpo.runtime.old_policy import DECAY_SCHEDULES, Old
+from chunkgrpo.runtime.old_policy import DECAY_SCHEDULES, OldPolicy
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_schedules_at_their_marks(name, expected):
 @pytest.mark.parametrize("schedule", list(DECAY_SCHEDULES))
 def test_updates_follow_the_formula(schedule):
     parameter = torch.tensor([0.0, 1.0], requires_grad=True)
-    old, expected = Old([parameter], schedule), [0.0, 1.0]
+    old, expected = OldPolicy({"weight": parameter}, schedule), [0.0, 1.0]
     for step in (1, 60, 90, 100, 200, 400, 800):
         with torch.no_grad():
             parameter.copy_(torch.tensor([float(step), -2.0 * step]))
@@ -43,7 +43,7 @@ def test_updates_follow_the_formula(schedule):
 
 def test_it_begins_with_a_copy():
     parameter = torch.zeros(2, requires_grad=True)
-    old = Old([parameter])
+    old = OldPolicy({"weight": parameter})
     with torch.no_grad():
         parameter.add_(1)
     assert (old.values[0] == 0).all() and not old.values[0].requires_grad
@@ -51,7 +51,7 @@ def test_it_begins_with_a_copy():
 
 def test_applying_is_undone_even_after_an_error():
     parameter = torch.tensor([1.0, 2.0], requires_grad=True)
-    old = Old([parameter])
+    old = OldPolicy({"weight": parameter})
     with torch.no_grad():
         parameter.add_(5)
     with old.applied([parameter]):
@@ -69,7 +69,7 @@ def test_applying_is_undone_even_after_an_error():
 
 def test_graphs_built_before_survive():
     parameter = torch.tensor([3.0], requires_grad=True)
-    old = Old([parameter])
+    old = OldPolicy({"weight": parameter})
     with torch.no_grad():
         parameter.fill_(5.0)
     square = parameter**2
@@ -80,23 +80,26 @@ def test_graphs_built_before_survive():
 
 
 def test_a_checkpoint_brings_it_back():
+    names = ["layer.bias", "layer.weight"]
     parameters = [torch.tensor([1.0], requires_grad=True), torch.zeros(2, 2, requires_grad=True)]
-    old = Old(parameters, "awm")
+    old = OldPolicy(dict(zip(names, parameters, strict=True)), "awm")
     with torch.no_grad():
         for parameter in parameters:
             parameter.add_(3)
     old.update(parameters, 250)
     saved = {name: value.clone() for name, value in old.state().items()}
-    assert list(saved) == ["old.0", "old.1"]
-    again = Old([torch.full((1,), 9.0), torch.full((2, 2), 9.0)], "awm")
-    again.load(saved | {"parameter.0": torch.zeros(1)})
+    assert list(saved) == ["old.layer.bias", "old.layer.weight"]
+    others = torch.full((1,), 9.0), torch.full((2, 2), 9.0)
+    again = OldPolicy(dict(zip(names, others, strict=True)), "awm")
+    again.load(saved | {"parameter.layer.bias": torch.zeros(1)})
     for value, expected in zip(again.values, old.values, strict=True):
         assert torch.equal(value, expected)
     assert again.values[0].item() == pytest.approx(0.25 * 1 + 0.75 * 4)
-    with pytest.raises(ValueError, match=r"the checkpoint holds no old\.1"):
-        again.load({"old.0": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"the checkpoint holds no old\.layer\.weight"):
+        again.load({"old.layer.bias": torch.zeros(1)})
 
 
 def test_an_unknown_schedule_is_refused():
-    with pytest.raises(ValueError, match="unknown decay schedule 'fast'; known: none, nft1, nft2"):
-        Old([torch.zeros(1)], "fast")
+    message = r"unknown decay schedule 'fast'; .*known: none, nft1, nft2, awm$"
+    with pytest.raises(ValueError, match=message):
+        OldPolicy({"weight": torch.zeros(1)}, "fast")

@@ -4,12 +4,11 @@
 import pytest
 import torch
 
-from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
-from chunkgrpo.core import FlowDiffusion, Transition, make_sigmas, whole_plan
+from chunkgrpo.core import FlowDiffusion, Transition, TransitionKl, make_sigmas, whole_plan
 from chunkgrpo.policies.adaptation import Adaptation
-from chunkgrpo.rollout import rollout
 from chunkgrpo.runtime.weights import swapped
 from chunkgrpo.types import Experience
+from compose import chunk_grpo, rollout
 
 BFLOAT16 = {"device_type": "cpu", "dtype": torch.bfloat16}
 
@@ -70,7 +69,7 @@ def test_the_kl_to_the_reference_sees_what_training_changed(tiny_policy, outer):
         policy, ["a star"], flow, make_sigmas(3), 4, torch.Generator().manual_seed(0)
     )
     experience = Experience(trajectory, torch.tensor([1.0, -1.0, 1.0, -1.0]))
-    algorithm = ChunkGRPO(whole_plan(2), flow, num_updates=1, kl_coefficient=0.1)
+    algorithm = chunk_grpo(whole_plan(2), flow, updates=1, kl=TransitionKl(0.1))
 
     def divergence():
         parts = algorithm.losses(policy, experience, torch.Generator().manual_seed(0))

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -35,12 +36,12 @@ from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.types import Experience, LossPart, SamplingRequest, Trajectory
 
 MODES = ("exp_first", "sum_first")
-"""A ratio per time, or one per sample."""
+"""One ratio per pair, or one per sample."""
 
 
 @dataclass(frozen=True)
 class AWMLoss:
-    r"""The clipped surrogate on log-probabilities read off the pretraining loss.
+    r"""The clipped surrogate on log-probabilities derived from the pretraining loss.
 
     .. math:: L = \frac1Q \sum_{\text{pairs}} \left[
               \max(-A\rho, -A\,\mathrm{clip}(\rho, 1-\epsilon_l, 1+\epsilon_h))
@@ -54,10 +55,10 @@ class AWMLoss:
         times: T, times per sample (:func:`~chunkgrpo.core.awm.stratified_times`).
         clip_low: Clip range of the ratio below 1; at 1.0 the clip binds only for ratios above 2.
         clip_high: Clip range above 1.
-        advantage_clip: Advantages are clamped to this size.
-        advantage_max: They are then scaled so that the clamp becomes this.
-        kl: Weight of the squared distance from the reference's velocity; 0 turns it off, and the
-            reference is then not evaluated. 1e-3 to 3e-3 in the published runs.
+        advantage_clip: Advantages are clamped to this absolute value.
+        advantage_max: They are then scaled so that the clamp is at this value.
+        kl: Weight of the squared distance from the reference's velocity; with 0 the reference is
+            not evaluated. 1e-3 to 3e-3 in the published runs.
         ema_weight: The same for the averaged policy; 1 in the published runs.
         updates: Optimizer steps per rollout; samples are dealt to them at random.
         micro_batch: (sample, time) pairs per forward and backward.
@@ -94,10 +95,10 @@ class AWMLoss:
 class AWM:
     """Policy gradient with the pretraining loss as log-probability.
 
-    A pair's log-probability and its old one share time and noise. The old policy of the *ratio* is
-    the one that sampled: the policy as ``losses`` finds it. So ratios of the first update are
-    exactly 1; for later updates the old log-probabilities are computed before the first one, in
-    the micro-batches that will be trained.
+    A pair's new and old log-probability share time and noise. The old policy of the ratio is the
+    one that sampled, i.e. the policy when ``losses`` begins. So ratios of the first update are
+    exactly 1; for later updates the old log-probabilities are computed before the first one,
+    in the same micro-batches.
 
     With ``mode`` ``"sum_first"`` the log-ratios of a sample's T times are averaged before the
     exponential, one ratio and one clipping decision per sample, like a chunk of random times. Its
@@ -106,10 +107,10 @@ class AWM:
 
     Args:
         loss: The objective.
-        average: The averaged policy of the last term; needed where ``loss.ema_weight`` is above 0.
+        average: The averaged policy of the last term; required if ``loss.ema_weight`` is above 0.
 
     Raises:
-        ValueError: If the loss has the term and there is no averaged policy.
+        ValueError: If the loss has that term and there is no averaged policy.
     """
 
     loss: AWMLoss
@@ -118,17 +119,17 @@ class AWM:
     def __post_init__(self) -> None:
         if self.loss.ema_weight > 0 and self.average is None:
             raise ValueError(
-                f"ema_weight is {self.loss.ema_weight}, but there is no averaged policy to stay "
-                "near; give one, or set the weight to 0"
+                f"ema_weight is {self.loss.ema_weight}, but there is no averaged policy; "
+                "pass one, or set the weight to 0"
             )
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.loss.updates
 
     def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Only the clean latents are needed."""
+        """Request a rollout without a window: only the clean latents are needed."""
         return SamplingRequest()
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
@@ -156,7 +157,7 @@ class AWM:
         advantages_B = scaled_advantages(
             experience.advantages, loss.advantage_clip, loss.advantage_max
         )
-        # Only the moved policy can have ratios other than 1.
+        # Only an updated policy can have ratios other than 1.
         has_moved, mean_B = update > 0, None
         if loss.mode == "sum_first":
             new_BT = self.log_probs(policy, trajectory, deal, batches) if has_moved else old_BT
@@ -183,7 +184,7 @@ class AWM:
             yield LossPart(each.sum() / num_pairs(batches), ends, diagnostics)
 
     def anchors(self, policy: Policy, pairs: NoisedPairs) -> dict[str, tuple[float, Tensor]]:
-        """Return the velocities that the loss stays near, each with its weight."""
+        """Return the velocities that the loss pulls towards, each with its weight."""
         found: dict[str, tuple[float, Tensor]] = {}
         if self.loss.kl > 0:
             v_ref = pairs.velocity_within(policy, policy.reference())
@@ -199,10 +200,10 @@ class AWM:
         """Return each pair's loss and whether its gradient is cut, [Q] each.
 
         Args:
-            log_prob: Present pseudo-log-probability, with gradient.
-            old: That of the policy that sampled.
-            advantages: Scaled, one a pair.
-            mean: Where a sample has one ratio, its log for each pair.
+            log_prob: Pseudo-log-probability of the current policy, with gradient.
+            old: That of the old policy.
+            advantages: Scaled, one per pair.
+            mean: Log-ratio of each pair's sample, where a sample has one ratio; else None.
         """
         clip = (self.loss.clip_low, self.loss.clip_high)
         if mean is None:
@@ -218,7 +219,7 @@ class AWM:
     def log_probs(
         self, policy: Policy, trajectory: Trajectory, deal: Deal, batches: Sequence[Pairs]
     ) -> Tensor:
-        """Return the present policy's pseudo-log-probabilities of some pairs, [B, T], else 0."""
+        """Return the current policy's pseudo-log-probabilities at some pairs, [B, T], else 0."""
         filled_BT = torch.zeros(deal.times.shape, device=trajectory.final.device)
         for slots in batches:
             pairs = deal.pairs(trajectory, slots)
@@ -228,16 +229,21 @@ class AWM:
         return filled_BT
 
     def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Let the averaged policy follow."""
+        """Update the averaged policy."""
         if self.average is not None:
             self.average.update(policy.parameters(), num_updates)
         return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the averaged policy's weights."""
-        return ({} if self.average is None else self.average.state()), {}
+        return ({} if self.average is None else self.average.state()), {"method": "awm"}
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another method or lacks a weight.
+        """
+        check_method(info, "awm")
         if self.average is not None:
             self.average.load(tensors)

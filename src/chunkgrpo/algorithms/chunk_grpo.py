@@ -25,18 +25,20 @@ from chunkgrpo.types import Experience, LossPart, SamplingRequest
 class ChunkGRPO:
     """One clipped importance ratio per chunk of steps.
 
-    Chunks of one step are step-level GRPO, one chunk of all steps is its sequence-level relative.
+    With chunks of one step this is step-level GRPO, with one chunk of all steps its sequence-level
+    variant.
 
     Args:
-        plan: How the planned steps form chunks: all trained steps, or those of a window.
+        plan: Chunks of all trainable steps, or of a window's.
         transition: The one the rollout uses.
         loss: The objective.
-        selection: Which chunks of a sample are trained; what it learns is kept here.
-        window: Which steps are stochastic and trained.
-        num_trained: N, the steps that can be trained; those of the plan where None.
-        recut: Cuts the policy's measured dynamics into chunks anew.
-        refresh: Iterations between calls of ``recut``; 0 keeps the plan.
-        velocities: Let every rollout keep the sampling policy's velocities.
+        selection: Which chunks of a sample are trained on; a learned one has a state, which
+            checkpoints contain.
+        window: Which steps are stochastic and trained on.
+        num_trained: N, the trainable steps; None: those of the plan.
+        recut: Returns a plan cut anew from the policy's measured dynamics.
+        refresh: Iterations between calls of ``recut``; with 0 the plan stays.
+        velocities: Store the old policy's velocities in every rollout.
 
     Raises:
         ValueError: If the transition has no density, or the window or the weights do not fit.
@@ -62,14 +64,14 @@ class ChunkGRPO:
         self.plan.validate_for(self.window.num_planned(self.steps))
         self.window.places(self.plan, self.steps)
         self.loss.outer_weights.check(self.plan)
-        learns = isinstance(self.selection, LearnedSelection)
-        self.learned = self.selection if learns else None
+        selection = self.selection
+        self.learned = selection if isinstance(selection, LearnedSelection) else None
         self.present = self.plan
         self.observer: ChunkObserver | None = None
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.loss.updates
 
     def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
@@ -101,7 +103,7 @@ class ChunkGRPO:
             yield part if observer is None else observer.observed(part, policy.parameters())
 
     def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Let the selection learn; return the chunks and what became of their probabilities."""
+        """Update a learned selection; return the chunks and their new probabilities."""
         metrics: dict[str, Any] = {"chunks": list(self.present.sizes)}
         if self.learned is not None and self.observer is not None:
             self.learned.observe(self.observer.usefulness())
@@ -110,7 +112,7 @@ class ChunkGRPO:
         return metrics
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the plan, and what the selection has learned."""
+        """Return the plan and the state of a learned selection."""
         info: dict[str, Any] = {"chunks": list(self.plan.sizes)}
         if self.learned is not None:
             info["learned"] = self.learned.state()

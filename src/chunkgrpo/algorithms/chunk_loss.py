@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The chunk-level surrogate in pieces: its exact, memory-bounded gradient.
+"""The chunk-level surrogate and its exact gradient in pieces of bounded memory.
 
-Step-level GRPO is a plan of chunks of one and sequence-level GRPO a plan of one chunk; neither is
-code of its own. Nor are the neighbours that differ in the ratio's form, the trust region or the
-weights of steps: all are this loss with other parts.
+Step-level GRPO is a plan of chunks of one step, sequence-level GRPO a plan of one chunk. Methods
+that differ in the form of the ratio, the trust region or the weights of steps are this loss with
+other parts.
 
-Axis names: B samples, N transitions, C chunks, M chosen chunks of a sample.
+Axis names: B samples, N transitions, C chunks, M selected chunks of a sample.
 """
 
 from __future__ import annotations
@@ -31,42 +31,41 @@ from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.types import Experience, LossPart
 
 ANCHORS = ("rollout", "replay")
-"""Where the log-densities of the sampling policy come from."""
+"""Where the old log-probabilities come from."""
 
 
 @dataclass(frozen=True)
 class ChunkLoss:
     r"""The chunk-level clipped surrogate.
 
-    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{chosen}} \lambda_{bj}
+    .. math:: L = \frac{1}{S M} \sum_{b,j\,\text{selected}} \lambda_{bj}
               \max(-A_b s_{bj}, -A_b\,\mathrm{clip}(s_{bj}, 1-\epsilon_l, 1+\epsilon_h)),
               \qquad \log s_{bj} = \frac{1}{cs_j} \sum_{i \in ch_j} a_i
               (\ell_{bi} - \ell^{old}_{bi} + b_{bi})
 
-    with S samples per update and M chosen chunks per sample. As published for Chunk-GRPO, a = 1,
+    with S samples per update and M selected chunks per sample. As published for Chunk-GRPO, a = 1,
     b = 0 and lambda = 1; ``ratio``, ``inner_weights``, ``outer_weights``, ``trust`` and the
     selection's own weights change them.
 
     A chunk's loss depends on its steps only through one number, its ratio. So a pass without
-    gradient finds the ratios, and (sample, step) pairs are then back-propagated with a scalar
-    coefficient each, in equal micro-batches of any size: memory does not depend on how long chunks
-    are. No such pass is needed for the first update, whose ratios are 1, nor for chunks of one
+    gradient finds the ratios, and (sample, step) pairs are then back-propagated with one scalar
+    coefficient each, in equal micro-batches of any size: memory does not depend on the length of
+    chunks. The pass is not needed for the first update, whose ratios are 1, nor for chunks of one
     step, whose ratio is known in the forward that is back-propagated.
 
     Attributes:
         trust: Trust region of the ratio.
         ratio: Form of the ratio, see :func:`~chunkgrpo.core.ratios.ratio_scale`.
         inner_weights: Weights of the steps inside a chunk's ratio.
-        outer_weights: Weights of the loss of a step; of a chunk, their mean over its steps.
-        anchor: ``rollout`` uses the log-densities the rollout computed; ``replay`` recomputes them
-            in the micro-batches that will be trained, so that ratios start at exactly 1 in any
-            precision, for one more forward a pair.
-        kl: KL(new || reference) per dimension, averaged over trained pairs.
-        old_kl: Weight of the k3 estimate of the KL to the sampling policy, per chunk.
+        outer_weights: Weights of the losses of steps; a chunk has the mean over its steps.
+        anchor: ``rollout`` uses the log-probabilities stored by the rollout; ``replay`` recomputes
+            them in the micro-batches of training, so that ratios start at exactly 1 in any
+            precision, at the cost of one more forward per pair.
+        kl: KL(new || reference) per dimension, averaged over pairs.
+        old_kl: Weight of the k3 estimate of the KL to the old policy, per chunk.
         consistency: Weight of the temporal consistency of neighbouring chunks
             (:func:`~chunkgrpo.core.consistency.consistency`), averaged over samples and
-            neighbours. It is zero, and so is its gradient, until the first update has moved the
-            policy.
+            neighbours. It and its gradient are zero before the first update.
         updates: Optimizer steps per rollout; samples are dealt to them at random.
         micro_batch: (sample, step) pairs per forward and backward.
     """
@@ -103,12 +102,12 @@ class ChunkLoss:
 
     @property
     def needs_divergence(self) -> bool:
-        """Whether the mean of each step is compared with the sampling policy's."""
+        """Whether the mean of each step is compared with the old policy's."""
         return self.ratio == "guard" or self.trust.needs_divergence
 
     @property
     def needs_velocities(self) -> bool:
-        """Whether the rollout must keep the sampling policy's velocities."""
+        """Whether the rollout must store the old policy's velocities."""
         return self.needs_divergence or self.consistency > 0
 
     def parts(
@@ -121,16 +120,16 @@ class ChunkLoss:
         """Yield the pieces of ``updates`` losses; see :class:`~.protocol.Algorithm`.
 
         Raises:
-            ValueError: If the plan does not cover the trained steps, there are fewer samples than
-                updates, or the rollout kept no velocities and the loss compares with them.
+            ValueError: If the plan does not cover the window's steps, there are fewer samples than
+                updates, or the loss needs velocities that the rollout has not stored.
         """
         trajectory = experience.trajectory
         plan = chunks.plan.validate_for(trajectory.num_trained)
         self.outer_weights.check(plan)
         if self.needs_velocities and trajectory.velocities is None:
             raise ValueError(
-                "this objective compares the policy's predictions with those of the sampling "
-                "policy, and the rollout kept none; sample with keep_velocities=True"
+                "this objective compares the policy's predictions with those of the old policy, "
+                "and the rollout stored none; sample with keep_velocities=True"
             )
         # Everything that decides which pairs are trained stays on the CPU, with the generator.
         curve_BN = trajectory.dynamics.cpu()

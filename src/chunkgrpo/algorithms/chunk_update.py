@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,14 +32,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunks:
-    """What an iteration trains, and how its steps are sampled.
+    """What an iteration trains on, and how its steps are sampled.
 
     Attributes:
         plan: The chunks within the window.
-        selection: Which of them each sample trains.
+        selection: Which of them are trained on, sample by sample.
         transition: The one the rollout used.
-        apart: Let every micro-batch hold steps of one chunk, so that gradients can be told apart
-            by chunk.
+        apart: Let every micro-batch hold steps of one chunk only, so that gradients can be
+            measured by chunk.
     """
 
     plan: ChunkPlan
@@ -56,14 +57,14 @@ def joined(batch: list[MicroBatch]) -> Pairs:
 def pairs_of(share_S: Tensor, mask_BC: Tensor, plan: ChunkPlan, generator: Generator) -> Pairs:
     """List the (sample, step) pairs of one update."""
     row, step = mask_BC[share_S][:, plan.chunk_of_step].nonzero(as_tuple=True)
-    # Shuffled, so that every micro-batch holds all noise levels and all are alike in size.
+    # Shuffled, so that every micro-batch holds all noise levels.
     order = torch.randperm(len(step), generator=generator)
     return share_S[row][order], step[order]
 
 
 @dataclass(frozen=True)
 class Densities:
-    """Log-probabilities per dimension and divergences from the sampling policy, [B, N] each."""
+    """Log-probabilities per dimension, and divergences from the old policy, [B, N] each."""
 
     log_prob: Tensor
     divergence: Tensor
@@ -71,7 +72,7 @@ class Densities:
 
 @dataclass(frozen=True)
 class Scales:
-    """Numbers per step that are known before training.
+    """Factors per step or chunk that are known before training.
 
     Attributes:
         inner_N: a, the factor of a step's log-ratio inside its chunk.
@@ -87,9 +88,9 @@ class Scales:
 
     @staticmethod
     def of(loss: ChunkLoss, trajectory: Trajectory, chunks: Chunks) -> Scales:
-        """Work the factors out for a trajectory's schedule."""
-        # Of all steps that can be trained, also where a window trains a few: weights have mean 1
-        # over the schedule, or those of a window of one step would always be 1.
+        """Compute the factors for a trajectory's schedule."""
+        # Over all trainable steps, also with a window: weights have mean 1 over the schedule, or
+        # those of a window of one step would always be 1.
         sigmas, kernel = trajectory.sigmas[:-1], chunks.transition
         window = slice(trajectory.offset, trajectory.offset + trajectory.num_trained)
         dt_N = sigmas[:-1] - sigmas[1:]
@@ -105,7 +106,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Asks the present policy about the pairs of one rollout."""
+    """Evaluates the current policy at the pairs of one rollout."""
 
     loss: ChunkLoss
     policy: Policy
@@ -142,7 +143,7 @@ class Evaluator:
         return step.log_prob_per_dim(part.state(self.trajectory, ahead=1)).float()
 
     def divergence(self, part: MicroBatch, step: Gaussian) -> Tensor:
-        """Return each pair's KL(new || sampling policy) per dimension, [Q]."""
+        """Return each pair's KL(new || old) per dimension, [Q]."""
         trajectory, where = self.trajectory, part.pairs[1]
         sigmas = trajectory.trained_sigmas
         before = self.chunks.transition(
@@ -152,7 +153,7 @@ class Evaluator:
 
     @torch.no_grad()
     def measured(self, batch: list[MicroBatch], start: Densities) -> Densities:
-        """Return the present policy's densities of some pairs, and ``start`` elsewhere."""
+        """Return the current policy's densities at some pairs, and ``start`` elsewhere."""
         filled = Densities(start.log_prob.clone(), start.divergence.clone())
         for part in batch:
             step = self.transition(part)
@@ -164,12 +165,12 @@ class Evaluator:
 
 @dataclass(frozen=True)
 class Tables:
-    """The loss and what follows from it, for all pairs at once.
+    """The loss and its coefficients, for all pairs at once.
 
     Attributes:
-        value_BN, slope_BN: Share of the loss that a step carries, and the coefficient of its
-            log-probability in the gradient.
-        log_ratio_BC, cut_BC: Of each chunk.
+        value_BN, slope_BN: A step's share of the loss, and the coefficient of its log-probability
+            in the gradient.
+        log_ratio_BC, cut_BC: Log-ratio of each chunk, and whether its gradient is cut.
     """
 
     value_BN: Tensor
@@ -196,17 +197,27 @@ class Update:
     def plan(self) -> ChunkPlan:
         return self.evaluator.chunks.plan
 
+    # Sent once an update: tables are worked out anew for every micro-batch of single steps.
+    @cached_property
+    def sent_mask_BC(self) -> Tensor:
+        return send(self.mask_BC, self.evaluator.trajectory.device)
+
+    @cached_property
+    def sent_weight_BC(self) -> Tensor:
+        return send(self.weight_BC, self.evaluator.trajectory.device) * self.scales.outer_C
+
     def parts(self, batch: list[MicroBatch]) -> Iterator[LossPart]:
-        """Yield the pieces; only a moved policy can have ratios other than 1."""
+        """Yield the pieces; only an updated policy can have ratios other than 1."""
         loss, number = self.loss, sum(len(part) for part in batch)
         # The ratio of a longer chunk must be known before its first step is back-propagated.
         longer = self.by_size(batch, single=False) if self.moved else []
         new = self.evaluator.measured(longer, self.old)
         tables, idle = self.tables(new), None
-        if not loss.kl.weight:  # a KL pulls on every pair
+        if not loss.kl.weight:  # with a KL term every pair has a gradient
             batch, idle = self.without_idle(batch, tables)
         if self.moved and idle is not None:  # ratios are reported of all pairs
-            new = self.evaluator.measured(self.by_size([idle], single=True), new)
+            quiet = self.by_size(self.evaluator.cut(idle.planned), single=True)
+            new = self.evaluator.measured(quiet, new)
         neighbours = self.neighbours() if loss.consistency > 0 and self.moved else []
         total = len(batch) + len(neighbours) + (idle is not None)
         for index in range(total):
@@ -222,28 +233,27 @@ class Update:
             yield LossPart(value, ends, diagnostics | last)
 
     def by_size(self, batch: list[MicroBatch], single: bool) -> list[MicroBatch]:
-        """Return the pairs that are a chunk by themselves, or those that are not."""
+        """Return the pairs whose step is a chunk by itself, or the others."""
         sizes_N = torch.tensor(self.plan.sizes)[self.plan.chunk_of_step]
         sample, step = joined(batch)
         wanted = (sizes_N[step] == 1) == single
         return batch if wanted.all() else self.evaluator.cut((sample[wanted], step[wanted]))
 
     def tables(self, new: Densities) -> Tables:
-        """Work out the loss of every chunk from the densities of its steps."""
+        """Compute the loss of every chunk from the densities of its steps."""
         loss, plan, scales = self.loss, self.plan, self.scales
         advantages = self.experience.advantages
         bias_BN = new.divergence if loss.ratio == "guard" else 0.0
         ratio_BN = scales.inner_N * (new.log_prob - self.old.log_prob + bias_BN)
         log_ratio_BC, divergence_BC = plan.reduce(ratio_BN), plan.reduce(new.divergence)
-        mask_BC = self.mask_BC.to(ratio_BN.device)
-        weight_BC = self.weight_BC.to(ratio_BN) * scales.outer_C
+        mask_BC, weight_BC = self.sent_mask_BC, self.sent_weight_BC.to(ratio_BN.dtype)
         value_BC = loss.trust.value(log_ratio_BC, advantages, divergence_BC)
         slope_BC = loss.trust.slope(log_ratio_BC, advantages, divergence_BC)
         if loss.old_kl:
             value_BC = value_BC + loss.old_kl * k3_kl(log_ratio_BC)
             slope_BC = slope_BC + loss.old_kl * k3_slope(log_ratio_BC)
         denominator = int(self.mask_BC[self.share_S].sum())
-        # Each step carries its part of the chunk's loss, so that the pieces sum to the loss.
+        # Each step has its part of the chunk's loss, so that the pieces sum to the loss.
         value_BN = step_coefficients(mask_BC, weight_BC * value_BC, plan, denominator)
         slope_BN = step_coefficients(mask_BC, weight_BC * slope_BC, plan, denominator)
         cut_BC = loss.trust.is_cut(log_ratio_BC, advantages, divergence_BC)
@@ -252,7 +262,7 @@ class Update:
     def pair_part(
         self, part: MicroBatch, new: Densities, tables: Tables, number: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the piece of a micro-batch; ratios of single steps are filled into ``new``."""
+        """Return the piece of a micro-batch, and write densities of single steps to ``new``."""
         loss, evaluator, pairs = self.loss, self.evaluator, part.pairs
         step = evaluator.transition(part)
         log_prob = moving = evaluator.log_prob(part, step)
@@ -287,7 +297,7 @@ class Update:
     def idle_part(
         self, idle: MicroBatch, new: Densities, tables: Tables
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the piece of pairs that pull nowhere: their value, without a forward."""
+        """Return the piece of idle pairs: their value, without a forward."""
         nothing = 0.0 * self.evaluator.policy.parameters()[0].float().sum()
         diagnostics = {
             "sample": idle.planned[0],
@@ -321,11 +331,11 @@ class Update:
     def without_idle(
         self, batch: list[MicroBatch], tables: Tables
     ) -> tuple[list[MicroBatch], MicroBatch | None]:
-        """Take out the pairs whose coefficient is 0 for certain; cut the others anew.
+        """Separate the idle pairs, and form new micro-batches of the others.
 
-        Chunks that are cut and samples of advantage 0 pull nowhere, so no forward is spent on
-        them. A single step of a moved policy may still turn out to be cut; then only its gradient
-        is 0.
+        Pairs of clipped chunks and of samples with advantage 0 have no gradient, so they need no
+        forward. Whether a chunk of one step is clipped in a later update is known only after its
+        forward; its gradient is then 0.
         """
         sample, step = joined(batch)
         pulls = torch.cat([tables.slope_BN[part.pairs] != 0 for part in batch]).cpu()
@@ -338,7 +348,7 @@ class Update:
         return alive, idle
 
     def chunk_diagnostics(self, tables: Tables) -> dict[str, Tensor]:
-        """Return the log-ratio of each trained chunk, and whether it is cut."""
+        """Return the log-ratio of each selected chunk, and whether its gradient is cut."""
         row, chunk = self.mask_BC[self.share_S].nonzero(as_tuple=True)
         device = tables.cut_BC.device
         where = (self.share_S[row].to(device), chunk.to(device))

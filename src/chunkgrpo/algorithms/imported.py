@@ -28,7 +28,7 @@ class ImportedTrust:
     kind: Literal["imported"] = field(default="imported", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Import it, so that a wrong path shows before a model is loaded."""
+        """Import it, so that a wrong path is reported before a model is loaded."""
         module, separator, attribute = self.path.partition(":")
         try:
             if not separator:
@@ -41,11 +41,11 @@ class ImportedTrust:
     @property
     def region(self) -> TrustRegion:
         """The trust region itself."""
-        return self._region  # type: ignore[attr-defined] # set when it is made
+        return self._region  # type: ignore[attr-defined] # set in __post_init__
 
     @property
     def needs_divergence(self) -> bool:
-        """Whether the KL of the chunk to the sampling policy is read."""
+        """Whether the KL of a chunk to the old policy is read."""
         return self.region.needs_divergence
 
     def value(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
@@ -57,5 +57,5 @@ class ImportedTrust:
         return self.region.slope(log_ratio, advantages, divergence)
 
     def is_cut(self, log_ratio: Tensor, advantages: Tensor, divergence: Tensor) -> Tensor:
-        """Where the trust region holds the policy back."""
+        """Where the trust region cuts the gradient."""
         return self.region.is_cut(log_ratio, advantages, divergence)

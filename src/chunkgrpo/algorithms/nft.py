@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiffusionNFT (arXiv:2509.16117): contrast a velocity with the old policy's, on noised images."""
+"""DiffusionNFT (arXiv:2509.16117): contrast a velocity with the old policy's on noised latents."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    check_method,
     check_not_negative,
     check_positive,
     check_sample_advantages,
@@ -37,11 +38,11 @@ class NFTLoss:
     with the pair's loss of :func:`~chunkgrpo.core.nft.nft_pair_loss`.
 
     Attributes:
-        beta: b > 0 of the pair's loss: how far the two velocities stand from the old one.
-        advantage_clip: c > 0, the advantage from which a sample counts as wholly good.
-        fraction: Trained share of the schedule's times, in (0, 1].
-        kl: Weight of the squared distance from the reference's velocity; 0 turns it off, and the
-            reference is then not evaluated.
+        beta: b > 0 of the pair's loss: distance of the two mixtures from the old velocity.
+        advantage_clip: c > 0, the advantage from which on a sample's optimality is 1.
+        fraction: Share of the schedule's times that is trained on, in (0, 1].
+        kl: Weight of the squared distance from the reference's velocity; with 0 the reference is
+            not evaluated.
         updates: Optimizer steps per rollout; samples are dealt to them at random.
         micro_batch: (sample, time) pairs per forward and backward.
     """
@@ -64,15 +65,14 @@ class NFTLoss:
 
 @dataclass
 class DiffusionNFT:
-    """Pull towards what good samples show and away from bad ones, relative to the old policy.
+    """Pull towards good samples and away from bad ones, relative to the old policy.
 
-    ``old`` is the policy that samples, and its velocity anchors the loss. Without it, the old
-    policy is the one found when ``losses`` starts, i.e. that of an ordinary rollout; later updates
-    keep a copy of it.
+    ``old`` is the policy that samples, and the loss contrasts with its velocity. Where None, the
+    policy itself samples; a copy of it is then the old policy of the later updates.
 
     Args:
         loss: The objective.
-        old: The sampling policy, or None for the current one.
+        old: The old policy, which samples; None: the policy itself.
     """
 
     loss: NFTLoss
@@ -80,11 +80,11 @@ class DiffusionNFT:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps a rollout."""
+        """Optimizer steps per rollout."""
         return self.loss.updates
 
     def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Only the clean latents are needed."""
+        """Request a rollout without a window: only the clean latents are needed."""
         return SamplingRequest()
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
@@ -105,7 +105,7 @@ class DiffusionNFT:
         if old is None and loss.updates > 1:
             old = OldPolicy(policy.named_parameters())
         for update, batches in enumerate(deal.updates):
-            # A policy that has not moved is its own old one: no need to ask it twice.
+            # Before the first update the policy is its own old one and need not be evaluated twice.
             anchor = None if self.old is None and update == 0 else old
             for index, slots in enumerate(batches):
                 pairs = deal.pairs(trajectory, slots)
@@ -140,16 +140,21 @@ class DiffusionNFT:
         return each.sum(), diagnostics
 
     def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Let the old policy follow."""
+        """Update the old policy."""
         if self.old is not None:
             self.old.update(policy.parameters(), num_updates)
         return {}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the old policy's weights."""
-        return ({} if self.old is None else self.old.state()), {}
+        return ({} if self.old is None else self.old.state()), {"method": "diffusion_nft"}
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state` returned."""
+        """Restore what :meth:`state` returned.
+
+        Raises:
+            ValueError: If the checkpoint is of another method or lacks a weight.
+        """
+        check_method(info, "diffusion_nft")
         if self.old is not None:
             self.old.load(tensors)

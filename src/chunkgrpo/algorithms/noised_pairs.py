@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """(sample, time) pairs on the forward process: a rollout's clean latents, noised again.
 
-DiffusionNFT and AWM take a rollout's clean latents and advantages and nothing else of it, so any
-solver may have sampled them.
+DiffusionNFT and AWM use only the clean latents and the advantages of a rollout, so any solver may
+have sampled them.
 
 Axis names: B samples, T times per sample, Q (sample, time) pairs of one micro-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -27,7 +28,7 @@ from chunkgrpo.types import Conditioning, Experience, Trajectory
 
 @dataclass(frozen=True)
 class NoisedPairs:
-    """Some (sample, time) pairs, noised and ready for the network.
+    """Some (sample, time) pairs with their noised latents.
 
     Attributes:
         sample, step: [Q]: rows of the trajectory, indices into its schedule.
@@ -52,17 +53,17 @@ class NoisedPairs:
 
     @torch.no_grad()
     def velocity_within(self, policy: Policy, context: AbstractContextManager[None]) -> Tensor:
-        """Return, without gradient, the velocity the policy answers with inside ``context``."""
+        """Return the policy's velocity inside ``context``, without gradient."""
         with context:
             return self.velocity(policy)
 
 
 @dataclass(frozen=True)
 class Deal:
-    """Everything random about one rollout's training, drawn before it starts.
+    """All random choices of one rollout's training, drawn before it starts.
 
-    Noise is kept as one seed per pair: it costs no memory, comes back the same in a second pass,
-    and does not depend on the micro-batches.
+    Noise is represented by one seed per pair: it takes no memory, is the same in a second pass, and
+    does not depend on the micro-batches.
 
     Attributes:
         times: [B, T], indices into the schedule.
@@ -97,7 +98,7 @@ class Deal:
 
     def pairs(self, trajectory: Trajectory, slots: Pairs) -> NoisedPairs:
         """Noise the clean latents of some pairs."""
-        # One piece, and not waited for: an index from the host would be, each time it is used.
+        # Sent in one piece, so that the host does not wait: indexing from the host would.
         where = send(torch.stack([*slots, self.times[slots]]), trajectory.device)
         sample, slot, step = where.unbind()
         clean = trajectory.final[sample]
@@ -134,6 +135,19 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be positive")
 
 
+def check_method(info: Mapping[str, Any], method: str) -> None:
+    """Refuse what another method saved: its second policy may have the same tensors.
+
+    Raises:
+        ValueError: With both names.
+    """
+    found = info.get("method", "none that trains finished images")
+    if found != method:
+        raise ValueError(
+            f"the checkpoint was written by another method than {method}: {found}; start a new run"
+        )
+
+
 def check_sample_advantages(experience: Experience) -> None:
     """Refuse advantages by chunk, which a method without chunks cannot use.
 
@@ -143,6 +157,6 @@ def check_sample_advantages(experience: Experience) -> None:
     shape, num_samples = tuple(experience.advantages.shape), experience.trajectory.num_samples
     if shape != (num_samples,):
         raise ValueError(
-            f"advantages have shape {shape}; a method that trains clean latents has one a sample, "
-            f"({num_samples},); credit by chunk needs Chunk-GRPO"
+            f"advantages have shape {shape}; a method that trains on clean latents has one per "
+            f"sample, ({num_samples},); credit by chunk needs Chunk-GRPO"
         )

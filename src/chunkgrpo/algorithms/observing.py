@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measuring, while the updates of one iteration happen, how useful each chunk was."""
+"""Measuring how useful each chunk was, during the updates of one iteration."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ from chunkgrpo.types import LossPart
 
 
 class ChunkObserver:
-    """Watches the pieces of one iteration's loss.
+    """Observes the pieces of one iteration's loss.
 
-    The selection says what a chunk is judged by. ``"gradient"``: squared gradient norm of the first
+    The selection says what usefulness is. ``"gradient"``: squared gradient norm of the first
     update per network row, for which every piece of the loss must hold steps of one chunk.
-    ``"reward"``: the first-order reward gain of later updates' samples, which the moves before them
-    were not trained on.
+    ``"reward"``: the first-order reward gain of the samples of later updates, which the updates
+    before were not trained on.
 
     Args:
         plan: The iteration's chunks.
-        selection: Whose observations these are. Its loss weights, which a chunk's usefulness must
-            not contain, are taken out.
+        selection: The learned selection. Usefulness is corrected for its loss weights.
     """
 
     def __init__(self, plan: ChunkPlan, selection: LearnedSelection) -> None:
@@ -39,7 +38,7 @@ class ChunkObserver:
         self.gains: list[Mapping[str, Tensor]] = []
 
     def observed(self, part: LossPart, parameters: Sequence[Tensor]) -> LossPart:
-        """Return the piece, so that what it says is noted when it is back-propagated."""
+        """Return the piece with a hook that records its gradient where that is needed."""
         diagnostics, first = part.diagnostics, self.update == 0
         self.update += part.ends_update
         if self.kind == "reward":
@@ -59,7 +58,7 @@ class ChunkObserver:
     def note(
         self, step_Q: Tensor, before: Sequence[Tensor | None], parameters: Sequence[Tensor]
     ) -> None:
-        """Add the gradient that a piece brought to that of its chunk."""
+        """Add a piece's gradient to that of its chunk."""
         chunk = int(self.plan.chunk_of_step[step_Q[0]])
         added = [
             p.grad if b is None else p.grad - b

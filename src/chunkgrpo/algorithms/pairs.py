@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""(sample, step) pairs: what goes through the network together in training.
+"""(sample, step) pairs, and the micro-batches that they form in training.
 
-An index that lies elsewhere than what it picks from makes the host wait for the device each time it
-is used; so the indices of all micro-batches are planned on the host and sent ahead, in one piece.
+Indexing a tensor on the device by an index on the host makes the host wait each time; so the
+indices of all micro-batches are planned on the host and sent beforehand, in one piece.
 
 Axis names: B samples, S samples of one update, Q pairs.
 """
@@ -24,13 +24,13 @@ Pairs = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """The pairs of one forward, where they are planned and where they are computed.
+    """The pairs of one forward, on the host and on the device.
 
     Attributes:
         planned: The pairs on the host.
         pairs: The same on the trajectory's device.
-        alike: Where pairs of one prompt are one row of the network: the first pair of each prompt,
-            and the row of each pair among these, [Q]. On the device.
+        alike: Where the pairs of a prompt share one network row: the first pair of each prompt, and
+            the row of each pair among these, [Q], on the device; else None.
     """
 
     planned: Pairs
@@ -66,12 +66,12 @@ class MicroBatch:
         return len(self.planned[0])
 
     def state(self, trajectory: Trajectory, ahead: int = 0) -> Tensor:
-        """Return the states that the pairs start from, or those ``ahead`` steps later."""
+        """Return the states at the pairs' steps, or those ``ahead`` steps later."""
         sample, step = self._stored(trajectory)
         return trajectory.state(sample, step + ahead)
 
     def velocity(self, trajectory: Trajectory) -> Tensor:
-        """Return the sampling policy's velocities at the pairs."""
+        """Return the old policy's velocities at the pairs."""
         return trajectory.velocity(*self._stored(trajectory))
 
     def _stored(self, trajectory: Trajectory) -> Pairs:
@@ -90,8 +90,8 @@ def split_pairs(pairs: Pairs, size: int) -> list[Pairs]:
 def split_rows(pairs: Pairs, size: int, trajectory: Trajectory) -> list[Pairs]:
     """Cut pairs into the fewest equal parts of at most ``size`` network rows.
 
-    Where the samples of a prompt start from one state, their first steps are one row: those pairs
-    go together, prompt by prompt, and are evaluated once.
+    Where the samples of a prompt start from one state, their first steps are one row: these pairs
+    are grouped by prompt and evaluated once.
     """
     sample, step = pairs
     if not trajectory.shared_start:
@@ -112,7 +112,7 @@ def split_rows(pairs: Pairs, size: int, trajectory: Trajectory) -> list[Pairs]:
 
 
 def deal(experience: Experience, updates: int, generator: Generator) -> tuple[Tensor, ...]:
-    """Deal the samples that are trained on to optimizer steps at random, [S] each, on the CPU.
+    """Deal the chosen samples to the updates at random, [S] each, on the CPU.
 
     Raises:
         ValueError: If there are fewer samples than updates.

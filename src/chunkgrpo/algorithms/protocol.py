@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an algorithm must offer."""
+"""The interface of algorithms."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from chunkgrpo.types import Experience, LossPart, SamplingRequest
 
 
 class Algorithm(Protocol):
-    """Turns experience into pieces of a loss; owns all that it keeps between iterations.
+    """Turns experience into pieces of a loss; owns what it carries from one iteration to the next.
 
-    One iteration calls :meth:`begin`, samples what it asks for inside :meth:`sampling`, calls
+    One iteration calls :meth:`begin`, samples what it requests inside :meth:`sampling`, calls
     :meth:`losses`, and :meth:`finish` after the last optimizer step.
 
     Attributes:
-        updates: Optimizer steps a rollout, at least 1.
+        updates: Optimizer steps per rollout, at least 1.
     """
 
     @property
     def updates(self) -> int: ...
 
     def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Choose what an iteration, counted from 0, samples."""
+        """Choose what an iteration (counted from 0) samples."""
         ...
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
@@ -41,28 +41,28 @@ class Algorithm(Protocol):
 
         The caller back-propagates each piece as it comes, by
         :meth:`~chunkgrpo.types.LossPart.backward`, and takes an optimizer step after each piece
-        that ends an update, before asking for the next one: later pieces are computed with the
-        moved policy.
+        that ends an update, before requesting the next one: later pieces are computed with the
+        updated policy.
         """
         ...
 
     def finish(self, policy: Policy, num_updates: int) -> Mapping[str, Any]:
-        """Take in the iteration's updates; return metrics of the algorithm's own.
+        """End the iteration; return the algorithm's own metrics.
 
         Args:
-            policy: As the updates left it.
+            policy: The updated policy.
             num_updates: Optimizer steps of the whole run so far.
         """
         ...
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return what must be saved to go on: tensors by name, and JSON values."""
+        """Return what a checkpoint must hold: tensors by name, and JSON values."""
         ...
 
     def load(self, tensors: Mapping[str, Tensor], info: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` returned; other names are ignored.
 
         Raises:
-            ValueError: If something is missing, as from another method's checkpoint.
+            ValueError: If something is missing, as in a checkpoint of another method.
         """
         ...

@@ -22,7 +22,7 @@ __all__ = ["app", "main"]
 
 def main() -> None:
     """Run the command line."""
-    # An installed command does not look for modules where it is called; rewards of your own are.
+    # An installed command does not import from the current folder; a user's rewards may be there.
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:

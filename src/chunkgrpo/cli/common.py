@@ -14,7 +14,7 @@ app = typer.Typer(
     name="chunkgrpo",
     help="Post-train flow-matching text-to-image models with reinforcement learning: "
     "sample step by step, optimise chunk by chunk (Chunk-GRPO, arXiv:2510.21583).\n\n"
-    "Start with `chunkgrpo train`: about five minutes on a laptop, nothing to download.",
+    "Start with `chunkgrpo train`: about five minutes on a laptop, no download.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -29,7 +29,7 @@ SetOption = Annotated[
 ]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ChunksOption = Annotated[
-    Path | None, typer.Option(help="Chunks, as `chunkgrpo chunks` writes them.")
+    Path | None, typer.Option(help="File with a plan, as `chunkgrpo chunks` writes it.")
 ]
 
 

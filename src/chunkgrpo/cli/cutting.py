@@ -26,7 +26,7 @@ def chunks(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="'shapes', a pipeline folder or a hub id, the recipe's by default; or a recipe."
+            help="'shapes', a pipeline folder or a hub id (default: the recipe's); or a recipe."
         ),
     ] = None,
     recipe: Annotated[
@@ -36,18 +36,18 @@ def chunks(
         ),
     ] = None,
     set_: SetOption = None,
-    prompts: Annotated[int, typer.Option(min=2, help="Prompts to measure.")] = 8,
-    seeds: Annotated[int, typer.Option(min=2, help="Trajectories of each prompt.")] = 4,
+    prompts: Annotated[int, typer.Option(min=2, help="Number of prompts to measure.")] = 8,
+    seeds: Annotated[int, typer.Option(min=2, help="Trajectories per prompt.")] = 4,
     rule: Annotated[
         str,
         typer.Option(
-            help="Whose chunks to write: optimal, optimal-4, adaptive-forward, adaptive-backward, "
+            help="Rule of the plan: optimal, optimal-4, adaptive-forward, adaptive-backward, "
             "adaptive-central, equal or paper."
         ),
     ] = "optimal",
     out: Annotated[Path | None, typer.Option(help="Folder; runs/chunks by default.")] = None,
 ) -> None:
-    """Measure how fast a model's trajectories move and propose where to cut them.
+    """Measure how fast a model's trajectories move, and propose plans.
 
     Says whether the dynamics depend on the prompt, under the recipe's own sampler, the flow SDE,
     the Dance SDE and the ODE, and writes chunks.yaml, for `chunkgrpo train --chunks`, beside a
@@ -69,19 +69,11 @@ def chunks(
         config = load_config(recipe, [*named, *(set_ or [])], check_chunks=False)
         check_can_cut(config, recipe)
         cut = measure(config, prompts, seeds, rule, out)
-    for profile in cut.profiles:
-        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
-    if cut.window:
-        moves = len(cut.window.places) > 1
+    say_where(cut)
+    if cut.unlisted:
         typer.echo(
-            f"The recipe trains {cut.window}; chunks are cut from its speed there, "
-            + ("their sizes count from where it begins." if moves else "of these steps alone.")
-        )
-    former = config.objective.selection
-    if cut.selection["kind"] != former.kind:
-        typer.echo(
-            f"The chunks that the recipe lists, {list(former.indices)}, are not those of the new "
-            "ones; the choice is uniform now."
+            f"The chunks that the recipe lists, {list(cut.unlisted)}, do not refer to the new "
+            "plan; the selection is uniform now."
         )
     typer.echo(f"The curves are drawn in {cut.file.parent}/dynamics.png")
     command = ["chunkgrpo", "train", recipe, "--chunks", str(cut.file)]
@@ -92,21 +84,35 @@ def chunks(
     typer.echo(f"Train with: {shlex.join(command)}")
 
 
+def say_where(cut: Cut) -> None:
+    """Say what the speed depends on, and of which steps chunks are cut."""
+    for profile in cut.profiles:
+        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
+    if cut.window:
+        moves = len(cut.window.places) > 1
+        typer.echo(
+            f"The recipe trains {cut.window}; chunks are cut from its speed there, "
+            + ("their sizes count from where it begins." if moves else "of these steps alone.")
+        )
+
+
 @dataclass(frozen=True)
 class Cut:
     """What was measured and proposed.
 
     Attributes:
         profiles: One for each sampler.
-        window: What the chunks are for; all steps where None.
-        selection: How chunks are chosen, as settings.
+        window: Window of the plan; None: all steps.
+        selection: The selection, as settings.
         file: ``chunks.yaml``.
+        unlisted: Chunks that the recipe lists and the new choice does not.
     """
 
     profiles: Sequence[SamplerProfile]
     window: Window | None
     selection: dict[str, Any]
     file: Path
+    unlisted: tuple[int, ...] = ()
 
 
 def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Path | None) -> Cut:
@@ -114,6 +120,7 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     from chunkgrpo.config import ConfigError
     from chunkgrpo.config.build import build_prompts, build_sigmas, resolve_model
     from chunkgrpo.config.derived import num_planned
+    from chunkgrpo.config.schema import chunk_objective
     from chunkgrpo.profile import (
         RULES,
         Measurement,
@@ -123,7 +130,7 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     )
     from chunkgrpo.runs import load_untrained, new_folder
 
-    s, o, planned = config.sampling, config.objective, num_planned(config)
+    s, o, planned = config.sampling, chunk_objective(config), num_planned(config)
     if rule not in RULES:
         raise ConfigError(f"unknown --rule {rule!r}; known: {', '.join(RULES)}")
     if rule == "paper" and planned != 16:
@@ -152,22 +159,25 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     selection = selection_again(o, profiles[0].proposal(rule).plan, planned)
     file = save_profile(folder, profiles, levels, rule, selection, title, distance)
     print_profile(display.console, profiles, levels, rule)
-    return Cut(profiles, window, selection, file)
+    listed = getattr(o.selection, "indices", ())
+    return Cut(profiles, window, selection, file, () if "indices" in selection else listed)
 
 
 def profiled_window(config: Config) -> Window | None:
-    """Return the window that chunks are proposed for; None where they are for all steps."""
+    """Return the window that plans are proposed for; None: all steps."""
     from chunkgrpo.config.derived import num_trained
+    from chunkgrpo.config.schema import chunk_objective
+    from chunkgrpo.core.windows import AllSteps, ChunkWindow
     from chunkgrpo.profile import Window
 
-    window = config.objective.window
-    if window.kind in ("all", "chunk"):
+    window = chunk_objective(config).window
+    if isinstance(window, AllSteps | ChunkWindow):
         return None
     return Window(window.size, window.starts_of(num_trained(config)), config.sampling.prefix)
 
 
 def check_can_cut(config: Config, recipe: str) -> None:
-    """Refuse recipes that would have no use for the chunks, before anything is measured."""
+    """Refuse recipes that do not use a plan, before anything is measured."""
     from chunkgrpo.config import ConfigError
 
     o = config.objective
@@ -195,17 +205,20 @@ def samplers_of(config: Config) -> dict[str, Kernel]:
     own = config.sampling.transition
     others = [each for each in (FlowDiffusion(0.7), DanceDiffusion(0.3)) if each.kind != own.kind]
     names = {"flow": "flow SDE", "dance": "Dance SDE", "cps": "CPS"}
-    found = {f"{names[t.kind]}, eta {t.eta:g}": kernel_of(t) for t in (own, *others)}
+    compared = [t for t in (own, *others) if not isinstance(t, OdeDiffusion)]
+    found = {f"{names[t.kind]}, eta {t.eta:g}": kernel_of(t) for t in compared}
     return found | {"ODE": kernel_of(OdeDiffusion())}
 
 
 def selection_again(objective: ChunkGRPOObjective, plan: ChunkPlan, planned: int) -> dict[str, Any]:
-    """Return how to choose among new chunks, as settings.
+    """Return the selection among new chunks, as settings.
 
-    Where a recipe lists chunks of its own plan, the chunks are listed that hold the steps which it
-    trains. Of a plan that is measured first, or that does not fit the steps, these are unknown:
-    then all are listed where all were, and else the choice becomes uniform.
+    Where a recipe lists chunks of its own plan, the new chunks with the same steps are listed.
+    Where the recipe's plan is measured, or does not fit the steps, these are unknown: if it lists
+    all chunks, all new ones are listed, and otherwise the selection becomes uniform.
     """
+    import torch
+
     from chunkgrpo.profile import carried_indices
 
     former, rule = objective.selection, objective.plan
@@ -216,5 +229,5 @@ def selection_again(objective: ChunkGRPOObjective, plan: ChunkPlan, planned: int
         return {"kind": "listed", "indices": list(range(plan.num_chunks))}
     if rule.measured or (sizes and sum(sizes) != planned):
         return {"kind": "uniform"}
-    old = rule.plan(planned)
+    old = rule.cut(planned, lambda distance: torch.ones(planned))
     return {"kind": "listed", "indices": list(carried_indices(old, former.indices, plan))}

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Display:
-    """Live progress on a terminal, plain lines elsewhere."""
+    """Shows the progress of a run."""
 
     def __init__(self, iterations: int, images: int) -> None:
         from rich.console import Console
@@ -25,7 +25,7 @@ class Display:
         self.console.print(text, soft_wrap=True, highlight=False)
 
     def close(self) -> None:
-        """End the live part."""
+        """Stop the live display."""
         if self.progress is not None:
             self.progress.stop()
             self.progress = self.training = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``chunkgrpo shapes``: the embedded world's models, trained from nothing."""
+"""``chunkgrpo shapes``: training of the embedded world's models from scratch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from chunkgrpo.cli.common import clear_errors, shapes_app
 
 @shapes_app.command("pretrain")
 def shapes_pretrain(
-    out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder; running again continues.")],
     scenes: Annotated[
         int | None, typer.Option(min=100, help="Scenes to render. [default: 80000]")
     ] = None,
@@ -26,9 +26,9 @@ def shapes_pretrain(
     ] = None,
     guidance_steps: Annotated[
         int | None,
-        typer.Option(min=0, help="Steps that put guidance into the weights. [default: 0]"),
+        typer.Option(min=0, help="Steps of guidance distillation. [default: 0]"),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Train the embedded pipeline from rendered scenes, as the shipped one was."""
     with clear_errors():
@@ -48,9 +48,9 @@ def shapes_pretrain(
 
 @shapes_app.command("train-clip")
 def shapes_train_clip(
-    out: Annotated[Path, typer.Option(help="Folder; running again goes on.")],
+    out: Annotated[Path, typer.Option(help="Folder; running again continues.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Steps. [default: 1500]")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Train the embedded world's CLIP, the reward `clip`, as the shipped one was."""
     with clear_errors():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An estimate in words and tables."""
+"""Printing an estimate in words and tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chunkgrpo.estimate import ACCELERATORS, GIB, Estimate
 
 
 def geometry(estimate: Estimate) -> list[str]:
-    """Return what happens in an iteration, in plain words, a sentence or two a line."""
+    """Return a description of an iteration in words, a sentence or two per line."""
     config, cost = estimate.config, estimate.cost
     s, o = config.sampling, config.objective
     trained, images = num_trained(config), estimate.images
@@ -35,7 +35,7 @@ def geometry(estimate: Estimate) -> list[str]:
             f"{_number(cost.pairs / chosen)} steps of {each} are trained, in the mean."
         )
     else:
-        lines.append(f"{_number(cost.pairs / chosen)} noised copies of {each} are trained.")
+        lines.append(f"{_number(cost.pairs / chosen)} noised copies of {each} are trained on.")
     pairs = cost.pairs / o.updates
     lines += [
         f"An iteration takes {_count(o.updates, 'optimizer step')} of "
@@ -51,7 +51,7 @@ def geometry(estimate: Estimate) -> list[str]:
 
 
 def sharing(estimate: Estimate, gpus: int) -> tuple[str, ...]:
-    """Return what a GPU holds where some share the batch: images, pairs and micro-batches."""
+    """Return the share of one of several GPUs: images, pairs and micro-batches."""
     o = estimate.config.objective
     images = math.ceil(estimate.images / gpus)
     pairs = estimate.cost.pairs / o.updates / gpus
@@ -76,14 +76,14 @@ def print_estimate(
     """Print an estimate: words first, then operations, memory, time and money.
 
     Args:
-        console: Where to.
-        estimate: What was worked out.
+        console: Where it is printed.
+        estimate: The estimate.
         utilisation: Share of the peak rate that the run reaches, in (0, 1].
-        price: Of a GPU-hour, in any currency.
+        price: Price of a GPU-hour, in any currency.
         gpus: Numbers of GPUs to compare.
 
     Raises:
-        ConfigError: If the utilisation, the price or a number of GPUs makes no sense.
+        ConfigError: If the utilisation, the price or a number of GPUs is out of range.
     """
     if not 0 < utilisation <= 1:
         raise ConfigError(f"utilisation {utilisation} must lie in (0, 1], e.g. 0.4")
@@ -98,7 +98,7 @@ def print_estimate(
 
 
 def print_words(console: Console, estimate: Estimate) -> None:
-    """Print what happens, in words."""
+    """Print the description of the run."""
     m, network = estimate.config.model, estimate.network
     share = 100 * network.trainable / network.parameters
     console.print(f"[bold]{estimate.config.name}[/bold]: {m.path}", highlight=False)
@@ -112,7 +112,7 @@ def print_words(console: Console, estimate: Estimate) -> None:
 
 
 def print_batch(console: Console, estimate: Estimate, gpus: tuple[int, ...]) -> None:
-    """Print how the batch is shared out, and the operations of an iteration."""
+    """Print how GPUs share the batch, and the operations of an iteration."""
     table = Table("GPUs", "images a GPU", "pairs a GPU and optimizer step", "micro-batches", "")
     for number in gpus:
         table.add_row(*sharing(estimate, number))
@@ -142,7 +142,7 @@ def print_time(
     price: float | None,
     gpus: tuple[int, ...],
 ) -> None:
-    """Print time and money on common accelerators."""
+    """Print time and cost on common accelerators."""
     heads = ["accelerator", "memory", "s an iteration", "GPU-hours a run"]
     if price is not None:
         heads.append(f"cost at {price:g} an hour")

@@ -16,12 +16,12 @@ from chunkgrpo.cli.display import Display
 @app.command()
 def sample(
     run: RunArgument,
-    prompt: Annotated[str, typer.Argument(help="What to draw.")],
-    images: Annotated[int, typer.Option(min=1, max=64, help="How many images.")] = 4,
+    prompt: Annotated[str, typer.Argument(help="The prompt.")],
+    images: Annotated[int, typer.Option(min=1, max=64, help="Number of images.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="PNG; in the run folder by default.")] = None,
 ) -> None:
-    """Draw a prompt with the base and the tuned model side by side."""
+    """Sample a prompt with the base and the tuned model, side by side."""
     with clear_errors():
         from chunkgrpo.report.grids import save_comparison
         from chunkgrpo.runs import draw_both
@@ -40,7 +40,7 @@ def sample(
 
 
 def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] | None:
-    """Say of each image whether it is right, where the embedded world knows the prompt."""
+    """Return whether each image is correct, if the prompt is one of the embedded world."""
     from chunkgrpo.shapes.grammar import parse
     from chunkgrpo.shapes.verifier import verify_batch
 
@@ -61,16 +61,14 @@ def evaluate(
     run: RunArgument,
     split: Annotated[
         str | None,
-        typer.Option(help="Of the embedded world: train, held_out or held_out_pairs."),
+        typer.Option(help="Prompts of the embedded world: train, held_out or held_out_pairs."),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Of the noises; the run's own by default.")
+        int | None, typer.Option(help="Seed of the noise; the run's own by default.")
     ] = None,
-    base: Annotated[
-        bool, typer.Option("--base", help="Score the model that the run started from instead.")
-    ] = False,
+    base: Annotated[bool, typer.Option("--base", help="Score the base model instead.")] = False,
 ) -> None:
-    """Score the tuned model of a run on its held-out prompts again, or from other noises."""
+    """Score the tuned model of a run on its held-out prompts again, or from other noise."""
     with clear_errors():
         from chunkgrpo.report.statistics import Estimate, bootstrap_interval
         from chunkgrpo.report.tables import score_text
@@ -109,7 +107,7 @@ def export(
         Path | None, typer.Option(help="Folder of the pipeline; RUN/pipeline by default.")
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Of the written weights: float32 or bfloat16.")
+        str, typer.Option(help="Type of the written weights: float32 or bfloat16.")
     ] = "float32",
 ) -> None:
     """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.

@@ -19,18 +19,20 @@ def serve_reward(
         list[str] | None,
         typer.Option("--option", help="An option of the reward, e.g. --option mode=strict."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Interface; others than this need a token.")] = (
-        "127.0.0.1"
-    ),
+    host: Annotated[
+        str, typer.Option(help="Network interface; any but the loopback needs a token.")
+    ] = ("127.0.0.1"),
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8900,
     token: Annotated[
         str | None,
-        typer.Option(envvar="CHUNKGRPO_REWARD_TOKEN", help="What clients must know."),
+        typer.Option(envvar="CHUNKGRPO_REWARD_TOKEN", help="Token that clients must send."),
     ] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Most images a request.")] = 64,
-    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request.")] = 80,
+    max_batch: Annotated[
+        int, typer.Option(min=1, help="Largest number of images per request.")
+    ] = 64,
+    max_megabytes: Annotated[int, typer.Option(min=1, help="Largest request, in megabytes.")] = 80,
     max_pixels: Annotated[
-        int, typer.Option(min=1, help="Most pixels a request, all images together.")
+        int, typer.Option(min=1, help="Largest number of pixels per request, all images together.")
     ] = 1 << 24,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take.")] = 120.0,
 ) -> None:

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands that say what there is and what it costs: ``estimate``, ``config``, ``recipes``,
-``methods``."""
+"""Commands that describe runs: ``estimate``, ``config``, ``recipes`` and ``methods``."""
 
 from __future__ import annotations
 
@@ -26,12 +25,12 @@ def estimate(
         float | None, typer.Option(help="Price of a GPU-hour, in any currency.")
     ] = None,
     gpus: Annotated[
-        list[int] | None, typer.Option(help="Numbers of GPUs to compare; 1, 8 and 64 by default.")
+        list[int] | None, typer.Option(help="Numbers of GPUs to compare. [default: 1, 8, 64]")
     ] = None,
 ) -> None:
-    """Say what a run will do and cost, before anything is loaded.
+    """Estimate what a run will do and cost, before anything is loaded.
 
-    The batch in plain words; operations by phase, memory, time and cost on common accelerators.
+    The batch in words; operations by phase, memory, time and cost on common accelerators.
     Of the model only its config.json files are read. (`chunkgrpo plan` is the same command.)
     """
     with clear_errors():
@@ -55,7 +54,7 @@ def config(
         bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")
     ] = False,
 ) -> None:
-    """Print every setting of a recipe: its value, what it means, its default, and who set it."""
+    """Print every setting of a recipe: its value, meaning, default, and where it was set."""
     with clear_errors():
         if schema:
             import json
@@ -111,7 +110,7 @@ def methods(
             typer.echo(recipe_path(name).read_text().rstrip())
             cost = method.cost
             typer.echo(
-                f"# costs: {cost.forwards} network rows an iteration: {cost.rollout:.0f} sampled, "
+                f"# costs: {cost.forwards} network rows per iteration: {cost.rollout:.0f} sampled, "
                 f"{cost.measured:.0f} measured, {cost.trained:.0f} trained (forward and backward); "
                 f"{cost.rewards:.0f} images scored"
             )
@@ -130,6 +129,6 @@ def methods(
             console = Console(width=1000)
         console.print(table)
         typer.echo(
-            "rows: network forwards an iteration; trained: how many of them go backward too; "
-            "scored: images the reward sees. `chunkgrpo methods NAME` prints a recipe."
+            "rows: network forwards per iteration; trained: how many of them go backward too; "
+            "scored: images that are scored. `chunkgrpo methods NAME` prints a recipe."
         )

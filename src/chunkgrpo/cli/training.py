@@ -32,7 +32,8 @@ def train(
         str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
     ] = None,
     prompts: Annotated[
-        str | None, typer.Option(help="Prompts to train on and to judge by: a file or dataset.")
+        str | None,
+        typer.Option(help="Prompts to train on and to evaluate with: a file or dataset."),
     ] = None,
     reward: Annotated[
         list[str] | None,
@@ -42,18 +43,18 @@ def train(
     chunks: ChunksOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Go on with an interrupted run folder.")
+        Path | None, typer.Option(help="Continue the interrupted run in this folder.")
     ] = None,
     async_rewards: Annotated[
         bool,
         typer.Option(
-            "--async-rewards", help="Score images while later ones are rolled out; same results."
+            "--async-rewards", help="Score images while later ones are sampled; same results."
         ),
     ] = False,
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
-    Ctrl-C ends after the iteration, saves, and says how to go on.
+    Ctrl-C ends the run after the iteration, saves it, and prints how to continue.
     """
     with clear_errors():
         given = Overrides(model, prompts, reward, async_rewards, set_ or [])
@@ -73,11 +74,11 @@ def train(
 
 @dataclass(frozen=True)
 class Overrides:
-    """The options of ``train`` that stand for settings.
+    """The options of ``train`` that set settings.
 
     Attributes:
         model, prompts, rewards, async_rewards: The options themselves.
-        settings: ``--set key=value`` each, which have the last word.
+        settings: ``key=value`` of each ``--set``; they override the other options.
     """
 
     model: str | None
@@ -93,7 +94,7 @@ class Overrides:
         return any(bool(each) for each in options)
 
     def assignments(self) -> list[Assignment | str]:
-        """Return the settings; paths and names are taken as they are, never read as YAML."""
+        """Return the settings; paths and names are taken literally, not read as YAML."""
         from chunkgrpo.config.files import Assignment
 
         found: list[Assignment | str] = []
@@ -106,11 +107,7 @@ class Overrides:
             listed = [{"name": name} for name in self.rewards]
             found.append(Assignment("rewards", listed, "--reward"))
             # What is trained is judged, too, unless a setting names another judge.
-            judge = {"name": self.rewards[0], "options": {}}
-            found += [
-                Assignment(f"evaluation.reward.{key}", value, "--reward")
-                for key, value in judge.items()
-            ]
+            found.append(Assignment("evaluation.reward.name", self.rewards[0], "--reward"))
         if self.async_rewards:
             found.append(Assignment("async_rewards", True, "--async-rewards"))
         return [*found, *self.settings]
@@ -134,7 +131,7 @@ def new_run(
 
 
 def run(config: Config, folder: Path) -> None:
-    """Train and show what came of it."""
+    """Train, and print the results."""
     from chunkgrpo.rewards.scoring import is_share
     from chunkgrpo.runs import train_run
 
@@ -152,7 +149,7 @@ def run(config: Config, folder: Path) -> None:
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
-    """Print the end of a run: the table, health, time, and where everything is."""
+    """Print the results: the table, image health, time, and the paths of the files."""
     from chunkgrpo.report.statistics import Estimate
     from chunkgrpo.report.tables import AccuracyRow, accuracy_table, score_text
 

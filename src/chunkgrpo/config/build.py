@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From settings to the parts of a run. Parts of the method are their own settings; what is made
-here is what needs a model, a schedule or a folder."""
+"""From settings to the parts of a run: those that need a model, a schedule or a folder.
+
+The other parts of the method are their own settings."""
 
 from __future__ import annotations
 
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from chunkgrpo.policies.protocol import Policy
 
 PROBED = 64
-"""Prompts that a measured plan is cut from."""
+"""Number of prompts that a measured plan is cut from."""
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def resolve_model(path: str) -> str:
 
 
 def embedding_folder(model: ModelConfig) -> Path | None:
-    """Return where encoded prompts are kept; None where text encoders stay loaded.
+    """Return the folder of encoded prompts; None where text encoders stay loaded.
 
     ``auto`` is ``$CHUNKGRPO_CACHE/embeddings``, by default in ``~/.cache/chunkgrpo``.
     """
@@ -101,10 +102,10 @@ def build_execution(model: ModelConfig, training: bool = True) -> Execution:
 
     Args:
         model: The settings.
-        training: Whether there is a reference, which sampling needs none of.
+        training: Whether a reference is needed.
 
     Raises:
-        ValueError: If a name is unknown or a setting has no use.
+        ValueError: If a name is unknown or a setting has no effect.
     """
     from chunkgrpo.policies.execution import Execution
 
@@ -161,8 +162,10 @@ def build_policy(config: Config) -> PipelinePolicy:
 def build_sigmas(config: Config, policy: PipelinePolicy) -> Tensor:
     """Return the sampling schedule of a policy, [K+1] on the CPU."""
     s, sizes = config.sampling, merge_sizes(config)
-    native = isinstance(s.schedule, Native)
-    sigmas = policy.native_sigmas(s.steps) if native else s.schedule.sigmas(s.steps)
+    if isinstance(s.schedule, Native):
+        sigmas = policy.native_sigmas(s.steps)
+    else:
+        sigmas = s.schedule.sigmas(s.steps)
     return merge_sigmas(sigmas, sizes) if sizes else sigmas
 
 
@@ -184,9 +187,10 @@ def build_sampler(config: Config, sigmas: Tensor) -> Sampler:
 
 
 def build_prompts(config: Config, which: str) -> PromptSet:
-    """Return the prompts to train on (``train``), to watch (``watch``) or to judge by (``final``).
+    """Return the prompts of training (``train``), of the small evaluations (``watch``) or of the
+    final ones (``final``).
 
-    Watched and judged prompts are disjoint where the held-out set is large enough.
+    The last two are disjoint where the held-out set is large enough.
     """
     from chunkgrpo.prompts import read_prompts, shapes_prompts
 
@@ -212,8 +216,8 @@ class Rewards:
 
     Attributes:
         scorer: Those that are trained on or watched.
-        judge: Of the evaluations; one that is also trained on or watched is the same object, so
-            that its model is loaded once.
+        judge: The reward of the evaluations; one that is also trained on or watched is the same
+            object, so that its model is loaded once.
     """
 
     scorer: Scorer
@@ -231,7 +235,7 @@ def build_rewards(config: Config) -> Rewards:
 
     Raises:
         ValueError: If one cannot be made, two have one name, a weight does not fit, the judge
-            compares groups, or credit is to be projected from what is not watched.
+            compares groups, or ``credit.project_out`` names a reward that is not watched.
     """
     s = config.scoring
     listed: list[RewardConfig | WatchedRewardConfig] = [*config.rewards, *config.watched_rewards]
@@ -294,7 +298,7 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
         config: The run.
         policy: What is trained.
         sampler: Whose transition it shares.
-        curve: Measures the policy's dynamics; called only by plans that need it.
+        curve: Measures the policy's dynamics; called for measured plans only.
     """
     o = config.objective
     if isinstance(o, NFTObjective):
@@ -303,12 +307,11 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
         named = policy.named_parameters()
         return AWM(o, None if o.average is None else OldPolicy(named, o.average))
     cut = partial(o.plan.cut, num_planned(config), curve)
-    learns = isinstance(o.selection, Learned)
     return ChunkGRPO(
         plan=cut(),
         transition=sampler.transition,
         loss=o,
-        selection=o.selection.make() if learns else o.selection,
+        selection=o.selection.make() if isinstance(o.selection, Learned) else o.selection,
         window=build_window(config, o),
         num_trained=num_trained(config),
         recut=cut if o.plan.refresh else None,
@@ -320,7 +323,7 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
 
 
 def build_trainer(config: Config, folder: Path) -> Trainer:
-    """Build everything a run needs; what can be refused is refused before a model is loaded.
+    """Build everything a run needs; mistakes are reported before a model is loaded where possible.
 
     Raises:
         ConfigError: Or another ValueError, with one clear line.

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Numbers that follow from a configuration before anything is loaded."""
+"""Numbers derived from a configuration before anything is loaded."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
 from chunkgrpo.config.schema import ChunkGRPOObjective, Config, ConfigError
-from chunkgrpo.core.schedules import AnyMerge, AnySchedule, Native
+from chunkgrpo.core.schedules import AnyMerge, AnySchedule, MergeEntropy, Native
 from chunkgrpo.core.sde import Kernel, kernel_of
 
 
 def merge_sizes(config: Config) -> tuple[int, ...] | None:
-    """Return the grid steps that each sampler step spans; None where every one is its own.
+    """Return the number of schedule steps in each sampler step; None where no steps are merged.
 
     Raises:
         ValueError: If the merged steps do not cover the schedule.
@@ -24,13 +24,13 @@ def merge_sizes(config: Config) -> tuple[int, ...] | None:
 def _merge_sizes(
     merge: AnyMerge, schedule: AnySchedule, steps: int, kernel: Kernel
 ) -> tuple[int, ...] | None:
-    """Find the merged steps once for all that ask for their number."""
+    """Compute merged steps once for all callers."""
     sigmas = None if isinstance(schedule, Native) else schedule.sigmas(steps)
     return merge.sizes_of(steps, sigmas, kernel.std)
 
 
 def num_trained(config: Config) -> int:
-    """Return N, the steps that can be trained: all sampler steps but the last."""
+    """Return N, the trainable steps: all sampler steps but the last."""
     sizes = merge_sizes(config)
     return (len(sizes) if sizes else config.sampling.steps) - 1
 
@@ -43,7 +43,7 @@ def num_planned(config: Config) -> int:
 
 
 def merged_steps(config: Config) -> tuple[int, ...]:
-    """Return the trained steps that span several grid steps.
+    """Return the trainable steps that span several steps of the schedule.
 
     Raises:
         ConfigError: If there are none.
@@ -51,9 +51,12 @@ def merged_steps(config: Config) -> tuple[int, ...]:
     # The last sampler step, merged or not, is never trained.
     found = tuple(i for i, size in enumerate((merge_sizes(config) or ())[:-1]) if size > 1)
     if not found:
+        merge = config.sampling.merge
+        more = "choose kind 'entropy'"
+        if isinstance(merge, MergeEntropy):
+            more = f"raise its least, {merge.least}, which every single step explores already"
         raise ConfigError(
-            f"objective.window.indices 'merged' trains merged steps, and sampling.merge = "
-            f"{config.sampling.merge} takes none of the trained steps together; choose kind "
-            "'entropy' with a higher least, or list chunks"
+            f"objective.window.indices 'merged' trains merged steps, and sampling.merge of kind "
+            f"{merge.kind!r} takes none of the trained steps together; {more}, or list chunks"
         )
     return found

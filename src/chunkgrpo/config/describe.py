@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Telling a configuration: as YAML with comments, and its schema for editors."""
+"""A configuration as YAML with comments, and the JSON Schema for editors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def described_yaml(config: Config, tree: Tree) -> str:
 
     Args:
         config: The run.
-        tree: The values it was made of, with their sources (:func:`~.files.load_tree`).
+        tree: The values it was made from, with their sources (:func:`~.files.load_tree`).
 
     Returns:
         Valid YAML; a comment above each key says what it means, its default and its source.
@@ -129,16 +129,18 @@ def json_schema() -> dict[str, Any]:
             if field in part.get("properties", {}):
                 part["properties"][field].setdefault("description", said)
         part["description"] = (section.__doc__ or "").strip().split("\n")[0]
-        if "kind" in part.get("properties", {}):
-            part.setdefault("required", [])
     _partial(schema)
     return schema
 
 
 def _partial(node: Any) -> None:
-    """A recipe may leave everything out: nothing is required, but for the kind to tell by."""
+    """A recipe may leave everything out: nothing is required."""
     if isinstance(node, dict):
         node.pop("required", None)
+        # A section may leave its kind to what it extends, and then fits several.
+        node.pop("discriminator", None)
+        if "oneOf" in node:
+            node["anyOf"] = node.pop("oneOf")
         for value in node.values():
             _partial(value)
     elif isinstance(node, list):

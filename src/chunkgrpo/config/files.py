@@ -35,9 +35,9 @@ class Assignment:
     """One ``--set key=value``, or what an option of the command line stands for.
 
     Attributes:
-        key: Dotted.
-        value: As it will be checked; a text where the setting is one.
-        source: How the user gave it.
+        key: Dotted name of the setting.
+        value: The value, before validation.
+        source: Where it was given.
     """
 
     key: str
@@ -79,7 +79,7 @@ class Assignment:
 
 
 def as_tree(values: Mapping[str, Any], source: str) -> Tree:
-    """Give every value its source."""
+    """Attach a source to every value."""
     return {
         str(key): as_tree(value, source) if isinstance(value, Mapping) else Leaf(value, source)
         for key, value in values.items()
@@ -95,8 +95,8 @@ def over(below: Tree, above: Tree) -> Tree:
     """Put settings over others, section by section; lists are replaced whole.
 
     A section whose ``kind`` changes is replaced, not merged: what belonged to the former kind is
-    gone. So is one with ``options``, of what its ``name`` names. A text in place of a section with
-    a kind is the kind.
+    gone. So is a reward whose name changes, with its options. A text in place of a section with a
+    kind is the kind.
     """
     merged = dict(below)
     for key, value in above.items():
@@ -104,18 +104,19 @@ def over(below: Tree, above: Tree) -> Tree:
         if not isinstance(former, dict):
             merged[key] = value
             continue
+        section = value
         if isinstance(value, Leaf) and isinstance(value.value, str) and "kind" in former:
-            value = {"kind": value}
-        if isinstance(value, dict):
-            merged[key] = value if _replaces(former, value) else over(former, value)
-        else:
-            merged[key] = value
+            alone: Tree = {"kind": value}
+            section = alone
+        if isinstance(section, dict) and not _kind_changes(former, section):
+            section = over(former, section)
+        merged[key] = section
     return merged
 
 
-def _replaces(below: Tree, above: Tree) -> bool:
-    decides = "name" if "options" in below and "kind" not in below else "kind"
-    old, new = below.get(decides), above.get(decides)
+def _kind_changes(below: Tree, above: Tree) -> bool:
+    decisive = "name" if "options" in below and "kind" not in below else "kind"
+    old, new = below.get(decisive), above.get(decisive)
     return isinstance(new, Leaf) and isinstance(old, Leaf) and new.value != old.value
 
 
@@ -239,7 +240,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file of keys and values.
 
     Raises:
-        ConfigError: If it is no YAML, or holds something else.
+        ConfigError: If it is not valid YAML, or does not hold keys and values.
     """
     import yaml
 
@@ -275,10 +276,10 @@ def _read(source: str | Path, seen: tuple[str, ...] = ()) -> Tree:
 
 
 def validated(values: Mapping[str, Any]) -> Config:
-    """Turn complete values into a configuration.
+    """Validate complete values.
 
     Raises:
-        ConfigError: Of the first mistake, in one line.
+        ConfigError: One line about the first mistake.
     """
     try:
         return Config.model_validate(dict(values))
@@ -299,9 +300,9 @@ def _one_line(error: ValidationError) -> str:
         context = first.get("ctx", {})
         kinds = [kind.strip("' ") for kind in context.get("expected_tags", "").split(",")]
         return unknown_name(f"{where}.kind", str(context.get("tag")), kinds) + more
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):
+    if first["type"] == "value_error":
         # A part's own rule, which names the field and its value.
-        return f"{where}: {first['ctx']['error']}{more}"
+        return f"{where}: {first.get('ctx', {}).get('error', first['msg'])}{more}"
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "string_type":
         message += "; in a YAML file, put texts in quotes"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of the settings: which exist, what they mean, and what became of former ones."""
+"""The keys of the settings: which exist, what they mean, and where former ones moved."""
 
 from __future__ import annotations
 

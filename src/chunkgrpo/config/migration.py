@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the settings of version 0.1 are spelt since 0.2.0, for the message that refuses them."""
+"""How the settings of version 0.1 are spelled since 0.2.0, for the message that refuses them."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ _NOW = {
     "objective.implicit_sizes": "objective.outer_weights.sizes (of kind implicit)",
     "objective.kl_form": "objective.kl.kind: transition or rate, each with a weight",
     "objective.forward": "objective, with kind diffusion_nft or awm and its fields beside it",
+    "objective.forward.power": "objective.log_prob.power (of kind ghuber)",
     "objective.forward.old": "objective.old (of diffusion_nft) or objective.average (of awm)",
     "model.method": "model.adaptation.kind: lora or full",
     "model.rank": "model.adaptation.rank (of kind lora)",
@@ -56,7 +57,7 @@ _NOW = {
 _SAME_BELOW = {
     "sampling.window": ("objective.window", ("size", "start", "low", "high", "every", "stride",
                         "decay", "rate", "after", "indices")),
-    "objective.forward": ("objective", ("fraction", "beta", "times", "log_prob", "power", "mode",
+    "objective.forward": ("objective", ("fraction", "beta", "times", "log_prob", "mode",
                           "advantage_max", "ema_weight")),
 }  # fmt: skip
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules between the parts of a configuration; those within a part stand in its own class.
+"""Rules between the sections of a configuration; those within a section are in its class.
 
-Each takes the whole configuration and raises :class:`ConfigError` with the value, the rule and the
-fix, before anything is loaded.
+Each function takes the whole configuration and raises :class:`ConfigError`, with the value, the
+rule and the fix, before anything is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from chunkgrpo.config.schema import (
     ModelConfig,
 )
 from chunkgrpo.core.learned import Learned
-from chunkgrpo.core.plan_rules import ExplicitPlan, PaperPlan
+from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan, PaperPlan
 from chunkgrpo.core.plans import PAPER_SIZES
 from chunkgrpo.core.schedules import MergeEntropy, Native
 from chunkgrpo.core.selection import ListedSelection
@@ -30,11 +30,11 @@ from chunkgrpo.runtime.solvers import EulerTail
 
 
 def check(config: Config, chunks: bool = True) -> None:
-    """Refuse parts that do not go together.
+    """Refuse incompatible settings.
 
     Args:
         config: The run.
-        chunks: Whether the chunks must fit the schedule; False where they are to be found.
+        chunks: Whether the plan must fit the schedule; False where it is still to be found.
 
     Raises:
         ConfigError: With the rule and the fix.
@@ -57,7 +57,7 @@ def check(config: Config, chunks: bool = True) -> None:
 
 @contextmanager
 def at(key: str) -> Iterator[None]:
-    """Turn a part's own error into one of the configuration, at its key."""
+    """Turn an error of a part into one of the configuration, at its key."""
     try:
         yield
     except ConfigError:
@@ -116,7 +116,7 @@ def check_sources(config: Config) -> None:
 
 
 def check_training(model: ModelConfig) -> None:
-    """Refuse to train in a precision that loses the gradient, or to offload what is not there."""
+    """Refuse a precision that loses the gradient, and offloading of parts that do not exist."""
     if model.precision == "fp16":
         raise ConfigError(
             "model.precision 'fp16' is for sampling alone: in training small gradients become 0, "
@@ -160,7 +160,7 @@ def check_transition(config: Config) -> None:
 
 
 def check_window(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse a window outside the trained steps, and what only a window would read."""
+    """Refuse a window outside the trainable steps, and settings that only a window would read."""
     s, window = config.sampling, objective.window
     with at("objective.window"):
         planned = window.num_planned(num_trained(config))
@@ -186,7 +186,7 @@ def check_window(config: Config, objective: ChunkGRPOObjective) -> None:
 
 
 def check_plan(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse chunks that do not cover the planned steps, or whose steps move."""
+    """Refuse a plan that does not cover its steps, or is measured for a window that moves."""
     plan, window, planned = objective.plan, objective.window, num_planned(config)
     if isinstance(plan, ExplicitPlan) and sum(plan.sizes) != planned:
         listed = ", ".join(map(str, plan.sizes))
@@ -206,7 +206,7 @@ def check_plan(config: Config, objective: ChunkGRPOObjective) -> None:
             f"window), {sum(PAPER_SIZES)} trained steps, not {planned}; use plan 'explicit' with "
             f"sizes that sum to {planned}"
         )
-    if plan.measured:
+    if isinstance(plan, AdaptivePlan | OptimalPlan):
         if window.kind in ("random", "sliding"):
             raise ConfigError(
                 f"objective.plan of kind {plan.kind!r} is cut from the dynamics of steps that "
@@ -227,7 +227,7 @@ def check_plan(config: Config, objective: ChunkGRPOObjective) -> None:
 
 
 def check_branches(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse branching at chunks that the plan does not have, or may not keep."""
+    """Refuse branching at chunks that the plan does not have, or may lose when it is cut anew."""
     plan, window = objective.plan, objective.window
     if not isinstance(window, ChunkWindow) or not window.indices:
         return
@@ -253,7 +253,7 @@ def check_branches(config: Config, objective: ChunkGRPOObjective) -> None:
 
 
 def check_selection(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse a selection that the plan, the window or the loss cannot go with."""
+    """Refuse a selection that does not fit the plan, the window or the loss."""
     o, selection, plan = objective, objective.selection, objective.plan
     if isinstance(selection, Learned | ListedSelection) and isinstance(o.window, ChunkWindow):
         raise ConfigError(
@@ -294,7 +294,7 @@ def check_selection(config: Config, objective: ChunkGRPOObjective) -> None:
 
 
 def check_outer_weights(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse weights from a cut of the steps that does not fit the steps."""
+    """Refuse weights by chunk sizes that do not fit the steps."""
     weights, planned = objective.outer_weights, num_planned(config)
     if not isinstance(weights, ChunkSizeWeights | ImplicitWeights):
         return
@@ -321,11 +321,11 @@ def check_outer_weights(config: Config, objective: ChunkGRPOObjective) -> None:
 
 
 def check_neighbours(config: Config, objective: ChunkGRPOObjective) -> None:
-    """Refuse a consistency of neighbouring chunks where there is one chunk."""
+    """Refuse temporal consistency of neighbouring chunks if there is only one chunk."""
     count = objective.plan.num_chunks_of(num_planned(config))
     alone = isinstance(objective.window, ChunkWindow) or count == 1
     if objective.consistency > 0 and alone:
         raise ConfigError(
-            "objective.consistency keeps neighbouring chunks together, and an iteration has one "
-            "chunk here; set it to 0, or cut objective.plan into several"
+            "objective.consistency compares neighbouring chunks, and an iteration has one chunk "
+            "here; set it to 0, or cut objective.plan into several"
         )

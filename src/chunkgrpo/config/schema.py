@@ -3,7 +3,7 @@
 
 Where a setting chooses between parts of the method (``kind: ...``), the choices are the classes of
 ``core`` and ``algorithms`` themselves: their fields are the settings, their ``__post_init__`` holds
-the bounds. What stands here are the sections around them.
+the bounds. This module holds the sections around them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from chunkgrpo.core.sde import CpsTransition, DanceDiffusion, FlowDiffusion, Ode
 from chunkgrpo.core.selection import ListedSelection, UniformSelection, WeightedSelection
 from chunkgrpo.core.windows import AllSteps, AnyWindow
 from chunkgrpo.credit import Credit
-from chunkgrpo.policies.execution import OFFLOADABLE
+from chunkgrpo.policies.execution import OFFLOADABLE, PRECISIONS
 from chunkgrpo.rewards.scoring import ON_ERROR
 from chunkgrpo.rollout import PREFIXES, Store
 from chunkgrpo.runtime.ema import Averaging
@@ -55,8 +55,9 @@ class LoraAdaptation:
 
     Attributes:
         rank: Rank of the updates, at least 1.
-        alpha: An update is scaled by alpha / rank; null: the rank.
-        targets: Endings of the names of the modules that get one; null: the family's attention.
+        alpha: An update is scaled by alpha / rank; null: alpha = rank.
+        targets: Endings of the names of the modules that get one; null: the family's default,
+            its attention layers.
     """
 
     rank: int = 32
@@ -77,7 +78,7 @@ class FullAdaptation:
     """Train the weights themselves.
 
     Attributes:
-        targets: Names of the modules whose weights are trained; null: all of the transformer.
+        targets: Names of the modules whose weights are trained; null: the whole transformer.
     """
 
     targets: tuple[str, ...] | None = None
@@ -86,7 +87,7 @@ class FullAdaptation:
 
 @dataclass(frozen=True)
 class NoCompile:
-    """Run the network as it is."""
+    """Do not compile the network."""
 
     kind: Literal["none"] = field(default="none", kw_only=True, repr=False)
 
@@ -96,7 +97,7 @@ class CompileBlocks:
     """``torch.compile`` for each block of the transformer.
 
     Attributes:
-        backend: Of ``torch.compile``.
+        backend: Backend of ``torch.compile``.
     """
 
     backend: str = "inductor"
@@ -104,14 +105,14 @@ class CompileBlocks:
 
 
 class ModelConfig(Section):
-    """The model and which of its weights are trained."""
+    """The model, and which of its weights are trained."""
 
     path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id.")
     adaptation: Annotated[LoraAdaptation | FullAdaptation, ByKind()] = Field(
         default=LoraAdaptation(), description="Which weights are trained."
     )
     device: str = Field(default="auto", description="'auto', 'cpu' or 'cuda'.")
-    precision: Literal["bf16", "bf16-pure", "fp16", "fp32"] = Field(
+    precision: Annotated[str, OneOf(PRECISIONS)] = Field(
         default="bf16",
         description="Precision of the network's arithmetic. Trained weights, transitions and "
         "densities are float32 in every case; 'fp16' is for sampling alone.",
@@ -119,15 +120,15 @@ class ModelConfig(Section):
     lower_frozen: bool = Field(
         default=True,
         description="Keep frozen weights of the transformer's matrix products in model.precision: "
-        "the same numbers in half the memory.",
+        "the same results in half the memory.",
     )
     text_encoder_precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto",
-        description="'auto' is bf16 on CUDA and fp32 on CPUs. Changes the embeddings.",
+        description="'auto' is bf16 on CUDA and fp32 on CPUs. bf16 changes the embeddings.",
     )
     offload: tuple[Annotated[str, OneOf(OFFLOADABLE)], ...] = Field(
         default=(),
-        description="Parts that stay in host memory while not used; 'reference' goes with "
+        description="Parts that stay in host memory while not in use; 'reference' is for "
         "model.adaptation 'full'.",
     )
     attention_backend: str | None = Field(
@@ -154,18 +155,19 @@ class ModelConfig(Section):
     )
     negative_prompt: str = Field(
         default="",
-        description="Negative prompt of classifier-free guidance, where a record has none.",
+        description="Negative prompt of guidance, for prompts without one of their own.",
     )
     max_sequence_length: int | None = Field(
         default=None,
         ge=1,
-        description="Tokens of the longest text encoder; null: the pipeline's default.",
+        description="Length in tokens of the longest text encoder; null: the pipeline's default.",
     )
     timestep: Annotated[str, OneOf(TIMESTEP_ROUNDINGS)] | None = Field(
-        default=None, description="Rounding of the network's time; null: as the scheduler does."
+        default=None,
+        description="Rounding of the timestep that the network gets; null: as the scheduler does.",
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="Recompute blocks in the backward pass; saves memory."
+        default=False, description="Recompute blocks in the backward pass to save memory."
     )
     options: dict[str, Any] = Field(
         default={},
@@ -187,7 +189,8 @@ class PromptConfig(Section):
     )
     held_out: str = Field(default="shapes", description="As prompts.train, for evaluation.")
     column: str | None = Field(
-        default=None, description="Field of the prompt in records; null finds common names."
+        default=None,
+        description="Field of records that holds the prompt; null looks for common names.",
     )
     tasks: tuple[str, ...] | None = Field(
         default=None, description="Tasks of the embedded world to train on; null: all."
@@ -224,21 +227,22 @@ class JudgeConfig(WatchedRewardConfig):
 
 
 class ScoringConfig(Section):
-    """How rewards are combined, and what happens when one misbehaves."""
+    """How rewards are combined, and what an unusable score does."""
 
     combine: Annotated[str, OneOf(COMBINATIONS)] = Field(
         default="sum",
-        description="'advantage' normalises each reward within its groups before they are added, "
-        "'gdpo' then the sum over the batch.",
+        description="How several rewards become one signal: 'advantage' normalises each within its "
+        "groups before they are added, 'gdpo' then normalises the sum over the batch.",
     )
     on_error: Annotated[str, OneOf(ON_ERROR)] = Field(
         default="stop",
-        description="A score that is missing, not finite or of the wrong shape: 'stop' ends the "
-        "run with everything saved, 'drop' takes the image out of its group.",
+        description="What a missing, not finite or misshapen score does: 'stop' ends the run with "
+        "everything saved, 'drop' removes the sample from its group.",
     )
     quantise: bool = Field(
         default=False,
-        description="Round images to 8 bits first: local and remote rewards see the same pixels.",
+        description="Round images to 8 bits first, so that local and remote rewards get the same "
+        "pixels.",
     )
 
 
@@ -249,10 +253,12 @@ class SamplingConfig(Section):
     """How images are sampled."""
 
     steps: int = Field(
-        default=17, ge=2, description="Sampler steps; all but the last can be trained."
+        default=17, ge=2, description="Sampler steps; all but the last can be trained on."
     )
     schedule: AnySchedule = Field(default=Shifted(), description="Noise levels of the steps.")
-    merge: AnyMerge = Field(default=NoMerge(), description="Which steps are taken as one.")
+    merge: AnyMerge = Field(
+        default=NoMerge(), description="Which steps of the schedule are merged into one."
+    )
     transition: Annotated[
         FlowDiffusion | DanceDiffusion | CpsTransition | OdeDiffusion, ByKind()
     ] = Field(
@@ -265,13 +271,19 @@ class SamplingConfig(Section):
     tail: Annotated[EulerTail | MultistepTail, ByKind()] = Field(
         default=EulerTail(), description="Solver of the steps after the window."
     )
-    prompts: int = Field(default=16, ge=1, description="Prompts per rollout.")
-    group_size: int = Field(default=12, ge=2, description="Images per prompt.")
-    same_noise: bool = Field(default=True, description="Start each group from one noise.")
-    batch_size: int = Field(
-        default=96, ge=1, description="Most samples in one forward, of evaluations too."
+    prompts: int = Field(default=16, ge=1, description="Number of prompts per rollout, P.")
+    group_size: int = Field(default=12, ge=2, description="Samples per prompt, G.")
+    same_noise: bool = Field(
+        default=True, description="Start all samples of a group from the same noise."
     )
-    store: Store = Field(default=Store(), description="How states wait for training.")
+    batch_size: int = Field(
+        default=96,
+        ge=1,
+        description="Largest number of samples in one forward, in evaluations too.",
+    )
+    store: Store = Field(
+        default=Store(), description="How trajectories are stored until they are trained on."
+    )
 
     @property
     def images(self) -> int:
@@ -288,8 +300,8 @@ class ChunkGRPOObjective(ChunkLoss):
 
     Attributes:
         plan: Where time is cut into chunks.
-        selection: Which chunks each sample trains.
-        window: Which steps are stochastic and trained; the others follow the ODE.
+        selection: Which chunks of each sample are trained on.
+        window: Which steps are stochastic and trained on; the others follow the ODE.
     """
 
     plan: Annotated[AnyPlanRule, ByKind()] = PaperPlan()
@@ -302,10 +314,10 @@ class ChunkGRPOObjective(ChunkLoss):
 
 @dataclass(frozen=True)
 class NFTObjective(NFTLoss):
-    """DiffusionNFT: no densities; contrasts velocities on noised images.
+    """DiffusionNFT: contrasts velocities on noised clean latents, without densities.
 
     Attributes:
-        old: How the old policy, which samples, follows the trained one.
+        old: How the old policy, which samples, follows the trained policy.
     """
 
     old: Annotated[str, OneOf(DECAY_SCHEDULES)] = "none"
@@ -322,8 +334,8 @@ class AWMObjective(AWMLoss):
     """AWM: policy gradient with the pretraining loss as log-probability.
 
     Attributes:
-        average: How the averaged policy that ``ema_weight`` pulls towards follows the trained one;
-            null where there is none.
+        average: How the averaged policy, towards which ``ema_weight`` pulls, follows the trained
+            policy; null: no averaged policy.
     """
 
     average: Annotated[str, OneOf(DECAY_SCHEDULES)] | None = None
@@ -349,11 +361,11 @@ AnyObjective = Annotated[ChunkGRPOObjective | NFTObjective | AWMObjective, ByKin
 
 
 class EvaluationConfig(Section):
-    """What is measured before, during and after training."""
+    """Evaluations before, during and after training."""
 
     reward: JudgeConfig = Field(
         default=JudgeConfig(name="shapes", options={"mode": "strict", "name": "strict"}),
-        description="The judge.",
+        description="The judge: the reward of the evaluations.",
     )
     every: int = Field(
         default=10,
@@ -364,34 +376,40 @@ class EvaluationConfig(Section):
         default=96, ge=1, description="Prompts of the small evaluations while training."
     )
     final_prompts: int = Field(
-        default=504, ge=1, description="Held-out prompts of the evaluations before and after."
+        default=504,
+        ge=1,
+        description="Held-out prompts of the evaluations before and after training.",
     )
-    final_seeds: int = Field(default=2, ge=1, description="Images per prompt before and after.")
+    final_seeds: int = Field(
+        default=2, ge=1, description="Images per prompt before and after training."
+    )
     seed: int = Field(default=1234, description="Seed of the evaluations' noise and prompts.")
     tasks: tuple[str, ...] | None = Field(
-        default=None, description="Tasks of the embedded world to judge by; null: all."
+        default=None, description="Tasks of the embedded world to evaluate on; null: all."
     )
 
 
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(default="run", description="Name of the run and of its folder.")
-    iterations: int = Field(default=50, ge=1, description="Rollouts of the run.")
+    name: str = Field(default="run", description="Name of the run, and of its folder.")
+    iterations: int = Field(
+        default=50, ge=1, description="Iterations of the run: one rollout and its updates each."
+    )
     seed: int = Field(default=0, description="Seed of everything random.")
-    threads: int = Field(default=0, ge=0, description="CPU threads; 0 leaves torch's choice.")
+    threads: int = Field(default=0, ge=0, description="CPU threads; 0 keeps torch's default.")
     checkpoint_every: int = Field(default=10, ge=1, description="Iterations between checkpoints.")
     model: ModelConfig = Field(
-        default=ModelConfig(), description="The model and which of its weights are trained."
+        default=ModelConfig(), description="The model, and which of its weights are trained."
     )
     prompts: PromptConfig = Field(
         default=PromptConfig(), description="Prompts to train on and to evaluate with."
     )
     rewards: tuple[RewardConfig, ...] = Field(
-        default=(RewardConfig(),), min_length=1, description="What is trained on."
+        default=(RewardConfig(),), min_length=1, description="The rewards that are trained on."
     )
     watched_rewards: tuple[WatchedRewardConfig, ...] = Field(
-        default=(), description="Rewards that are scored and logged, not trained on."
+        default=(), description="Rewards that are computed and logged, not trained on."
     )
     scoring: ScoringConfig = Field(
         default=ScoringConfig(), description="How rewards are combined and checked."
@@ -403,15 +421,31 @@ class Config(Section):
         default=SamplingConfig(), description="How images are sampled."
     )
     credit: Credit = Field(
-        default=Credit(), description="From scores to advantages, and who is trained on."
+        default=Credit(),
+        description="From scores to advantages, and to the samples that are trained on.",
     )
     objective: AnyObjective = Field(default=ChunkGRPOObjective(), description="The loss.")
     optimizer: Optimization = Field(
         default=Optimization(), description="AdamW and its learning rate."
     )
     ema: Averaging = Field(
-        default=Averaging(), description="The average of the weights, which is evaluated and saved."
+        default=Averaging(), description="The average of the weights that is evaluated and saved."
     )
     evaluation: EvaluationConfig = Field(
-        default=EvaluationConfig(), description="What is measured before, during and after."
+        default=EvaluationConfig(), description="Evaluations before, during and after training."
     )
+
+
+def chunk_objective(config: Config) -> ChunkGRPOObjective:
+    """Return the objective of a run that trains chunks.
+
+    Raises:
+        ConfigError: If it trains none.
+    """
+    o = config.objective
+    if not isinstance(o, ChunkGRPOObjective):
+        raise ConfigError(
+            f"objective.kind {o.kind!r} trains on noised clean latents and has no chunks; use "
+            "'chunk_grpo'"
+        )
+    return o

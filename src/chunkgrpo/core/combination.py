@@ -25,6 +25,7 @@ from .advantages import (
     validated_groups,
     without_spread,
 )
+from .precision import host_values
 
 
 def weighted_sum(rewards_RB: Tensor, weights_R: Tensor) -> Tensor:
@@ -126,15 +127,15 @@ def _validated_combination(
     rule = COMBINATIONS[combination]
     if rule.positive and not (weights_R > 0).all():
         raise ValueError(
-            f"reward weights are {weights_R.tolist()}; combination {combination!r} needs positive "
-            "ones; use 'sum' to subtract a reward"
+            f"reward weights are {host_values(weights_R)}; combination {combination!r} needs "
+            "positive ones; use 'sum' to subtract a reward"
         )
     if rule.total is weighted_product:
         wrong_RB = rewards_RB < 0
         if kept_B is not None:
             wrong_RB = wrong_RB & kept_B
         if wrong_RB.any():
-            reward, sample = wrong_RB.nonzero()[0].tolist()
+            reward, sample = (int(index) for index in wrong_RB.nonzero()[0])
             raise ValueError(
                 f"reward {reward} scored {rewards_RB[reward, sample].item():g} for sample "
                 f"{sample}; a product needs scores that are not negative; shift the reward, or "

@@ -21,6 +21,7 @@ from torch import Generator, Tensor
 from .names import OneOf, check_name
 from .plackett_luce import plackett_luce_draw, plackett_luce_inclusion
 from .plans import ChunkPlan
+from .precision import host_values
 from .selection import importance_weights, num_selected, unit_weights
 
 
@@ -202,8 +203,8 @@ class LearnedSelection:
         value_C = chunk_usefulness_C.detach().double().cpu()
         if value_C.ndim != 1 or not len(value_C) or value_C.isinf().any():
             raise ValueError(
-                f"usefulness is {value_C.tolist()}; it must be one finite value per chunk, [C], "
-                "or NaN where a chunk was not measured"
+                f"usefulness is {host_values(value_C)}; it must be one finite value per chunk, "
+                "[C], or NaN where a chunk was not measured"
             )
         if self._sum_C is None or self._mass_C is None:
             self._sum_C, self._mass_C = torch.zeros_like(value_C), torch.zeros_like(value_C)
@@ -246,7 +247,7 @@ class LearnedSelection:
         """Return what was learned, as JSON can hold it; empty before the first observation."""
         if self._sum_C is None or self._mass_C is None:
             return {}
-        return {"sum": self._sum_C.tolist(), "mass": self._mass_C.tolist()}
+        return {"sum": host_values(self._sum_C), "mass": host_values(self._mass_C)}
 
     def load(self, state: Mapping[str, Sequence[float]]) -> None:
         """Take over what :meth:`state` returned, exactly.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .plans import ChunkPlan, explicit_plan, whole_plan
+from .precision import host_values
 
 # Sums of squared logarithms below this are rounding, which must not buy chunks for a flat curve.
 FLAT = 1e-12
@@ -49,7 +50,7 @@ def _inherited_signs(values: list[float]) -> list[int]:
         0 if math.isnan(value) or value == 0 else int(math.copysign(1, value)) for value in values
     ]
     previous = next((sign for sign in signs if sign), 0)
-    inherited = []
+    inherited: list[int] = []
     for sign in signs:
         previous = sign or previous
         inherited.append(previous)
@@ -62,7 +63,7 @@ def _validated_curve(curve_N: Tensor) -> list[float]:
             f"the curve has shape {tuple(curve_N.shape)}; chunks are cut from one value per "
             "trained step, [N]; average over the batch with mean_curve first"
         )
-    values = [float(value) for value in curve_N.tolist()]
+    values = [float(value) for value in host_values(curve_N)]
     for index, value in enumerate(values):
         if not math.isfinite(value):
             raise ValueError(

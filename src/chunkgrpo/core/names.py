@@ -27,8 +27,18 @@ class OneOf:
         self.names = tuple(names)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        """Accept what the field's type accepts."""
-        return handler(source)
+        """Accept what the field's type accepts, if it is one of the names."""
+        function = {"type": "no-info", "function": self.checked}
+        return {"type": "function-after", "function": function, "schema": handler(source)}
+
+    def checked(self, name: str) -> str:
+        """Return a name.
+
+        Raises:
+            ValueError: If it is not one of the names.
+        """
+        check_name("name", name, self.names)
+        return name
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
         """Add the names as ``enum``."""

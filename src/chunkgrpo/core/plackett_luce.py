@@ -84,7 +84,7 @@ def plackett_luce_inclusion(weights_BC: Tensor, num_drawn: int) -> Tensor:
     time_Q = nodes_Q.exp()
     away_BCQ = (-rates_BC[..., None] * time_Q).exp()
     here_BCQ = -torch.expm1(-rates_BC[..., None] * time_Q)
-    inclusion = []
+    inclusion: list[Tensor] = []
     for item in range(num_items):
         # count_BMQ[m]: probability that exactly m of the other items have arrived, m < M.
         count_BMQ = away_BCQ.new_zeros(*rates_BC.shape[:-1], num_drawn, len(time_Q))

@@ -22,6 +22,10 @@ PAPER_SIZES = (2, 3, 4, 7)
 """Chunk sizes of the published runs: 17 sampler steps, 16 of them trained."""
 
 
+def _is_size(size: object) -> bool:
+    return isinstance(size, int) and not isinstance(size, bool) and size >= 1
+
+
 @dataclass(frozen=True)
 class ChunkPlan:
     """A partition of the trained steps into consecutive chunks.
@@ -35,9 +39,7 @@ class ChunkPlan:
     def __post_init__(self) -> None:
         """Refuse an empty plan and chunks without steps."""
         object.__setattr__(self, "sizes", tuple(self.sizes))
-        if not self.sizes or any(
-            not isinstance(size, int) or isinstance(size, bool) or size < 1 for size in self.sizes
-        ):
+        if not self.sizes or not all(_is_size(size) for size in self.sizes):
             raise ValueError(
                 f"chunk sizes are {self.sizes}; a plan needs at least one chunk, and every size "
                 "must be an integer >= 1; remove the offending entry"
@@ -101,7 +103,8 @@ class ChunkPlan:
             ValueError: If the last axis is not N long.
         """
         self.validate_for(values_BN.shape[-1])
-        return torch.stack([part.mean(dim=-1) for part in values_BN.split(self.sizes, -1)], -1)
+        parts = torch.split(values_BN, list(self.sizes), -1)
+        return torch.stack([part.mean(dim=-1) for part in parts], -1)
 
     def expand(self, values_BC: Tensor) -> Tensor:
         """Give every step its chunk's value: the adjoint of :meth:`reduce`, times the size.
@@ -120,7 +123,7 @@ class ChunkPlan:
                 f"values of shape {tuple(values_BC.shape)} were given to the plan {self}; their "
                 f"last axis must hold its {self.num_chunks} chunks; reduce them with this plan"
             )
-        columns = values_BC.split(1, dim=-1)
+        columns = torch.split(values_BC, 1, dim=-1)
         return torch.cat(
             [
                 column.expand(*column.shape[:-1], size)

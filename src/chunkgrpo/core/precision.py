@@ -6,6 +6,8 @@ Importance ratios of this method are clipped at about 5e-5; bfloat16 resolves 4e
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,14 @@ def beside(values: Tensor, x: Tensor) -> Tensor:
     if not values.ndim:
         return values
     return values.reshape(*values.shape, *[1] * (x.ndim - values.ndim))
+
+
+def host_values(tensor: Tensor) -> list[float]:
+    """Return the values of a one-dimensional tensor as Python numbers.
+
+    What ``tolist`` returns, whose type torch leaves open.
+    """
+    return cast(Any, tensor).tolist()
 
 
 # 0.3 * 10 is 3.0000000000000004 in one order of operations and 2.9999999999999996 in another.

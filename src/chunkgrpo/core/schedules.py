@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .names import ByKind
-from .precision import at_least_float32
+from .precision import at_least_float32, host_values
 
 TimestepRounding = Callable[[Tensor], Tensor]
 """How an exact sigma becomes the time the network is told: sigma -> sigma, both in [0, 1]."""
@@ -104,10 +104,10 @@ def validate_sigmas(sigmas: Tensor) -> Tensor:
         )
     if len(sigmas) < 3:
         raise ValueError(
-            f"sigmas {sigmas.tolist()} make {max(len(sigmas) - 1, 0)} steps; a schedule needs at "
-            "least 2, because the last one is never trained; add sigmas"
+            f"sigmas {host_values(sigmas)} make {max(len(sigmas) - 1, 0)} steps; a schedule needs "
+            "at least 2, because the last one is never trained; add sigmas"
         )
-    values = sigmas.tolist()
+    values = host_values(sigmas)
     for index, value in enumerate(values):
         if not math.isfinite(value):
             raise ValueError(

@@ -188,13 +188,26 @@ class Diffusion(Protocol):
         ...
 
 
-def _validate_eta(eta: float) -> None:
-    if not (math.isfinite(eta) and eta >= 0):
-        raise ValueError(f"eta is {eta}; a noise level must be finite and >= 0; 0 is the ODE")
+class _NoiseLevel:
+    """What coefficients with a noise level share."""
+
+    eta: float
+
+    def __post_init__(self) -> None:
+        """Refuse a noise level that is negative or not finite."""
+        if not (math.isfinite(self.eta) and self.eta >= 0):
+            raise ValueError(
+                f"eta is {self.eta}; a noise level must be finite and >= 0; 0 is the ODE"
+            )
+
+    @property
+    def has_density(self) -> bool:
+        """Whether eta > 0."""
+        return self.eta > 0
 
 
 @dataclass(frozen=True)
-class FlowDiffusion:
+class FlowDiffusion(_NoiseLevel):
     r"""Flow-GRPO's coefficient: much noise early, little late.
 
     .. math:: g(\sigma) = \eta \sqrt{\frac{\sigma}{1 - \sigma_{ref}}}
@@ -213,15 +226,6 @@ class FlowDiffusion:
     eta: float = 0.7
     kind: Literal["flow"] = field(default="flow", kw_only=True, repr=False)
 
-    def __post_init__(self) -> None:
-        """Refuse a noise level that is negative or not finite."""
-        _validate_eta(self.eta)
-
-    @property
-    def has_density(self) -> bool:
-        """Whether eta > 0."""
-        return self.eta > 0
-
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """g(sigma), shape of ``sigma`` (broadcast with ``sigma_next``), float32 or better."""
         sigma, sigma_next = at_least_float32(sigma), at_least_float32(sigma_next)
@@ -231,7 +235,7 @@ class FlowDiffusion:
 
 
 @dataclass(frozen=True)
-class DanceDiffusion:
+class DanceDiffusion(_NoiseLevel):
     r"""DanceGRPO's coefficient: the same at every sigma.
 
     .. math:: g(\sigma) = \eta
@@ -244,15 +248,6 @@ class DanceDiffusion:
 
     eta: float = 0.3
     kind: Literal["dance"] = field(default="dance", kw_only=True, repr=False)
-
-    def __post_init__(self) -> None:
-        """Refuse a noise level that is negative or not finite."""
-        _validate_eta(self.eta)
-
-    @property
-    def has_density(self) -> bool:
-        """Whether eta > 0."""
-        return self.eta > 0
 
     def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """g(sigma) = eta, shape of ``sigma``, float32 or better."""
@@ -399,7 +394,7 @@ class Transition:
 
 
 @dataclass(frozen=True)
-class CpsTransition:
+class CpsTransition(_NoiseLevel):
     r"""Flow-CPS: re-mix predicted image and noise so that the noise level is right at every step.
 
     .. math:: s = \sigma_{next} \sin(\eta\pi/2), \qquad
@@ -425,11 +420,6 @@ class CpsTransition:
         """Refuse a mixing angle outside [0, 90] degrees."""
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; Flow-CPS mixes noise with eta in [0, 1]; try 0.9")
-
-    @property
-    def has_density(self) -> bool:
-        """Whether eta > 0."""
-        return self.eta > 0
 
     def std(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """Standard deviation of the step, shape of ``sigma``, float32 or better."""

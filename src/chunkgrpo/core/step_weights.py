@@ -123,14 +123,18 @@ INNER_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 # --- the choices of a run for the weights of a loss ---------------------------------------------
 
 
-@dataclass(frozen=True)
-class NoOuterWeights:
-    """Every loss counts alike."""
-
-    kind: Literal["none"] = field(default="none", kw_only=True, repr=False)
+class _OuterWeights:
+    """What all of them share."""
 
     def check(self, plan: ChunkPlan) -> None:
         """Accept every plan."""
+
+
+@dataclass(frozen=True)
+class NoOuterWeights(_OuterWeights):
+    """Every loss counts alike."""
+
+    kind: Literal["none"] = field(default="none", kw_only=True, repr=False)
 
     def __call__(self, std_N: Tensor, dt_N: Tensor, window: slice, plan: ChunkPlan) -> Tensor:
         """Return the weights of the window's steps.
@@ -148,7 +152,7 @@ class NoOuterWeights:
 
 
 @dataclass(frozen=True)
-class NoiseLevelWeights(NoOuterWeights):
+class NoiseLevelWeights(_OuterWeights):
     """:func:`noise_level_weights`, with mean 1 over all trainable steps."""
 
     kind: Literal["noise_level"] = field(default="noise_level", kw_only=True, repr=False)
@@ -159,7 +163,7 @@ class NoiseLevelWeights(NoOuterWeights):
 
 
 @dataclass(frozen=True)
-class InverseDtWeights(NoOuterWeights):
+class InverseDtWeights(_OuterWeights):
     """:func:`inverse_dt_weights`."""
 
     kind: Literal["inverse_dt"] = field(default="inverse_dt", kw_only=True, repr=False)
@@ -170,7 +174,7 @@ class InverseDtWeights(NoOuterWeights):
 
 
 @dataclass(frozen=True)
-class ChunkSizeWeights(NoOuterWeights):
+class ChunkSizeWeights(_OuterWeights):
     """:func:`chunk_size_weights`: steps of unequal chunks count alike."""
 
     kind: Literal["chunk_size"] = field(default="chunk_size", kw_only=True, repr=False)
@@ -181,7 +185,7 @@ class ChunkSizeWeights(NoOuterWeights):
 
 
 @dataclass(frozen=True)
-class ImplicitWeights(NoOuterWeights):
+class ImplicitWeights(_OuterWeights):
     """:func:`implicit_weights`: single steps get the weights that they would have in chunks.
 
     Attributes:

@@ -7,12 +7,18 @@ Axes: P prompts, B samples, prompt-major; R scores, C chunks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .advantages import group_centred, validated_groups
-from .precision import COUNT_TOLERANCE, at_least_float32
+from .precision import COUNT_TOLERANCE
+
+# Relative difference of two sizes that is rounding: float32 resolves 6e-8, and the statistics of a
+# group lose a few bits of that.
+ROUNDING = 1e-6
 
 
 def num_chosen(num_samples: int, share: float, num_updates: int = 1) -> int:
@@ -44,15 +50,23 @@ def largest_advantages(advantages: Tensor, number: int) -> Tensor:
         number: Samples to choose, 1 to B.
 
     Returns:
-        Their indices, ascending. Sizes are compared to four decimals, so that rounding does not
-        decide between, say, the right and the wrong half of a group; of equal ones the first are
-        chosen.
+        Their indices, ascending; the unit of the advantages does not matter. Of equal sizes the
+        first are chosen, and neighbours in order that differ by one part in a million or less count
+        as equal, so that rounding does not decide between, say, the right and the wrong half of a
+        group.
 
     Reference: Xu et al., PODS, arXiv:2504.13818, which keeps those of largest reward variance in
     each group.
     """
-    size_B = at_least_float32(advantages).reshape(len(advantages), -1).norm(dim=1)
-    return size_B.round(decimals=4).argsort(descending=True, stable=True)[:number].sort().values
+    # In float64, where the square of no float32 under- or overflows.
+    size_B = advantages.double().reshape(len(advantages), -1).square().sum(dim=1).sqrt()
+    order_B = size_B.argsort(descending=True, stable=True)
+    sorted_B = size_B[order_B]
+    drops_B = sorted_B < sorted_B.roll(1) * (1 - ROUNDING)
+    drops_B[0] = False
+    rank_B = torch.empty_like(order_B)
+    rank_B[order_B] = drops_B.cumsum(dim=0)
+    return rank_B.argsort(stable=True)[:number].sort().values
 
 
 def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: Tensor) -> Tensor:
@@ -79,6 +93,8 @@ def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: T
     ]).flatten(1)  # fmt: skip
     all_BC = advantages.double().reshape(len(advantages), -1)
     x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
+    # Typed by hand: torch says nothing about it.
+    pinv: Callable[[Tensor], Tensor] = cast(Any, torch.linalg).pinv
     left_BC = torch.zeros_like(all_BC)
-    left_BC[chosen] = a_SC - x_SR @ (torch.linalg.pinv(x_SR) @ a_SC)
+    left_BC[chosen] = a_SC - x_SR @ (pinv(x_SR) @ a_SC)
     return left_BC.reshape(advantages.shape).float()

@@ -10,6 +10,7 @@ Axes: N trained steps.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, Protocol
@@ -73,7 +74,7 @@ class AllSteps:
 
 
 @dataclass(frozen=True)
-class _SizedWindow:
+class _SizedWindow(ABC):
     """What windows of a given number of steps share: the plan covers the window."""
 
     size: int = 4
@@ -83,13 +84,15 @@ class _SizedWindow:
         if self.size < 1:
             raise ValueError(f"size is {self.size}; a window has at least 1 step")
 
+    @abstractmethod
     def starts_of(self, num_trained: int) -> Mapping[int, float]:
         """Return every first step, with the share of the iterations that begin there."""
-        return {}
+        ...
 
+    @abstractmethod
     def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
         """Return the first step of an iteration's window."""
-        return 0
+        ...
 
     def num_planned(self, num_trained: int) -> int:
         """Return the size."""
@@ -231,11 +234,12 @@ class SlidingWindow(_SizedWindow):
                 "be at least 1"
             )
         check_name("decay", self.decay, DECAYS)
-        unread = [name for name in ("rate", "after") if getattr(self, name) is not None]
+        given = ((name, getattr(self, name)) for name in ("rate", "after"))
+        unread = [f"{name} = {value}" for name, value in given if value is not None]
         if self.decay != "exponential" and unread:
             raise ValueError(
-                f"{' and '.join(unread)} belong to decay 'exponential', and decay is "
-                f"{self.decay!r}; set it to that, or leave them out"
+                f"{' and '.join(unread)} belongs to decay 'exponential', and decay is "
+                f"{self.decay!r}; set it to that, or leave this out"
             )
         if self.rate is not None and not self.rate > 0:
             raise ValueError(

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Policies: models that turn a noisy latent and a prompt into a velocity."""
+"""Policies: models that predict a velocity from a noisy latent and a prompt."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which weights of a transformer are trained, and what they were before."""
+"""Which weights of a transformer are trained, and the reference that they started from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("lora", "full", "none")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 """The attention layers of one stream, as diffusers names them."""
 BOTH_STREAMS = (*ATTENTION, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-"""The same where text has weights of its own."""
+"""The same of a stream for text tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Adaptation:
 
     Attributes:
         method: ``"lora"``, ``"full"``, or ``"none"`` for sampling only.
-        rank, alpha: Of the LoRA; its update is scaled by alpha / rank.
-        targets: Module names. With ``"lora"`` the endings of those that get one, the family's
-            ``lora_targets`` where None; with ``"full"`` those whose weights are trained, with all
-            that is in them, and all weights where None.
-        seed: Of the LoRA's first weights.
+        rank, alpha: Rank and scale of the LoRA; its update is scaled by alpha / rank.
+        targets: Module names. With ``"lora"``, endings of the names of modules that get one; None:
+            the family's ``lora_targets``. With ``"full"``, modules whose weights, submodules
+            included, are trained; None: all.
+        seed: Seed of the LoRA's initial weights.
     """
 
     method: str = "lora"
@@ -54,7 +54,7 @@ def train_weights(network: torch.nn.Module, targets: Sequence[str] | None) -> No
         targets: Names of modules, such as ``"norm1"`` or ``"ff.net"``; all weights where None.
 
     Raises:
-        ValueError: If a name is that of no module.
+        ValueError: If there is no module of that name.
     """
     network.requires_grad_(targets is None)
     for target in targets or ():
@@ -69,8 +69,8 @@ def adapt(transformer: Any, adaptation: Adaptation, lora_targets: Sequence[str])
     """Mark the weights that are trained, and make them float32.
 
     Args:
-        transformer: Of diffusers; frozen. A LoRA is added to it where that is the method.
-        adaptation: Which weights.
+        transformer: A frozen transformer of diffusers; with method ``"lora"`` a LoRA is added.
+        adaptation: Which weights are trained.
         lora_targets: Endings of the modules that get a LoRA unless the adaptation names others.
 
     Raises:
@@ -104,14 +104,14 @@ def _add_lora(transformer: Any, adaptation: Adaptation, targets: Sequence[str]) 
 
 
 class Reference:
-    """The model a transformer was before training, which costs a copy only without a LoRA.
+    """The reference of a transformer: the model before training. A LoRA needs no copy for it.
 
     Args:
         transformer: Adapted, and on its device.
-        method: Of the adaptation. A LoRA is switched off; with ``"full"`` the trained weights are
-            copied now and swapped in.
+        method: Method of the adaptation. A LoRA is disabled; with ``"full"`` the trained weights
+            are copied now and swapped in.
         device: Where the transformer runs.
-        on_host: Whether the copies wait in host memory.
+        on_host: Whether the copies stay in host memory while not in use.
     """
 
     def __init__(self, transformer: Any, method: str, device: torch.device, on_host: bool) -> None:
@@ -126,7 +126,7 @@ class Reference:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Inside this context the transformer answers as before training, exactly."""
+        """Inside this context the transformer computes exactly what it did before training."""
         if not self.lora:
             pairs = zip(self.trained, self.base, strict=True)
             with swapped(self.trained, [b.to(p.device, non_blocking=True) for p, b in pairs]):
@@ -146,6 +146,6 @@ def save_lora(pipe: Any, folder: Path) -> None:
     pipe.save_lora_weights(
         folder,
         transformer_lora_layers=get_peft_model_state_dict(pipe.transformer),
-        # Without it a loader assumes alpha = rank and is silently wrong otherwise.
+        # Without it a loader assumes alpha = rank, which would be wrong without an error.
         transformer_lora_adapter_metadata=pipe.transformer.peft_config["default"].to_dict(),
     )

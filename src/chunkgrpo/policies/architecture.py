@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a model is, from its ``config.json`` files alone."""
+"""The architecture of a model, from its ``config.json`` files alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """What ``config.json`` files say of a pipeline.
+    """The configuration of a pipeline, from its ``config.json`` files.
 
     Attributes:
-        pipeline: Its class.
+        pipeline: Class name of the pipeline.
         transformer, vae: Their configurations, with ``_class_name``.
         text_encoders: Class name and configuration of each.
         distilled: Whether the pipeline is marked as guidance-distilled.
@@ -29,7 +29,7 @@ class Architecture:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels to a latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         v = self.vae
         if "temperal_downsample" in v:
             return 2 ** len(v["temperal_downsample"])
@@ -38,21 +38,21 @@ class Architecture:
 
     @property
     def latent_channels(self) -> int:
-        """Channels of what the VAE decodes."""
+        """Channels of the VAE's latents."""
         return int(self.vae.get("latent_channels") or self.vae["z_dim"])
 
     def size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        """Return height and width of images; the pipeline's default where they are None."""
+        """Return the height and width of images; the pipeline's defaults where None."""
         side = int(self.transformer.get("sample_size") or 1024 // self.vae_factor)
         side *= self.vae_factor
         return height or side, width or side
 
 
 def read_architecture(model: str | Path) -> Architecture:
-    """Read a pipeline's configurations; of a hub id, only these files are fetched.
+    """Read a pipeline's configurations; of a hub id, only these files are downloaded.
 
     Raises:
-        ValueError: If the model is missing, or a file that a pipeline must have.
+        ValueError: If the model, or a required file of it, is missing.
     """
     from chunkgrpo.policies.loading import pipeline_class_name
 
@@ -84,7 +84,7 @@ def _is_module(value: Any) -> bool:
 
 
 def build_network(config: Mapping[str, Any]) -> Any:
-    """Build a network of diffusers with random weights on the present device."""
+    """Build a network of diffusers with random weights on the current default device."""
     import diffusers
 
     return getattr(diffusers, str(config["_class_name"])).from_config(dict(config))

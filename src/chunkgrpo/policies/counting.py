@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A model's operations and memory, from its architecture alone: no weights.
+"""A model's operations and memory, from its architecture alone, without weights.
 
 The networks are built by diffusers and transformers as usual, but on fake tensors, which have
-shapes and types and no content. So operations are counted by the formulas of
+shapes and types but no data. So operations are counted by the formulas of
 ``torch.utils.flop_counter``, and memory is added up, on the very operators that a real run calls.
 """
 
@@ -29,13 +29,13 @@ from chunkgrpo.runtime.attention import plain_attention
 
 @dataclass(frozen=True)
 class Work:
-    """What one call costs.
+    """The cost of one call.
 
     Attributes:
-        rows: Latents in it, both halves of guidance counted as one.
+        rows: Number of latents, both halves of guidance counted as one.
         forward, backward: Floating-point operations; a multiplication and an addition are two.
-            The backward pass holds what gradient checkpointing computes again.
-        peak: Bytes that lie in memory at once, beside weights and optimizer; gradients included.
+            The backward pass includes what gradient checkpointing recomputes.
+        peak: Peak of allocated bytes beside weights and optimizer, gradients included.
     """
 
     rows: int
@@ -46,12 +46,12 @@ class Work:
 
 @dataclass(frozen=True)
 class NetworkWork:
-    """A transformer's size, and what it costs to sample from and to train.
+    """The size of a transformer, and the cost of sampling and training with it.
 
     Attributes:
-        parameters: Weights of the base model.
-        trainable: Weights that are trained.
-        nbytes: Bytes of all weights, the LoRA's among them.
+        parameters: Number of weights of the base model.
+        trainable: Number of weights that are trained.
+        nbytes: Bytes of all weights, those of the LoRA included.
         sampling, training: One forward without gradient; one forward and backward.
     """
 
@@ -68,13 +68,13 @@ class NetworkUse:
 
     Attributes:
         size: Height and width of images in pixels.
-        text: Text rows.
-        sampling_rows, training_rows: Latents in a call.
+        text: Text tokens.
+        sampling_rows, training_rows: Latents per call.
         guidance_rows: Network rows per latent.
         method, rank, targets: What is trained, see :class:`~.pipeline.Adaptation`.
         precision: See :class:`~.pipeline.PipelinePolicy`.
         lower: Whether frozen weights are in that precision, see :class:`~.execution.Execution`.
-        checkpointing: Whether blocks are computed again in the backward pass.
+        checkpointing: Whether blocks are recomputed in the backward pass.
         plain: Whether attention is unfused, as on CPUs.
     """
 
@@ -93,7 +93,7 @@ class NetworkUse:
 
 
 def materialise(network: torch.nn.Module) -> None:
-    """Give a network of the meta device float32 weights of the present mode, on the CPU."""
+    """Give a network of the meta device float32 weights on the CPU, or fake ones in that mode."""
     for module in network.modules():
         for name, p in module._parameters.items():
             if p is not None:
@@ -105,14 +105,14 @@ def materialise(network: torch.nn.Module) -> None:
 
 
 class Meter(TorchDispatchMode):
-    """Adds up operations, and the storages that live at once.
+    """Counts operations, and the peak of allocated storages.
 
-    Operations are those of the formulas of ``torch.utils.flop_counter``, and of the same for the
-    fused attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
+    Operations are counted by the formulas of ``torch.utils.flop_counter``, extended to the fused
+    attention of CPUs. Not its ``FlopCounterMode``, which watches modules and thereby keeps
     alive what gradient checkpointing frees.
 
     Args:
-        given: Tensors whose memory does not count.
+        given: Tensors whose memory is not counted.
     """
 
     def __init__(self, given: Iterable[Tensor]) -> None:
@@ -133,7 +133,7 @@ class Meter(TorchDispatchMode):
         return out
 
     def note(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it dies."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.live:
@@ -144,7 +144,7 @@ class Meter(TorchDispatchMode):
         weakref.finalize(storage, self.forget, key)
 
     def forget(self, key: int) -> None:
-        """Take a dead storage off."""
+        """Subtract a storage that was freed."""
         self.now -= self.live.pop(key, 0)
 
 
@@ -167,7 +167,7 @@ def flop_formulas() -> dict[Any, Callable[..., int]]:
 
 
 class _FullMasks(TorchFunctionMode):
-    """Answers how many texts are valid, which a fake mask cannot: all of them."""
+    """Returns the number of valid tokens, which a fake mask does not have: all of them."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -183,7 +183,7 @@ class _FullMasks(TorchFunctionMode):
 
 @contextmanager
 def fake_tensors() -> Iterator[None]:
-    """Inside this context tensors have shapes and types, and no content."""
+    """Inside this context tensors have shapes and types but no data."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):

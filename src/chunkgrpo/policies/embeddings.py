@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Encoded prompts on disk, so that text encoders are loaded once and then not at all."""
+"""Encoded prompts on disk, so that text encoders need not be loaded again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.types import Conditioning, Prompt
 
-# Files up to this size are read whole to tell two models apart, larger ones at a few places.
+# Files up to this size are hashed as a whole, larger ones at a few places.
 WHOLE = 1 << 20
 SAMPLES, SAMPLE = 16, 1 << 16
 
@@ -24,13 +24,13 @@ SAMPLES, SAMPLE = 16, 1 << 16
 class EmbeddingCache:
     """A folder of encoded prompts, one safetensors file each.
 
-    A file's name is a hash of the prompt (and of its negative prompt, if it has one of its own),
-    that of its folder a hash of the identity: all else that decides what the text encoders answer.
-    Files appear whole or not at all, so several processes may share the folder.
+    A file's name is a hash of the prompt (and of its own negative prompt, if any), that of its
+    folder a hash of the identity: everything else that determines the encoding. Files are written
+    atomically, so several processes may share the folder.
 
     Args:
         root: Holds the caches of all models.
-        identity: Model, encoding settings and versions; everything must go into JSON.
+        identity: Model, encoding settings and versions; serialisable as JSON.
     """
 
     root: Path
@@ -42,10 +42,10 @@ class EmbeddingCache:
         object.__setattr__(self, "folder", Path(self.root) / name)
 
     def path_of(self, prompt: Prompt | str) -> Path:
-        """Return the file that holds, or would hold, a prompt.
+        """Return the file of a prompt, whether it exists or not.
 
-        A record with a negative prompt has a file of its own. The identity says what stands for
-        the negative prompt of texts, and of records without one.
+        A record with a negative prompt has its own file. The negative prompt of all others is part
+        of the identity.
         """
         text, negative = _parts(prompt)
         more = "" if negative is None else f"-{_hash(negative)[:32]}"
@@ -55,9 +55,9 @@ class EmbeddingCache:
         return self.path_of(prompt).is_file()
 
     def load(self, prompt: Prompt | str, device: torch.device | str = "cpu") -> Conditioning | None:
-        """Return a prompt's row, bit for bit as it was saved; None where there is none.
+        """Return a prompt's row, bit for bit as it was saved; None if there is none.
 
-        A file that cannot be read counts as none: the prompt is encoded again and replaces it.
+        A file that cannot be read is ignored: the prompt is encoded again and replaces it.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -88,7 +88,7 @@ class EmbeddingCache:
 
 
 def _parts(prompt: Prompt | str) -> tuple[str, str | None]:
-    """Return what tells a prompt's row from others: its text and negative prompt."""
+    """Return the key of a prompt's row: its text and negative prompt."""
     return (prompt, None) if isinstance(prompt, str) else (prompt.text, prompt.negative_prompt)
 
 
@@ -106,10 +106,10 @@ def text_encoder_names(index: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def model_identity(model: str | Path) -> str:
-    """Return what tells one model's text encoders and tokenizers from another's.
+    """Return what identifies a model's text encoders and tokenizers.
 
-    A hub id is known by its commit. A folder is known by the names, the sizes and samples of the
-    bytes of these files, and not by where it lies: a copy shares its embeddings.
+    A hub id is identified by its commit, a folder by the names and sizes of these files and samples
+    of their bytes, not by its path: a copy shares its embeddings.
     """
     path = Path(model)
     if not path.exists():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From prompts to conditioning: a pipeline's text encoders, and what they answered before."""
+"""From prompts to conditioning: a pipeline's text encoders, and a cache of their results."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ log = logging.getLogger("chunkgrpo")
 class PromptEncoding:
     """The part of a pipeline policy that encodes prompts, each distinct one once.
 
-    Rows are kept in memory, or in a folder after :meth:`use_embeddings`. What tells rows apart is
-    the text and, with guidance, the negative prompt.
+    Rows are kept in memory, or in a folder after :meth:`use_embeddings`, by the text and, with
+    guidance, the negative prompt.
 
     Attributes:
-        guided_above: Classifier-free guidance is on where its scale is above this.
-        guided_by: What that scale is set by; None for models without classifier-free guidance.
-        embeddings: Encoded prompts on the disk; None where they are kept in memory.
+        guided_above: Classifier-free guidance is on if its scale is above this.
+        guided_by: Setting of that scale; None for models without classifier-free guidance.
+        embeddings: Encoded prompts on disk; None where they are kept in memory.
     """
 
     reads_images: ClassVar[bool] = False
@@ -61,7 +61,7 @@ class PromptEncoding:
         raise NotImplementedError
 
     def place(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        """Bring modules to the device, or to where they wait."""
+        """Move modules to the device, or to host memory if they are offloaded."""
         raise NotImplementedError
 
     def visiting(self, part: str) -> AbstractContextManager[None]:
@@ -73,7 +73,7 @@ class PromptEncoding:
 
         Args:
             prompts: B texts.
-            negative_prompts: B texts of the unconditional half, read where guidance is on.
+            negative_prompts: B texts of the unconditional half, used if guidance is on.
 
         Returns:
             B rows; with guidance, what was encoded for the unconditional half is named
@@ -96,8 +96,8 @@ class PromptEncoding:
         """Encode prompts with the pipeline's own encoders, each distinct prompt once.
 
         One at a time: in a batch the last bits of a row depend on the batch's size, and a resumed
-        run meets its prompts in other company than the uninterrupted one. Texts of different
-        lengths are padded with zeros here; their family keeps a mask.
+        run has other batches than an uninterrupted one. Texts of different lengths are padded with
+        zeros here; the family has a mask.
 
         Args:
             prompts: Texts or records; a record's negative prompt is used instead of the policy's.
@@ -112,10 +112,10 @@ class PromptEncoding:
         return Conditioning({name: padded([row[name] for row in rows]) for name in rows[0]})
 
     def encoding_keys(self, prompts: Iterable[Prompt | str]) -> list[Prompt]:
-        """Return what decides the row of each prompt, and nothing else of it.
+        """Return the key of each prompt's row.
 
-        That is the text, and the negative prompt where it is read and is not the policy's own. If
-        guidance is off and negative prompts are given all the same, one warning says so.
+        It is the text, and the prompt's own negative prompt if guidance is on. If guidance is off
+        and there are negative prompts, one warning is logged.
 
         Raises:
             ValueError: If a prompt has images.
@@ -140,16 +140,16 @@ class PromptEncoding:
         ]
 
     def _known(self, key: Prompt) -> Conditioning | None:
-        """Return a prompt's row from memory or from the disk."""
+        """Return a prompt's row from memory or from disk."""
         if key in self._encoded:
             return self._encoded[key]
         return self.embeddings.load(key, self.device) if self.embeddings else None
 
     def encode_new(self, prompts: Sequence[Prompt | str]) -> Iterator[tuple[Prompt, Conditioning]]:
-        """Encode prompts one by one and keep them; offloaded text encoders visit once for all.
+        """Encode prompts one by one and keep them; offloaded text encoders are moved once for all.
 
         Yields:
-            Each prompt as :meth:`encoding_keys` names it, and its row.
+            The key of each prompt (:meth:`encoding_keys`), and its row.
 
         Raises:
             ValueError: If the text encoders were released.
@@ -171,14 +171,14 @@ class PromptEncoding:
                 with torch.no_grad(), quiet_diffusers():
                     encoded = self.encode_texts([key.text], [negative])
                 row = Conditioning({n: in_float32(t) for n, t in encoded.tensors.items()})
-                if self.embeddings:  # what is on the disk need not fill the device's memory
+                if self.embeddings:  # rows on disk need not use the device's memory
                     self.embeddings.save(key, row)
                 else:
                     self._encoded[key] = row
                 yield key, row
 
     def use_embeddings(self, root: str | Path) -> None:
-        """Keep encoded prompts in a folder; text encoders load when one is missing there."""
+        """Keep encoded prompts in a folder; text encoders are loaded when one is missing there."""
         import diffusers
         import transformers
 
@@ -228,11 +228,11 @@ class PromptEncoding:
         for module in found.values():
             module.requires_grad_(False).eval()
         self.place(found)
-        # Registered, not only set: the saved pipeline must list them.
+        # Registered, so that the saved pipeline lists them.
         self.pipe.register_modules(**found)
 
     def _stored_text_encoders(self) -> dict[str, torch.nn.Module]:
-        """Load the text encoders as they are stored; none where it is not known where."""
+        """Load the stored text encoders; none if their place is unknown."""
         from diffusers import DiffusionPipeline
 
         source = getattr(self.pipe, "name_or_path", None)
@@ -246,7 +246,7 @@ class PromptEncoding:
 
 
 def in_float32(tensor: Tensor) -> Tensor:
-    """Cast lower floating-point types up; leave numbers of other kinds."""
+    """Cast lower floating-point types to float32; leave other types."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 

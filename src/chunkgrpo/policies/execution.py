@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a policy uses memory and time: types of frozen weights, where they lie, which kernels run.
+"""How a policy uses memory and time: types and places of frozen weights, and kernels.
 
 Nothing here is part of the method.
 """
@@ -14,7 +14,15 @@ from typing import Any
 import torch
 
 OFFLOADABLE = ("text_encoders", "vae", "reference")
-"""Parts that can lie in host memory while they are not used."""
+"""Parts that can stay in host memory while not in use."""
+
+PRECISIONS = {
+    "bf16": torch.bfloat16,
+    "bf16-pure": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+}
+"""Type of the network's arithmetic by the name of its precision."""
 
 PRODUCTS = (
     torch.nn.Linear,
@@ -22,7 +30,7 @@ PRODUCTS = (
     torch.nn.Conv2d,
     torch.nn.Conv3d,
 )
-"""Modules whose weights autocast casts at every call."""
+"""Modules whose weights autocast casts in every call."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +38,18 @@ class Execution:
     """How a policy uses memory and time.
 
     Attributes:
-        lower_frozen: Keep the frozen weights of the transformer's matrix products in the precision
-            they are multiplied in. Autocast would cast them at each call, so every result is the
-            same bit for bit, and they take half the memory. Biases of these modules too; norms,
-            embeddings and all that is trained stay in float32. Nothing happens in ``fp32``.
+        lower_frozen: Store the frozen weights and biases of the transformer's matrix products in
+            the precision they are multiplied in. Autocast would cast them in each call, so results
+            are the same bit for bit, in half the memory. Norms, embeddings and trained weights stay
+            in float32. No effect with ``fp32``.
         text_dtype: Type of the text encoders and of their arithmetic; as they are where None.
-            Unlike ``lower_frozen``, bfloat16 changes what they answer.
-        offload: Parts that lie in host memory while not used, of ``OFFLOADABLE``. ``reference``
+            Unlike with ``lower_frozen``, bfloat16 changes the embeddings.
+        offload: Parts that stay in host memory while not in use, of ``OFFLOADABLE``. ``reference``
             is the frozen copy of full fine-tuning; a LoRA's reference is the model itself.
         attention_backend: Name of diffusers' attention dispatcher; torch's own choice where None.
-        compile: Backend of ``torch.compile`` for each block of the transformer; none where None.
+        compile: Backend of ``torch.compile`` for each block of the transformer; None: not compiled.
         vae_slicing: Decode one image at a time.
-        vae_tiling: Decode large images in overlapping tiles, which changes them a little.
+        vae_tiling: Decode large images in overlapping tiles, which changes them slightly.
     """
 
     lower_frozen: bool = True
@@ -53,7 +61,7 @@ class Execution:
     vae_tiling: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse names that mean nothing, before a model is loaded.
+        """Refuse unknown names, before a model is loaded.
 
         Raises:
             ValueError: With the names that are known.
@@ -93,7 +101,7 @@ def attention_backends() -> list[str]:
 
 
 def use_attention_backend(network: Any, name: str) -> None:
-    """Let a transformer call one attention kernel.
+    """Select a transformer's attention kernel.
 
     Raises:
         ValueError: If the kernel is not installed, or the transformer's attention does not ask
@@ -111,11 +119,11 @@ def use_attention_backend(network: Any, name: str) -> None:
     from diffusers.utils import logging
 
     level = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the interface is experimental
+    logging.set_verbosity_error()  # a warning that the interface is experimental
     try:
         network.set_attention_backend(name)
     except (RuntimeError, ImportError) as error:
-        raise ValueError(f"attention backend {name!r} can not run here: {error}") from error
+        raise ValueError(f"attention backend {name!r} cannot run here: {error}") from error
     finally:
         logging.set_verbosity(level)
 
@@ -146,7 +154,7 @@ def spare_decoder(vae: Any, slicing: bool, tiling: bool) -> None:
     """Make a VAE decode image by image, or tile by tile.
 
     Raises:
-        ValueError: If its class can not.
+        ValueError: If its class cannot.
     """
     for wanted, what in ((slicing, "slicing"), (tiling, "tiling")):
         if not wanted:

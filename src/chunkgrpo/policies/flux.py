@@ -49,7 +49,7 @@ class FluxPolicy(PipelinePolicy):
 
     @property
     def cfg_scale(self) -> float:
-        """Not ``guidance``, which is an input of the network."""
+        """``true_cfg``, not ``guidance``, which is an input of the network."""
         return self.true_cfg
 
     def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:
@@ -65,7 +65,7 @@ class FluxPolicy(PipelinePolicy):
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Call the network; like the pipeline, by way of thousandths."""
+        """Call the network, with time in thousandths like the pipeline."""
         embedded = self.pipe.transformer.config.guidance_embeds
         return self.network(
             hidden_states=x,

@@ -23,7 +23,7 @@ class Flux2Policy(PipelinePolicy):
         pipe: The loaded pipeline.
         adaptation: Which weights are trained.
         text_encoder_out_layers: Layers of the text encoder that are read; the pipeline's default
-            where None. Like the pipeline's argument of that name it is saved nowhere.
+            where None. Like the pipeline's argument of that name, it is not saved.
         options: Of :class:`PipelinePolicy`.
     """
 
@@ -44,7 +44,7 @@ class Flux2Policy(PipelinePolicy):
         super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
-        """The layers that are read, too."""
+        """Also the layers that are read."""
         return {**super().encoding_settings(), "layers": list(self.layers)}
 
     @property
@@ -58,7 +58,7 @@ class Flux2Policy(PipelinePolicy):
         return False
 
     def embedded_guidance(self, sigma: Tensor) -> Tensor | None:
-        """What the network is told of guidance."""
+        """The network's guidance input."""
         return torch.full_like(sigma, self.guidance)
 
     def schedule_options(self, num_steps: int) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class Flux2Policy(PipelinePolicy):
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Call the network; like the pipeline, by way of thousandths."""
+        """Call the network, with time in thousandths like the pipeline."""
         return self.network(
             hidden_states=x,
             timestep=1000 * sigma / 1000,

@@ -43,15 +43,15 @@ def load_policy(
         adaptation: Which weights are trained.
         device: Where it runs.
         lora: Folder of a trained LoRA to fuse into the weights.
-        embedding_cache: Folder of encoded prompts. Text encoders are then not loaded before a
-            prompt that is missing there.
-        options: Of :meth:`PipelinePolicy.from_options`, and those of the family.
+        embedding_cache: Folder of encoded prompts. Text encoders are then loaded only when
+            a prompt is missing there.
+        options: Options of :meth:`PipelinePolicy.from_options`, and of the family.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     module, attribute = family(model)
-    # In host memory; the policy brings to the device what belongs there, in the type it has there.
+    # In host memory; the policy moves parts to the device in the type they have there.
     pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
     kind: type[PipelinePolicy] = getattr(import_module(module), attribute)
     policy = kind.from_options(pipe, adaptation, device=device, **options)
@@ -142,10 +142,10 @@ def export_fused(
     ``DiffusionPipeline.from_pretrained(folder)`` loads it, without peft.
 
     Args:
-        model: The base, as in :func:`load_policy`.
+        model: The base model, as in :func:`load_policy`.
         lora: Folder that :meth:`PipelinePolicy.save` wrote; None writes the model as it is.
         folder: Where the pipeline is written.
-        dtype: Of the written weights; the sum itself is made in float32.
+        dtype: Type of the written weights; they are fused in float32.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.

@@ -40,11 +40,11 @@ class Lumina2Policy(PipelinePolicy):
         super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
-        """What is put before each prompt, too."""
+        """Also the system prompt."""
         return {**super().encoding_settings(), "system_prompt": self.system_prompt}
 
     def schedule_options(self, num_steps: int) -> dict[str, Any]:
-        """As elsewhere, but the pipeline takes the channels for the number of tokens."""
+        """As elsewhere, except that the pipeline uses the channels as the number of tokens."""
         return super().schedule_options(num_steps) | {"mu": self.linear_mu(self.latent_channels)}
 
     def encode_texts(self, prompts: list[str], negative_prompts: list[str]) -> Conditioning:

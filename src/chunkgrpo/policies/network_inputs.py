@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the transformer of each family is called with: zeros of the true shapes."""
+"""Inputs of the transformer of each family: zeros of the right shapes."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ INPUTS: Mapping[str, Callable[[Architecture, int, int, int, int], Inputs]] = {
 
 TEXT_ROWS = {"SD3Transformer2DModel": 256, "SanaTransformer2DModel": 300,
              "Lumina2Transformer2DModel": 256}  # fmt: skip
-"""Text rows where a configuration leaves them to the pipeline; 512 for the others."""
+"""Default number of text tokens by pipeline; 512 for the others."""
 
 OF_THE_IMAGE = ("hidden_states", "x", "timestep", "t", "guidance", "img_ids", "img_shapes")
 """Inputs that are not encoded prompts."""
@@ -113,18 +113,18 @@ EMBEDDED_GUIDANCE = ("FluxPipeline", "Flux2Pipeline")
 
 
 def text_rows(architecture: Architecture, wanted: int | None) -> int:
-    """Return the text rows of a row, at most; prompts that are shorter can cost less."""
+    """Return the maximum number of text tokens per row; shorter prompts can cost less."""
     return wanted or TEXT_ROWS.get(str(architecture.transformer["_class_name"]), 512)
 
 
 def rows_of_guidance(architecture: Architecture, guidance: float, true_cfg: float = 1.0) -> int:
-    """Return network rows to a latent: 2 where classifier-free guidance is on.
+    """Return the network rows per latent: 2 where classifier-free guidance is on.
 
     Args:
         architecture: The model.
-        guidance: The pipeline's own number.
-        true_cfg: Of FLUX.1, whose guidance is an input of the network: classifier-free guidance
-            on top of it.
+        guidance: Guidance scale as the pipeline defines it.
+        true_cfg: Scale of classifier-free guidance of FLUX.1, whose ``guidance`` is an input of
+            the network.
     """
     if architecture.pipeline == "FluxPipeline":
         return 2 if true_cfg > 1 else 1
@@ -137,11 +137,11 @@ def rows_of_guidance(architecture: Architecture, guidance: float, true_cfg: floa
 def network_inputs(
     architecture: Architecture, rows: int, size: tuple[int, int], text: int
 ) -> Inputs:
-    """Return what the transformer is called with, zeros of the true shapes.
+    """Return the transformer's inputs, zeros of the right shapes.
 
     Args:
         architecture: The model.
-        rows: Of the network.
+        rows: Number of network rows.
         size: Height and width of images in pixels.
         text: Text rows.
 
@@ -159,12 +159,12 @@ def network_inputs(
 
 
 def conditioning_bytes(architecture: Architecture, text: int, guidance_rows: int = 1) -> int:
-    """Return the bytes of an encoded prompt: what of the transformer's inputs is not the image's.
+    """Return the bytes of an encoded prompt: the transformer's inputs that depend on it.
 
     Args:
         architecture: The model.
         text: Text rows.
-        guidance_rows: 2 where classifier-free guidance keeps the negative prompt beside each.
+        guidance_rows: 2 with classifier-free guidance, which also needs the negative prompt.
     """
     with torch.device("meta"):
         side = 2 * architecture.vae_factor  # a size that divides; the image does not count

@@ -25,6 +25,7 @@ from chunkgrpo.core.schedules import (
 from chunkgrpo.policies.adaptation import ATTENTION, Adaptation, Reference, adapt, save_lora
 from chunkgrpo.policies.encoding import PromptEncoding, padded
 from chunkgrpo.policies.execution import (
+    PRECISIONS,
     Execution,
     compile_blocks,
     lower_frozen,
@@ -38,25 +39,19 @@ from chunkgrpo.types import Conditioning
 
 LOWERED = ("hidden_states", "encoder_hidden_states", "pooled_projections", "x", "cap_feats")
 """Inputs of the networks that may lose precision."""
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bf16-pure": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """What is generated, in the terms of the stock pipeline's call.
+    """What is generated, by the arguments of the stock pipeline's call.
 
     Attributes:
-        guidance: The number the stock pipeline's own argument takes; classifier-free guidance is
+        guidance: Guidance scale as the stock pipeline defines it; classifier-free guidance is
             on above ``guided_above``, which is 1 for most families.
-        negative_prompt: Text of the unconditional half of guidance, for prompts that have none of
+        negative_prompt: Text of the unconditional half of guidance, for prompts without
             their own.
         size: Height and width of images in pixels; the pipeline's default where None.
-        max_sequence_length: Text rows of the longest text encoder; the pipeline's default where
+        max_sequence_length: Text tokens of the longest text encoder; the pipeline's default where
             None.
         timestep: How the network's timestep is rounded; as the pipeline's scheduler does where
             None.
@@ -73,19 +68,19 @@ class PipelinePolicy(PromptEncoding):
     """A diffusers pipeline as a policy; a family adds ``encode_texts`` and ``predict``.
 
     Args:
-        pipe: The loaded pipeline; it becomes the policy's own and is changed.
+        pipe: The loaded pipeline; the policy takes it over and changes it.
         adaptation: Which weights are trained; these are float32 in every precision.
         generation: What is generated, see :class:`GenerationOptions`.
         precision: Precision of the network's arithmetic: autocast to ``bf16`` or, for sampling
-            alone, ``fp16``; ``fp32``; or ``bf16-pure``, which also keeps what lies between the
-            matrix products in bfloat16 (gradients still reach float32 weights); on CPUs a third
-            faster in training. Velocities, transitions and log-densities are float32 in all.
+            alone, ``fp16``; ``fp32``; or ``bf16-pure``, which also computes everything between
+            the matrix products in bfloat16 (gradients still reach float32 weights). Velocities,
+            transitions and log-densities are always float32.
         decode_batch: Images decoded at once.
-        gradient_checkpointing: Recompute each block in the backward pass instead of keeping what
-            lies inside it.
+        gradient_checkpointing: Recompute each block in the backward pass instead of storing its
+            activations.
         execution: Types and places of frozen weights, and kernels.
-        device: Where it runs; where the pipeline is, if None. What is offloaded never gets there
-            before it is used.
+        device: Where it runs; None: where the pipeline is. Offloaded parts are moved there only
+            while in use.
 
     Raises:
         ValueError: If the precision is unknown or does not go with training, checkpointing or
@@ -114,7 +109,7 @@ class PipelinePolicy(PromptEncoding):
         self.execution = execution or Execution()
         self.adaptation = adaptation or Adaptation()
         check_precision(precision, self.adaptation, self.execution, gradient_checkpointing)
-        self.dtype = DTYPES[precision]
+        self.dtype = PRECISIONS[precision]
         self.pure = precision == "bf16-pure"
         self.decode_batch = decode_batch
         self.device = torch.device(device or pipe.transformer.device)
@@ -126,7 +121,7 @@ class PipelinePolicy(PromptEncoding):
         if gradient_checkpointing:
             pipe.transformer.enable_gradient_checkpointing(self.checkpointed)
         adapt(pipe.transformer, self.adaptation, self.lora_targets)
-        # A full fine-tune saves the whole transformer, also what it left alone.
+        # Full fine-tuning saves the whole transformer, frozen weights included.
         lowering = self.execution.lower_frozen and self.adaptation.method != "full"
         if self.dtype != torch.float32 and lowering:
             lower_frozen(pipe.transformer, self.dtype)
@@ -142,7 +137,7 @@ class PipelinePolicy(PromptEncoding):
 
     @classmethod
     def from_options(cls, pipe: Any, adaptation: Adaptation | None = None, **options: Any) -> Self:
-        """Build a policy from options in one row, as a configuration holds them.
+        """Build a policy from flat options, as a configuration has them.
 
         Args:
             pipe: The loaded pipeline.
@@ -154,7 +149,7 @@ class PipelinePolicy(PromptEncoding):
         return cls(pipe, adaptation, generation=generation, **options)
 
     def _use(self, generation: GenerationOptions) -> None:
-        """Take over what is generated; find the latents' shape and the schedule's rounding."""
+        """Set what is generated, the latents' shape and the rounding of timesteps."""
         self.guidance = generation.guidance
         self.negative_prompt = generation.negative_prompt
         length = generation.max_sequence_length
@@ -172,7 +167,7 @@ class PipelinePolicy(PromptEncoding):
         self.timestep = generation.timestep or self.native_timestep()
 
     def place(self, modules: Mapping[str, torch.nn.Module]) -> None:
-        """Bring modules to the device, or to where they wait."""
+        """Move modules to the device, or to host memory if they are offloaded."""
         texts = [m for n, m in modules.items() if n.startswith("text_encoder")]
         for text in texts if self.execution.text_dtype else ():
             text.to(self.execution.text_dtype)
@@ -190,7 +185,7 @@ class PipelinePolicy(PromptEncoding):
         """Inside this context an offloaded part is on the device."""
         return self.offloaded[part].at_work() if part in self.offloaded else nullcontext()
 
-    # --- what a family may say differently ------------------------------------------------------
+    # --- what a family may override -------------------------------------------------------------
 
     @property
     def size_step(self) -> int:
@@ -213,11 +208,11 @@ class PipelinePolicy(PromptEncoding):
         return self.cfg_scale > self.guided_above
 
     def default_side(self) -> int:
-        """Return the side of the square image the pipeline makes unless told."""
+        """Return the side of the square image that the pipeline generates by default."""
         return self.pipe.default_sample_size * self.pipe.vae_scale_factor
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Predict dx/dsigma of rows, each under the texts of its own row."""
+        """Predict dx/dsigma of rows, each with the texts of its row."""
         raise TypeError("a family must say how a velocity is predicted")
 
     def guide(self, without: Tensor, with_prompt: Tensor) -> Tensor:
@@ -287,7 +282,7 @@ class PipelinePolicy(PromptEncoding):
         return validate_sigmas(self.native_scheduler(num_steps).sigmas.float().cpu())
 
     def native_timestep(self) -> TimestepRounding:
-        """Return the rounding of the pipeline's scheduler: some truncate to whole thousandths."""
+        """Return the rounding of the pipeline's scheduler; some truncate to whole thousandths."""
         exact = self.native_scheduler(2).timesteps.is_floating_point()
         return exact_timestep if exact else floor1000_timestep
 
@@ -314,7 +309,7 @@ class PipelinePolicy(PromptEncoding):
             yield
 
     def checkpointed(self, block: Callable[..., Any], *inputs: Any) -> Any:
-        """Run a block so that the backward pass computes it again, with the same kernels."""
+        """Run a block so that the backward pass recomputes it with the same kernels."""
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), plain_attention() if self.plain else nullcontext()
@@ -379,7 +374,7 @@ class PipelinePolicy(PromptEncoding):
         return torch.cat(images)
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the network answers as the base model, exactly."""
+        """Inside this context the network computes exactly what the base model does."""
         return self.base.applied()
 
     def save(self, folder: str | Path) -> None:
@@ -388,7 +383,7 @@ class PipelinePolicy(PromptEncoding):
         folder.mkdir(parents=True, exist_ok=True)
         if self.adaptation.method == "full":
             kept = self._text_encoders
-            # Those that were released, or in another type than they are stored in.
+            # Text encoders that were released, or cast to another type.
             stored = {}
             if self.execution.text_dtype not in (None, torch.float32) or not any(kept.values()):
                 stored = self._stored_text_encoders()
@@ -404,13 +399,13 @@ class PipelinePolicy(PromptEncoding):
 def check_precision(
     precision: str, adaptation: Adaptation, execution: Execution, checkpointing: bool
 ) -> None:
-    """Refuse a precision that is unknown or does not go with the rest.
+    """Refuse a precision that is unknown or incompatible with other options.
 
     Raises:
-        ValueError: With what to choose instead.
+        ValueError: With an alternative.
     """
-    if precision not in DTYPES:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(DTYPES)}")
+    if precision not in PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     if precision == "fp16" and adaptation.method != "none":
         raise ValueError(
             "precision 'fp16' is for sampling alone (method 'none'): in training small "
@@ -418,10 +413,10 @@ def check_precision(
         )
     pure = precision == "bf16-pure"
     if pure and checkpointing:
-        # Its casts of the weights are gone by the time a block is computed again.
+        # The casts of the weights no longer exist when a block is recomputed.
         raise ValueError("precision 'bf16-pure' excludes gradient checkpointing; choose 'bf16'")
     if pure and execution.compile:
-        # Its weights are other tensors at each call.
+        # The weights are other tensors in each call.
         raise ValueError("precision 'bf16-pure' excludes compiled blocks; choose 'bf16'")
 
 

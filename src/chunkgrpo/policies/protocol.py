@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a policy must offer."""
+"""The interface of policies."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Policy(Protocol):
     """A flow-matching model with trainable parameters.
 
     Attributes:
-        latent_shape: Of one latent.
-        device: Where latents and conditioning lie.
+        latent_shape: Shape of one latent.
+        device: Device of latents and conditioning.
         reads_images: Whether prompts may have source images.
     """
 
@@ -64,11 +64,11 @@ class Policy(Protocol):
         ...
 
     def reference(self) -> AbstractContextManager[None]:
-        """Inside this context the policy answers as the model it started from."""
+        """Inside this context the policy is the base model."""
         ...
 
     def save(self, folder: str | Path) -> None:
-        """Save what was trained in the form the model's own library loads."""
+        """Save what was trained, in the format of the model's own library."""
         ...
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Silence for the libraries that load and run models."""
+"""Suppressing messages of the libraries that load and run models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def _says_more_than_torchvision(record: LogRecord) -> bool:
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence progress bars, warnings of truncated prompts and notes about torchvision."""
+    """Suppress progress bars, warnings about truncated prompts and notes on torchvision."""
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
 

@@ -43,9 +43,9 @@ class QwenImagePolicy(PipelinePolicy):
         return with_negative(encoded(prompts), negative)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Call the network; like the pipeline, by way of thousandths."""
+        """Call the network, with time in thousandths like the pipeline."""
         step = self.size_step
-        # The host waits for the device once for both lengths.
+        # One synchronisation with the device for both lengths.
         shortest, longest = torch.stack(texts["mask"].sum(1).aminmax()).tolist()
         mask = texts["mask"][:, :longest]
         return self.network(
@@ -57,7 +57,7 @@ class QwenImagePolicy(PipelinePolicy):
         )
 
     def guide(self, without: Tensor, with_prompt: Tensor) -> Tensor:
-        """Guide, then give each token the norm it had."""
+        """Guide, then give each token the norm of the conditional velocity."""
         return renormalised(super().guide(without, with_prompt), with_prompt)
 
     def vae_input(self, x: Tensor) -> Tensor:

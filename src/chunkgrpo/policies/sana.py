@@ -40,7 +40,7 @@ class SanaPolicy(PipelinePolicy):
         super().__init__(pipe, adaptation, **options)
 
     def encoding_settings(self) -> dict[str, Any]:
-        """Whether the instruction comes before each prompt, too."""
+        """Also whether the instruction is put before each prompt."""
         return {**super().encoding_settings(), "instruction": self.instruction}
 
     @property
@@ -49,7 +49,7 @@ class SanaPolicy(PipelinePolicy):
         return 32
 
     def default_side(self) -> int:
-        """The size the network was made for."""
+        """The size the network was trained for."""
         return self.pipe.transformer.config.sample_size * self.pipe.vae_scale_factor
 
     def schedule_options(self, num_steps: int) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class SanaPolicy(PipelinePolicy):
         return with_negative({"captions": captions, "mask": mask}, unconditional)
 
     def predict(self, x: Tensor, sigma: Tensor, texts: Mapping[str, Tensor]) -> Tensor:
-        """Call the network; some predict a variance too, which nobody reads."""
+        """Call the network; a variance that some also predict is ignored."""
         config = self.pipe.transformer.config
         v = self.network(
             hidden_states=x,

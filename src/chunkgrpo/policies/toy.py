@@ -21,7 +21,7 @@ class GaussianPolicy:
     .. math:: v(x, \sigma) = \frac{\sigma - (1-\sigma) s^2}{(1-\sigma)^2 s^2 + \sigma^2}
               (x - (1-\sigma) m) - m
 
-    A prompt shifts nothing; it only counts rows. ``decode`` maps latents through a sigmoid to
+    Prompts have no effect. ``decode`` maps latents through a sigmoid to
     three-channel images, so that every reward works on it.
 
     Args:
@@ -73,7 +73,7 @@ class GaussianPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Answer with the initial mean."""
+        """Use the initial mean inside this context."""
         trained = self.mean
         self.mean = self._base
         try:
@@ -89,14 +89,14 @@ class GaussianPolicy:
 
 
 class CountingPolicy:
-    """A policy of one weight that answers at once and counts what it is asked.
+    """A policy of one weight that counts the rows it is evaluated on.
 
-    Latents have one element. Sampling and training it costs next to nothing, so whatever drives a
+    Latents have one element, so sampling and training take almost no time, and code that uses a
     policy can be run for its counts.
 
     Attributes:
-        quiet_rows: Rows asked for without gradient.
-        trained_rows: Rows asked for with gradient.
+        quiet_rows: Rows evaluated without gradient.
+        trained_rows: Rows evaluated with gradient.
         decoded: Images decoded.
     """
 
@@ -138,8 +138,8 @@ class CountingPolicy:
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """Answer as always: the weight never moves."""
+        """Do nothing: the weight never changes."""
         yield
 
     def save(self, folder: str | Path) -> None:
-        """Write nothing: there is nothing to keep."""
+        """Save nothing."""

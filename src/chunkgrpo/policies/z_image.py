@@ -84,7 +84,7 @@ class ZImagePolicy(PipelinePolicy):
         return -torch.stack(rows).squeeze(2)
 
     def guide(self, without: Tensor, with_prompt: Tensor) -> Tensor:
-        """Guide away from what has no prompt, and bound the norm where asked."""
+        """Guide away from the unconditional velocity, and bound the norm if set."""
         v = with_prompt + self.cfg_scale * (with_prompt - without)
         if self.cfg_normalization <= 0:
             return v

@@ -25,11 +25,11 @@ from chunkgrpo.types import ProgressHook, Prompt
 
 @dataclass(frozen=True, eq=False)
 class Measurement:
-    """What is rolled out to measure a policy's speed.
+    """The rollouts that measure a policy's speed.
 
     Attributes:
         prompts: P of them.
-        sigmas: [K+1], the schedule; its N = K-1 trained steps are measured.
+        sigmas: [K+1], the schedule; its N = K-1 trainable steps are measured.
         num_seeds: S; seed s is the same noise for every prompt.
         distance: A key of :data:`~chunkgrpo.core.dynamics.DISTANCES`.
         seed: Seed of the seeds.
@@ -135,9 +135,9 @@ def profile_policy(
         samplers: Name of each sampler to its transition.
         measurement: What is rolled out; at least 2 prompts and 2 seeds.
         min_size: See :func:`~.proposals.propose`.
-        window: What chunks are proposed for; all steps where None. The first sampler is then
-            measured once more, at each place, with noise in the window alone: long noisy steps do
-            not quite keep the flow's marginals, so a window moves faster where the ODE led to it.
+        window: What plans are proposed for; all steps where None. The first sampler is then
+            measured once more, at each place, with noise in the window alone: long noisy steps
+            do not keep the flow's marginals exactly, so states move faster after ODE steps.
             For the others, the window's part of the whole curve is cut.
         progress: Called with (done, total) prompts over all samplers.
 

@@ -45,8 +45,8 @@ def save_profile(
         profiles: At least one.
         sigmas: Noise level at the start of each step, at least N.
         rule: The proposal to write, one of ``RULES``.
-        selection: How chunks are chosen, as settings.
-        title: What was measured, for the file's head.
+        selection: The selection, as settings.
+        title: What was measured, for the head of the file.
         distance: The measure of speed, for labels.
 
     Returns:
@@ -137,7 +137,7 @@ def print_profile(
 def plot_lines(
     curves: Sequence[Sequence[float]], plan: ChunkPlan, height: int = 10, offset: int = 0
 ) -> list[str]:
-    """Draw curves in characters, a column of four a step, from 0 to the largest value.
+    """Draw curves in characters, four columns per step, from 0 to the largest value.
 
     Args:
         curves: [N] >= 0 each; where two meet, the earlier one is seen.

@@ -38,7 +38,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Window:
-    """The steps that a recipe samples with noise and trains, where these are not all.
+    """The window of a recipe: the steps that are stochastic and trained on.
 
     Attributes:
         size: Number of steps, W.
@@ -66,8 +66,8 @@ def propose(
 ) -> tuple[Proposal, ...]:
     r"""Cut a curve by every rule that fits it.
 
-    Steps that are now here, now there, have a curve for each place a, and chunks of them have
-    sizes relative to their start. These are cut from the geometric mean
+    A window that moves has a curve for each place a, and the sizes of its chunks count from its
+    start. They are cut from the geometric mean
 
     .. math:: \log \bar L_k = \sum_a w_a \log L_{ak}
 
@@ -140,12 +140,12 @@ def carried_indices(old: ChunkPlan, indices: Sequence[int], new: ChunkPlan) -> t
 
     Args:
         old: The plan whose chunks are listed.
-        indices: Its trained chunks.
+        indices: Its chunks that are trained on.
         new: Another plan of the same steps.
 
     Returns:
-        The new chunks at least half of whose steps were trained, or else the one with the largest
-        share.
+        The new chunks at least half of whose steps were trained on, or else the one with the
+        largest share.
     """
     trained = torch.zeros(old.num_chunks, dtype=torch.float64)
     trained[list(indices)] = 1

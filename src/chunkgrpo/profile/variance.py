@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of measured speeds: how much is the step, the prompt or the noise, and how sure.
+"""Statistics of measured speeds: shares of step, prompt and noise, and confidence intervals.
 
 Axes: P prompts x S seeds, crossed; N trained steps.
 """
@@ -32,7 +32,7 @@ class Shares:
 
     @property
     def sentence(self) -> str:
-        """The answer to whether the dynamics depend on the prompt."""
+        """A sentence on whether the dynamics depend on the prompt."""
         return (
             f"the step explains {100 * self.step:.1f} % of the variance of log speed, the prompt "
             f"{100 * self.prompt:.2f} %; at a given step, prompts differ by "

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recipes: a YAML file each, whose leading comment says what it is.
+"""Recipes: YAML files whose leading comment describes them.
 
-``schema.json`` is their JSON Schema, which the first line of each names to editors.
+``schema.json`` is their JSON Schema, which the first line of each names for editors.
 ``*.yaml`` are runs to start from, ``methods/*.yaml`` published methods on the embedded model,
-``base/*.yaml`` what others extend. ``extends: NAME`` puts a recipe's settings over a base's.
+``base/*.yaml`` what others extend. ``extends: NAME`` puts a recipe's settings over another's.
 """
 
 from __future__ import annotations

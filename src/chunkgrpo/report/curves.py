@@ -69,7 +69,7 @@ DEFAULT_PANELS = (
     Panel("Spread of ratios", "standard deviation", (Series("ratio_std"),)),
     Panel("Distance from the old policy", "KL [nats per dimension]", (Series("kl"),)),
 )
-"""What a run is judged by; a panel none of whose metrics was recorded is left out."""
+"""The default panels of a run; one without any recorded metric is left out."""
 
 
 def panels_of_score(name: str) -> tuple[Panel, ...]:
@@ -103,7 +103,7 @@ def save_curves(
         panels: What to draw, in reading order.
         x: The metric of the x axis; records without it are skipped.
         xlabel: Its name and unit on the axis.
-        columns: Plots in a row, at least 1.
+        columns: Plots per row, at least 1.
         smoothing: Width of a centred moving average over each unmarked line, in points, odd; the
             values themselves stay visible behind it. 1 draws the values alone.
 
@@ -240,7 +240,7 @@ def _check_panel(panel: CurvePanel, sigmas: Sequence[float]) -> None:
 def _draw_dynamics(
     figure: Figure, panels: Sequence[CurvePanel], sigmas: Sequence[float], ylabel: str
 ) -> None:
-    """A column a panel: the curve, and below it a strip of its plans, if there are any."""
+    """One column per panel: the curve, and below it a strip of its plans, if there are any."""
     from matplotlib.ticker import MaxNLocator
 
     for panel in panels:
@@ -358,7 +358,7 @@ def _moving_average(values: Sequence[float], width: int) -> list[float]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    """A figure of its own: no pyplot, so no state shared with the caller's plots."""
+    """A figure without pyplot, so that no state is shared with the caller's plots."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")

@@ -45,7 +45,7 @@ def save_image_grid(
     Args:
         path: The PNG to write.
         images_BCHW: [B, 3, H, W] in [0, 1]; values outside are clamped.
-        columns: Images in a row, at least 1.
+        columns: Images per row, at least 1.
         captions: B texts, wrapped to the width of a cell.
         scale: Each pixel becomes scale x scale pixels, without smoothing.
 
@@ -92,7 +92,7 @@ def save_comparison(
     scale: int = 2,
     marks: Mapping[str, Sequence[bool | None]] | None = None,
 ) -> Path:
-    """Write a PNG with one row a prompt and one column a model, for example base and tuned.
+    """Write a PNG with one row per prompt and one column per model, for example base and tuned.
 
     Args:
         path: The PNG to write.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether images still look like images: signs of reward hacking that a reward does not show.
+"""Image statistics that show signs of reward hacking.
 
 Axes: B images, C channels, H rows, W columns, P prompts, G images of one prompt.
 """
@@ -21,18 +21,27 @@ __all__ = [
 
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709, applied to the values as they are
 
+# Health of tuned images over that of the base's; outside, a gain may have been hacked.
+HEALTH_BANDS = {
+    "texture": (0.5, 1.5),
+    "edge_sharpness": (0.8, 1.25),
+    "saturation": (0.75, 1.33),
+    "brightness": (0.75, 1.33),
+    "diversity": (0.75, 1.33),
+}
+
 
 def image_health(images_BCHW: Tensor, num_prompts: int | None = None) -> dict[str, float]:
     """All measures of this module, averaged over a batch.
 
-    None says by itself that an image is good. A change against the images before training is the
-    sign: texture up is a grid or grain on plain areas, sharpness or saturation up is
-    overcooking, diversity down is collapse onto one picture for each prompt.
+    None of them measures quality by itself; a change against the images before training is the
+    sign: higher texture is a grid or grain on plain areas, higher sharpness or saturation
+    over-processing, lower diversity a collapse to one image per prompt.
 
     Args:
         images_BCHW: [B, 3, H, W] in [0, 1], H and W at least 5.
         num_prompts: P, if the batch is P groups of equally many images, prompt-major; without it,
-            or with one image a prompt, ``diversity`` is left out.
+            or with one image per prompt, ``diversity`` is left out.
 
     Returns:
         ``texture``, ``edge_sharpness``, ``saturation``, ``brightness`` and maybe ``diversity``.
@@ -153,7 +162,7 @@ def _luma(images_BCHW: Tensor) -> Tensor:
 
 
 def _checked(images_BCHW: Tensor) -> Tensor:
-    """The images as float64 on the CPU, after a look at shape and range."""
+    """The images as float64 on the CPU, with shape and range checked."""
     if images_BCHW.ndim != 4 or images_BCHW.shape[1] != 3 or images_BCHW.shape[0] == 0:
         raise ValueError(f"images have shape {tuple(images_BCHW.shape)}; expected [B, 3, H, W]")
     pixels = images_BCHW.detach().to("cpu", torch.float64)

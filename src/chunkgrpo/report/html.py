@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One HTML page a run, with everything in it: it can be mailed and opened anywhere."""
+"""One self-contained HTML page per run."""
 
 from __future__ import annotations
 

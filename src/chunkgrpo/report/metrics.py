@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The record of a run: one JSON object a line, appended as it happens."""
+"""The metrics of a run: one JSON object per line, appended during the run."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["MetricsWriter", "read_metrics", "truncate_metrics"]
 
 
 class MetricsWriter:
-    """Append records to a JSON-lines file, each of them on the disk before ``write`` returns.
+    """Append records to a JSON-lines file, each on disk before ``write`` returns.
 
     Values may be numbers, strings, booleans, None, lists and mappings of these, and anything with
     an ``item()`` that gives a number (a tensor or array of one element). JSON has no NaN and no
     infinity: such a value is written as null, and the record gets a list ``nonfinite`` of the keys
     concerned (dotted where nested), so that a diverging run stays readable and stays visible.
 
-    A line torn by a crash is cut off when the file is opened again.
+    An incomplete line after a crash is removed when the file is opened again.
 
     Args:
         path: The file; it and its folder are made if missing.
@@ -60,7 +60,7 @@ class MetricsWriter:
         return clean
 
     def close(self) -> None:
-        """Close the file; closing twice does no harm."""
+        """Close the file; it may be closed twice."""
         self._file.close()
 
     def __enter__(self) -> MetricsWriter:
@@ -76,7 +76,7 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read the records of a metrics file, without the last line if a crash tore it.
+    """Read the records of a metrics file, without an incomplete last line after a crash.
 
     Args:
         path: A file written by :class:`MetricsWriter`; a missing one has no records.
@@ -107,7 +107,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def truncate_metrics(path: str | os.PathLike[str], iteration: int) -> int:
-    """Forget what a run wrote after the checkpoint from which it resumes.
+    """Remove what a run wrote after the checkpoint from which it resumes.
 
     Records whose ``iteration`` is greater than the given one are dropped; records without that
     key are kept. The file is replaced in one step, or left alone if nothing is to be dropped.

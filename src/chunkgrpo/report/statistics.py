@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How sure a measured accuracy, or a difference of two, can be."""
+"""Intervals of a measured accuracy, or of the difference of two."""
 
 from __future__ import annotations
 
@@ -70,17 +70,16 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return low, high
 
 
-def mean_interval(values: NDArray, level: float = 0.95) -> tuple[float, float]:
-    """Normal interval of a mean.
+def mean_interval(values: NDArray) -> tuple[float, float]:
+    """Normal 95 % interval of a mean: mean -+ 1.96 standard deviations / sqrt(n).
 
     Args:
         values: [n], n >= 2.
-        level: Coverage, in (0, 1).
 
     Returns:
         Low and high end.
     """
-    half = _normal_quantile(level) * float(values.std()) / values.size**0.5
+    half = 1.96 * float(values.std()) / values.size**0.5
     return float(values.mean()) - half, float(values.mean()) + half
 
 
@@ -107,7 +106,7 @@ def paired_difference(
         base_correct: [n], finite: per image, correct or not, or a score of any unit.
         tuned_correct: [n], the same images in the same order after training.
         level: Confidence level, inside (0, 1).
-        clusters: [n], a label each, equal for images of one prompt.
+        clusters: [n] labels, equal for images of one prompt.
 
     Returns:
         The difference with its interval; n counts pairs.
@@ -154,10 +153,10 @@ def bootstrap_interval(
     It assumes no distribution, but falls short of its level below some twenty clusters.
 
     Args:
-        values: [n, ...], one row an observation.
+        values: [n, ...], one row per observation.
         statistic: Rows to a number.
         level: Confidence level, inside (0, 1).
-        clusters: [n], a label each; rows of one label are drawn together. None: each row alone.
+        clusters: [n] labels; rows of one label are drawn together. None: each row alone.
         num_resamples: Bootstrap samples, at least 1.
         seed: Seed of the draws; the same seed gives the same interval.
 

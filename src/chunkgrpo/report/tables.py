@@ -62,7 +62,7 @@ def accuracy_rows(
             prompt of its own.
 
     Returns:
-        A row a task in the order of ``base``, and, if there are several, the row ``all``.
+        One row per task in the order of ``base``, and, if there are several, the row ``all``.
 
     Raises:
         ValueError: The tasks or their counts differ, or a task has no image.

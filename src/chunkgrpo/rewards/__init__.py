@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards: anything that scores images against their prompts."""
+"""Rewards, which score images against their prompts."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     """Build a reward from its name, from ``package.module:function``, or from a server's address.
 
     Args:
-        name: Which; a path may also lead to a class or an object (:func:`imported_reward`).
+        name: A name, an import path or an address; a path may also lead to a class or an object
+            (:func:`imported_reward`).
         options: Arguments of the constructor.
 
     Raises:
@@ -94,7 +95,7 @@ def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
     """
     try:
         parameters = signature(kind).parameters.values()
-    except (TypeError, ValueError):  # a class of an extension says nothing of itself
+    except (TypeError, ValueError):  # a class of an extension module has no signature
         parameters = ()
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     takes_any = not parameters or any(p.kind == p.VAR_KEYWORD for p in parameters)
@@ -120,12 +121,12 @@ def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
 
 
 def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
-    """Return the reward at ``package.module:attribute``: a function, a class, or a ready object.
+    """Return the reward at ``package.module:attribute``: a function, a class or an object.
 
-    A class is called with the options; a function and an object take none.
+    A class is called with the options; functions and objects take none.
 
     Raises:
-        ValueError: If there is nothing, or nothing that can score, or it does not take the options.
+        ValueError: If there is no such object, it cannot score, or it does not take the options.
     """
     module, attribute = path.split(":", 1)
     try:
@@ -144,7 +145,7 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
             f"reward {path!r} is a {type(found).__name__}, which cannot be called; it must be a "
             "function (images, prompts) -> scores, or a class whose objects are called so"
         )
-    # A function's __name__ is not what it is filed under: a decorator may have changed it.
+    # Named by its path, not by __name__, which a decorator may have changed.
     if isinstance(found, Reward) and isinstance(found.name, str):
         return found
     return FunctionReward(attribute, found)

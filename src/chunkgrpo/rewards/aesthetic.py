@@ -16,7 +16,7 @@ from chunkgrpo.rewards.loading import dtype_of, freeze, load_model, place, state
 def linear_chain(reward: str, tensors: Mapping[str, Tensor], prefix: str = "layers.") -> nn.Module:
     """Build the linear layers ``{prefix}0``, ``{prefix}2``, ... of a published head, in order.
 
-    Such heads have dropout, which does nothing here, between their layers, and no activation.
+    Such heads have dropout between their layers, which has no effect here, and no activation.
 
     Raises:
         ValueError: If no layer has that prefix, or the widths of two layers do not meet.

@@ -29,7 +29,7 @@ class ClipReward:
         processor: Where tokenizer and image processor are; None for the same place.
         scaled: Whether to multiply by the trained logit scale.
         precision: ``"fp32"``, or ``"bf16"`` for half the memory and cosines exact to about 0.01
-            only, which is much against the spread inside a group.
+            only, which is coarse against the spread within a group.
         device: Where to compute; None follows the images.
         batch_size: Images embedded at once.
         name: What metrics are filed under.
@@ -84,7 +84,7 @@ class ClipReward:
 def check_words(reward: str, prompts: Sequence[str]) -> None:
     """Refuse prompts with words that the embedded CLIP has never seen.
 
-    It would spell them out and give a number that means nothing.
+    It would split them into letters and return a meaningless score.
 
     Raises:
         ValueError: Naming the first such prompt and its words.

@@ -59,7 +59,7 @@ class DualEncoder:
 
     @property
     def text_length(self) -> int:
-        """Most tokens of a text; what is longer is cut."""
+        """Longest text in tokens; longer ones are truncated."""
         longest = int(self.model.config.text_config.max_position_embeddings)
         return min(int(self.tokenizer.model_max_length), longest)
 

@@ -129,6 +129,22 @@ def instruction_of_package() -> str | None:
     return None
 
 
+def _qwen(config: Any, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> tuple[Any, list[str]]:
+    """Return a frozen ``Qwen2VLModel``, and the names of tensors that are missing or misshapen."""
+    from transformers import Qwen2VLModel
+
+    # Not module.to(dtype): that would also round the rotary frequencies, which at some hundred
+    # tokens is an error of whole turns.
+    kind: Any = Qwen2VLModel
+    model, info = kind.from_pretrained(
+        None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True
+    )
+    fix_attention(model)
+    freeze(model)
+    wrong = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    return model, wrong
+
+
 class HpsV3Reward:
     """Mean preference predicted by HPSv3, a Qwen2-VL of 7 billion weights with a head.
 
@@ -172,7 +188,7 @@ class HpsV3Reward:
         batch_size: int = 4,
         name: str = "hpsv3",
     ) -> None:
-        from transformers import AutoConfig, AutoTokenizer, Qwen2VLModel
+        from transformers import AutoConfig, AutoTokenizer
 
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; expected 1 or more")
@@ -199,34 +215,25 @@ class HpsV3Reward:
                 f"reward {name!r}: {REWARD_TOKEN} is token {self.reward_id}, but the weights know "
                 f"{config.text_config.vocab_size}; the tokenizer is that of another model"
             )
-        # Not module.to(dtype): that would also round the rotary frequencies, which at some hundred
-        # tokens is an error of whole turns.
-        self.model: Any
-        kind: Any = Qwen2VLModel
-        self.model, info = kind.from_pretrained(
-            None,
-            config=config,
-            state_dict=converted,
-            dtype=dtype_of(precision),
-            output_loading_info=True,
-        )
-        wrong = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+        self.model, wrong = _qwen(config, converted, dtype_of(precision))
         if wrong:
             raise ValueError(
                 f"reward {name!r}: {weights} does not fit {model}: {len(wrong)} tensors are "
                 f"missing or of another shape, such as {wrong[0]}"
             )
-        fix_attention(self.model)
-        freeze(self.model)
+        self.head = self._build_head(tensors)
+
+    def _build_head(self, tensors: Mapping[str, Tensor]) -> torch.nn.Module:
         # The published head is Linear, ReLU, Dropout, Linear, ReLU, Linear: layers 0, 3 and 5 have
         # weights, and dropout does nothing here.
-        linear = linear_chain(name, tensors, HEAD)
+        linear = linear_chain(self.name, tensors, HEAD)
         layers = list(linear)  # type: ignore[call-overload]
         if len(layers) != 3:
-            raise ValueError(f"reward {name!r}: the head has {len(layers)} layers; expected 3")
+            raise ValueError(f"reward {self.name!r}: the head has {len(layers)} layers; expected 3")
         relu = torch.nn.ReLU()
-        self.head = torch.nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
-        freeze(self.head)
+        head = torch.nn.Sequential(layers[0], relu, layers[1], relu, layers[2])
+        freeze(head)
+        return head
 
     def _read_instruction(self, file: str | None) -> str:
         if file is None:

@@ -77,6 +77,73 @@ def below(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)}
 
 
+def build_vision(reward: str, tensors: Mapping[str, Tensor]) -> Any:
+    """Build BLIP's vision transformer; its sizes follow from the weights.
+
+    Args:
+        reward: The reward's name, for messages.
+        tensors: The tensors below ``blip.visual_encoder.``, without that prefix.
+
+    Raises:
+        ValueError: If the weights do not fit.
+    """
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    patch = tensors["patch_embed.proj.weight"]
+    width, patch_size = int(patch.shape[0]), int(patch.shape[-1])
+    positions = int(tensors["pos_embed"].shape[1]) - 1
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=int(tensors["blocks.0.mlp.fc1.weight"].shape[0]),
+        num_hidden_layers=_num_layers(tensors, "blocks."),
+        num_attention_heads=max(width // HEAD_WIDTH, 1),
+        image_size=round(positions**0.5) * patch_size,
+        patch_size=patch_size,
+        layer_norm_eps=1e-6,  # what it was trained with; transformers' default differs
+    )
+    model = BlipVisionModel(config)
+    fill(reward, model, blip_vision_weights(tensors))
+    return model
+
+
+def build_text(reward: str, tensors: Mapping[str, Tensor], vision_width: int) -> Any:
+    """Build BLIP's text encoder, which attends to the image; its sizes follow from the weights.
+
+    Args:
+        reward: The reward's name, for messages.
+        tensors: The tensors below ``blip.text_encoder.``, without that prefix.
+        vision_width: Width of the vision transformer's states.
+
+    Raises:
+        ValueError: If the weights do not fit.
+    """
+    from transformers import BlipTextConfig, BlipTextModel
+
+    vocabulary, width = tensors["embeddings.word_embeddings.weight"].shape
+    config = BlipTextConfig(
+        vocab_size=int(vocabulary),
+        hidden_size=int(width),
+        encoder_hidden_size=vision_width,
+        intermediate_size=int(tensors["encoder.layer.0.intermediate.dense.weight"].shape[0]),
+        num_hidden_layers=_num_layers(tensors, "encoder.layer."),
+        num_attention_heads=max(int(width) // HEAD_WIDTH, 1),
+        max_position_embeddings=int(tensors["embeddings.position_embeddings.weight"].shape[0]),
+        is_decoder=True,  # gives each layer the attention to the image
+    )
+    model = BlipTextModel(config, add_pooling_layer=False)
+    known = set(model.state_dict())
+    # Positions 0, 1, 2, ... are stored in older files and computed in newer classes.
+    stored = {k: t for k, t in tensors.items() if k in known or not k.endswith("position_ids")}
+    fill(reward, model, stored)
+    return model
+
+
+def _num_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
+    """Return the number of layers whose names begin with ``prefix`` and a number."""
+    numbers = {n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix)}
+    return len(numbers)
+
+
 class ImageRewardReward:
     r"""ImageReward: BLIP reads prompt and image together, a linear head scores its first token.
 
@@ -120,13 +187,7 @@ class ImageRewardReward:
         if use_package:
             self.package = self._load_package(weights)
             return
-        from transformers import (
-            AutoTokenizer,
-            BlipTextConfig,
-            BlipTextModel,
-            BlipVisionConfig,
-            BlipVisionModel,
-        )
+        from transformers import AutoTokenizer
 
         tensors = state_dict(name, weights)
         vision_in, text_in = below(tensors, VISION), below(tensors, TEXT)
@@ -136,35 +197,8 @@ class ImageRewardReward:
                 f"{sorted(tensors)[:3]}; is this the file of another model?"
             )
         self.tokenizer = load(name, tokenizer, AutoTokenizer.from_pretrained)
-        patch = vision_in["patch_embed.proj.weight"]
-        width, image_size = int(patch.shape[0]), self._image_size(vision_in)
-        vision = BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=int(vision_in["blocks.0.mlp.fc1.weight"].shape[0]),
-            num_hidden_layers=_num_layers(vision_in, "blocks."),
-            num_attention_heads=max(width // HEAD_WIDTH, 1),
-            image_size=image_size,
-            patch_size=int(patch.shape[-1]),
-            layer_norm_eps=1e-6,  # what it was trained with; transformers' default differs
-        )
-        vocabulary, text_width = text_in["embeddings.word_embeddings.weight"].shape
-        text = BlipTextConfig(
-            vocab_size=int(vocabulary),
-            hidden_size=int(text_width),
-            encoder_hidden_size=width,
-            intermediate_size=int(text_in["encoder.layer.0.intermediate.dense.weight"].shape[0]),
-            num_hidden_layers=_num_layers(text_in, "encoder.layer."),
-            num_attention_heads=max(int(text_width) // HEAD_WIDTH, 1),
-            max_position_embeddings=int(text_in["embeddings.position_embeddings.weight"].shape[0]),
-            is_decoder=True,  # gives each layer the attention to the image
-        )
-        self.vision: Any = BlipVisionModel(vision)
-        fill(name, self.vision, blip_vision_weights(vision_in))
-        self.text: Any = BlipTextModel(text, add_pooling_layer=False)
-        known = set(self.text.state_dict())
-        # Positions 0, 1, 2, ... are stored in older files and computed in newer classes.
-        stored = {k: t for k, t in text_in.items() if k in known or not k.endswith("position_ids")}
-        fill(name, self.text, stored)
+        self.vision = build_vision(name, vision_in)
+        self.text = build_text(name, text_in, self.vision.config.hidden_size)
         self.head = linear_chain(name, tensors, HEAD)
         dtype = dtype_of(precision)
         self.vision.to(dtype)
@@ -173,15 +207,8 @@ class ImageRewardReward:
             fix_attention(part)
         for part in (self.vision, self.text, self.head):
             freeze(part)
-        self.preprocess = Preprocess(
-            CLIP_MEAN, CLIP_STD, shortest_edge=image_size, crop=(image_size, image_size)
-        )
-
-    @staticmethod
-    def _image_size(vision: Mapping[str, Tensor]) -> int:
-        """Side of the images, from the number of positions."""
-        patches = int(vision["pos_embed"].shape[1]) - 1
-        return round(patches**0.5) * int(vision["patch_embed.proj.weight"].shape[-1])
+        side = self.vision.config.image_size
+        self.preprocess = Preprocess(CLIP_MEAN, CLIP_STD, shortest_edge=side, crop=(side, side))
 
     def _load_package(self, weights: str) -> object:
         try:
@@ -241,9 +268,3 @@ class ImageRewardReward:
             raw = self.head(read[:, 0].float()).squeeze(-1)
             scores.append((raw - RAW_MEAN) / RAW_STD)
         return torch.cat(scores).float().cpu()
-
-
-def _num_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Number of layers whose names begin with ``prefix`` and a number."""
-    numbers = {n[len(prefix) :].split(".")[0] for n in tensors if n.startswith(prefix)}
-    return len(numbers)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def check_batch(images: Tensor, prompts: Sequence[str]) -> None:
-    """Refuse what is not a batch of colour images with one prompt each.
+    """Refuse anything but a batch of colour images with one prompt each.
 
     Raises:
         ValueError: If ``images`` is not [B, 3, H, W] or ``prompts`` has another length than B.

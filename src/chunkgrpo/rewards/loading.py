@@ -50,7 +50,7 @@ def check_source(reward: str, source: str | Path) -> str:
 
 
 def load(reward: str, source: str | Path, loader: Callable[[str], Loaded]) -> Loaded:
-    """Call ``loader`` with a checkpoint folder or hub id; name reward and source if it fails.
+    """Call ``loader`` with a checkpoint folder or hub id; errors name the reward and the source.
 
     Raises:
         FileNotFoundError: If ``source`` is a path and leads nowhere.
@@ -66,8 +66,8 @@ def load(reward: str, source: str | Path, loader: Callable[[str], Loaded]) -> Lo
 def load_model(reward: str, source: str | Path, kind: Any, dtype: torch.dtype) -> Any:
     """Load a model of transformers, and refuse a checkpoint that leaves part of it untrained.
 
-    transformers fills what a checkpoint lacks with random numbers and only logs it; a reward made
-    of those would look like any other.
+    transformers initialises missing weights at random and only logs it, so that such a reward would
+    go unnoticed.
 
     Args:
         reward: Name of the reward, for messages.
@@ -163,13 +163,13 @@ def fill(reward: str, module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Put a module into evaluation and take its parameters out of training."""
+    """Put a module into evaluation mode and freeze its parameters."""
     module.eval()
     module.requires_grad_(False)
 
 
 def fix_attention(model: Any) -> None:
-    """Make a model of transformers compute attention by the same operations at any time.
+    """Make a model of transformers compute attention by the same operations in every call.
 
     The default leaves the choice to torch, whose choice is a setting of the whole process: a policy
     that samples in another thread changes it on CPUs, and a score its last bits with it. A model
@@ -181,5 +181,5 @@ def fix_attention(model: Any) -> None:
 def place(module: nn.Module, device: str | None, images: Tensor) -> torch.device:
     """Move a module to ``device``, or to the images' where that is None; return where it is."""
     target = torch.device(device) if device is not None else images.device
-    module.to(target)  # costs nothing where it already is
+    module.to(target)  # no copy where it already is
     return target

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the rewards of an iteration say about one another."""
+"""Metrics about the rewards of an iteration."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logging.getLogger("chunkgrpo")
 
 
 class RewardMonitor:
-    """Turns score batches into metrics, and warns once of each reward that does not teach.
+    """Turns scores into metrics, and warns once about each reward without effect on the advantages.
 
     Args:
-        scorer: Whose rewards these are.
-        convention: Of the advantages.
+        scorer: The rewards.
+        convention: Convention of the advantages.
     """
 
     def __init__(self, scorer: Scorer, convention: str) -> None:
@@ -36,7 +36,7 @@ class RewardMonitor:
     def record(
         self, scores: Sequence[RewardBatch], num_prompts: int, iteration: int
     ) -> dict[str, Any]:
-        """Return the metrics of a batch.
+        """Return the metrics of an iteration.
 
         Args:
             scores: Of the finished images, last; before them of the same samples where these were
@@ -45,10 +45,10 @@ class RewardMonitor:
             iteration: For messages.
 
         Returns:
-            ``reward_mean`` and ``reward_std`` of what the rewards combine to, kept samples only;
+            ``reward_mean`` and ``reward_std`` of the combined score, without dropped samples;
             ``rewards``: the mean of each. With several: ``reward_share``, each one's share of the
-            advantages' variance (``core.combination.reward_shares``), and ``reward_zero_spread``, the
-            groups it gives one score. With watched ones: ``watched``, the mean of each, and
+            advantages' variance (``core.combination.reward_shares``), and ``reward_zero_spread``,
+            the groups it gives one score. With watched ones: ``watched``, the mean of each, and
             ``watched_correlation``, with each trained reward within groups. Where images may be
             dropped: ``dropped``, by reward, and ``dropped_samples``.
         """
@@ -76,7 +76,7 @@ class RewardMonitor:
         return record
 
     def shares(self, batch: RewardBatch, num_prompts: int, iteration: int) -> dict[str, Any]:
-        """Return what each reward brings to the advantages; warn of those that bring too little."""
+        """Return each reward's share of the advantages; warn about shares that are too small."""
         names, kept = list(batch.raw), batch.kept
         flat = {
             name: int(group_advantages(raw, num_prompts, kept_B=kept).num_zero_spread)
@@ -117,20 +117,20 @@ class RewardMonitor:
         return {"reward_share": known, "reward_zero_spread": flat}
 
     def warn(self, name: str, what: str, text: str) -> None:
-        """Say something about a reward, once."""
+        """Warn about a reward, once."""
         if (name, what) not in self._told:
             self._told.add((name, what))
             log.warning("%s", text)
 
 
 def finite_mean(values_B: Tensor) -> float | None:
-    """Mean of what is finite; None where nothing is."""
+    """Mean of the finite values; None where there are none."""
     finite = values_B[values_B.isfinite()]
     return finite.mean().item() if len(finite) else None
 
 
 def correlation(first_B: Tensor, second_B: Tensor, num_prompts: int) -> float | None:
-    """Correlation within groups over the samples both have; None where one has no spread."""
+    """Correlation within groups over samples that both score; None where one has no spread."""
     both = first_B.isfinite() & second_B.isfinite()
     value = group_correlation(first_B, second_B, num_prompts, both).item()
     return value if math.isfinite(value) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does the image show the text that the prompt quotes?"""
+"""Whether the image shows the text that the prompt quotes."""
 
 from __future__ import annotations
 
@@ -80,8 +80,7 @@ class OcrReward:
             before text is looked for. 160 reads words in images of 64 to 512 pixels several times
             faster than RapidOCR's own 736; raise it if small print matters.
         min_confidence: Lines read with less confidence than this are left out; 0 keeps all. The
-            default is what PaddleOCR, the reader of Flow-GRPO, leaves out by itself, before
-            Flow-GRPO keeps all with a confidence above 0.
+            default is the threshold that PaddleOCR, which Flow-GRPO reads with, applies itself.
         threads: Threads of the recogniser; -1 lets it choose.
         name: What metrics are filed under.
 

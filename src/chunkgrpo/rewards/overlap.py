@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring images while others are still being made.
+"""Scoring images while others are still being sampled.
 
 Images arrive in pieces; each piece is scored as whole groups, at once in a thread of the reward's
 own, or when the result is asked for. Both ways make the same calls with the same arguments in the
-same order for each reward, so both give the same scores.
+same order for each reward, so both return the same scores.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class ScoringQueue:
     """Runs the calls of a scorer's rewards; a context manager.
 
     Args:
-        scorer: What to score with.
-        overlap: Call each reward in a thread of its own as images arrive. A reward sees one call
+        scorer: The rewards.
+        overlap: Call each reward in its own thread as images arrive. A reward sees one call
             at a time, but other code runs meanwhile: it must not draw from global random state, or
             change settings of the whole process.
     """
@@ -47,7 +47,7 @@ class ScoringQueue:
         trace: TracebackType | None,
     ) -> None:
         for thread in self.threads.values():
-            # After an error nobody wants the rest, and a reward may be one that hangs.
+            # After an error the other results are not needed, and a reward may hang.
             thread.shutdown(wait=error is None, cancel_futures=True)
 
     def batch(
@@ -129,7 +129,7 @@ class PendingScores:
         if self.num_submitted != len(self.prompts):
             raise ValueError(
                 f"{self.num_submitted} images were added for {len(self.prompts)} prompts; add one "
-                "image a prompt"
+                "image per prompt"
             )
         pieces = [[wait() for wait in calls] for calls in self.calls]
         columns = {

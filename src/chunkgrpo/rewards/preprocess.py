@@ -169,7 +169,7 @@ class Preprocess:
 
 
 def _lengths(size: Any) -> dict[str, int]:
-    """Return a processor's size as a mapping without empty entries; older files hold one number."""
+    """Return a processor's size as a mapping without empty entries; older files hold a number."""
     if isinstance(size, int):
         return {"height": size, "width": size}
     entries = dict(size) if isinstance(size, Mapping) else dict(vars(size))

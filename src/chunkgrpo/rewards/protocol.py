@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a reward is: anything that scores images against their prompts."""
+"""The interface of rewards, which score images against their prompts."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ import torch
 
 
 class RewardError(ValueError):
-    """A reward gave no usable score.
+    """A reward gave no usable score, for some images (which may then be dropped) or at all.
 
-    It may have none for some images, which may be dropped then, or be broken:
-    :class:`RewardBroken`.
+    See :class:`RewardBroken` for exceptions of the reward's own.
 
     Attributes:
         reward: The reward's name.
-        reason: What it did instead, without its name.
+        reason: What happened, without the reward's name.
     """
 
     def __init__(self, reward: str, reason: str) -> None:
@@ -26,8 +25,7 @@ class RewardError(ValueError):
 
 
 class RewardBroken(RewardError):
-    """A reward raised an exception of its own: no other image will fare better, so it stops a run
-    even where images may be dropped."""
+    """A reward raised an exception of its own, which always stops a run."""
 
 
 @runtime_checkable
@@ -38,18 +36,18 @@ class Reward(Protocol):
     ``prompts``, the B texts the images were made from, and returns B float32 scores on the CPU,
     larger for better. The call must
 
-    - score each image on its own: a score must not depend on the rest of the batch;
+    - score each image independently of the rest of the batch;
     - give the same score for the same image and prompt, within floating-point error;
-    - return finite numbers, also for images of nothing in particular;
-    - leave its arguments unchanged and take no gradient (a run hands out copies all the same).
+    - return finite numbers for any image;
+    - leave its arguments unchanged and need no gradient (a run passes copies anyway).
 
     The scale is the reward's own; where rewards are combined, their weights balance it.
 
-    A reward with an attribute ``needs_metadata = True`` gets, as a last argument, what the prompts'
-    source says of each prompt: B mappings, such as GenEval's ``include`` and ``exclude``. With
-    ``share = True`` its scores are shares of what was asked, in [0, 1], and shown in per cent. A
+    A reward with an attribute ``needs_metadata = True`` gets, as a last argument, the metadata of
+    each prompt: B mappings, such as GenEval's ``include`` and ``exclude``. With
+    ``share = True`` its scores are shares in [0, 1], and shown in per cent. A
     method ``check_prompts(prompts)`` that raises ValueError refuses prompts it could never score
-    before anything is drawn; with ``needs_metadata`` it is ``check_prompts(prompts, metadata)``.
+    before anything is sampled; with ``needs_metadata`` it is ``check_prompts(prompts, metadata)``.
 
     Attributes:
         name: Short, of lower-case letters, digits and underscores; metrics are filed under it.
@@ -64,11 +62,11 @@ class Reward(Protocol):
 
 @runtime_checkable
 class GroupwiseReward(Protocol):
-    """A reward that looks at all images of a prompt together, e.g. their win rates.
+    """A reward that compares all images of a group, e.g. by their win rates.
 
-    As :class:`Reward`, but a score may depend on the image's own group (and on nothing else). It
+    As :class:`Reward`, but a score may depend on the image's group (and on nothing else). It
     is called with whole groups, prompt-major: ``prompts[i * G]`` to ``prompts[i * G + G - 1]`` are
-    equal, and so belong the images.
+    equal, and the images are in the same order.
 
     Attributes:
         name: As in :class:`Reward`.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward that lives behind ``chunkgrpo serve-reward``, in another process or on another machine.
+"""A reward behind ``chunkgrpo serve-reward``, in another process or on another machine.
 
-Images travel as PNG, so with 8 bits a channel: a pixel differs from the local one by 1/510 at most
+Images are sent as PNG, with 8 bits per channel: a pixel differs from the local one by at most 1/510
 (``scoring.quantise`` gives local rewards the same pixels).
 """
 
@@ -27,10 +27,10 @@ from chunkgrpo.rewards.scoring import eight_bit
 PROTOCOL = 1
 TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"
 LONGEST_PAUSE = 8.0
-# What is assumed of a server that does not tell how long a request may take.
+# Assumed of a server that does not report how long a request may take.
 SERVER_SECONDS = 120.0
-CONNECT_SECONDS = 10.0  # a host that is gone must not use up the time of one that works long
-MARGIN = 10.0  # seconds that the client waits longer than the server works
+CONNECT_SECONDS = 10.0  # connecting to a dead host must not take as long as a slow request may
+MARGIN = 10.0  # seconds by which the client waits longer than the server
 DEADLINE = 300.0
 LARGEST_ANSWER = 1 << 24
 
@@ -46,18 +46,18 @@ def png_base64(image: Tensor) -> str:
 
 
 class RemoteReward:
-    """Asks a reward server.
+    """Scores images by requests to a reward server.
 
     Requests share a pool of connections. One that fails to connect, is cut off or times out, and
     one answered with a 5xx status, is tried again after a pause that doubles each time, until the
     deadline; any other answer that is not a score for each image is final. A call with more images
-    than fit into a request makes several, one after the other, each with a deadline of its own: how
-    many images there are does not decide whether they can be scored.
+    than fit into a request makes several, one after the other, each with its own deadline, so that
+    the number of images does not matter.
 
     Args:
         url: ``http://host:port`` or ``https://...``; asked for its name and limits at once.
         name: Of the metrics; the served reward's where None.
-        batch: Most images a request; never more than the server's limit.
+        batch: Most images per request; never more than the server's limit.
         timeout: Seconds without a sign of life after which a request has failed; the server's own
             limit and 10 more where None, so that the server gives up first and says why.
         deadline: Seconds after which a request is given up, its repetitions and pauses included;
@@ -92,10 +92,10 @@ class RemoteReward:
         self.timeout = SERVER_SECONDS + MARGIN if timeout is None else timeout
         token = os.environ.get(token_variable)
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # A proxy of the environment has no business between two processes of one machine.
+        # Proxies of the environment are not used between two processes of one machine.
         local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
         self._client = httpx.Client(headers=headers, trust_env=not local)
-        # Pauses of its own random stream: nobody else's numbers change.
+        # Pauses come from their own random stream, so that no other random numbers change.
         self._random = random.Random()
         info = self._ask("GET", "/info", None, time.monotonic() + min(deadline or 30.0, 30.0))
         try:
@@ -156,7 +156,7 @@ class RemoteReward:
 
     @property
     def _at(self) -> str:
-        """The address, where the name does not say it."""
+        """The address, unless it is the name."""
         return "" if self.name == self.url else f"at {self.url} "
 
     def _request_size(self, images: Tensor, group_size: int | None) -> int:
@@ -185,7 +185,7 @@ class RemoteReward:
             )
         for value in found:
             if value is not None and type(value) not in (int, float):
-                raise RewardError(self.name, f"answered {value!r:.80}, which is no number")
+                raise RewardError(self.name, f"answered {value!r:.80}, which is not a number")
         return [float("nan") if value is None else as_float(value) for value in found]
 
     def _ask(self, method: str, path: str, body: bytes | None, deadline: float) -> Any:
@@ -238,7 +238,7 @@ class RemoteReward:
                     raise RewardError(
                         self.name, f"answered more than {LARGEST_ANSWER} bytes, which are no scores"
                     )
-                # Each byte may come in time, and the whole never.
+                # Bytes may keep arriving in time without an end.
                 if time.monotonic() > deadline:
                     raise httpx.ReadTimeout("the deadline is over")
             return response.status_code, bytes(content)
@@ -254,7 +254,7 @@ class RemoteReward:
             return json.loads(content)
         except (ValueError, RecursionError):
             raise RewardError(
-                self.name, f"answered {content[:60]!r}, which is no JSON; check the address"
+                self.name, f"answered {content[:60]!r}, which is not JSON; check the address"
             ) from None
 
 
@@ -267,7 +267,7 @@ def as_float(value: float) -> float:
 
 
 def reason_of(content: bytes) -> str:
-    """Return what an error answer says, on one line."""
+    """Return the message of an error response, on one line."""
     try:
         found = json.loads(content)
         text = found["error"] if isinstance(found, dict) and "error" in found else found

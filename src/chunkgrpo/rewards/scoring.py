@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calling rewards, and what happens when one misbehaves.
+"""Calling rewards, and what an unusable score does.
 
 Whatever a reward returns is checked here, once, before anything is computed from it: a score that
-is missing, not finite or of the wrong shape either stops the step or drops its image, and is
-counted. It never becomes a zero.
+is missing, not finite or of the wrong shape either stops the run or drops its sample, which is
+counted. It is never replaced by zero.
 
 Axis names: B samples, prompt-major.
 """
@@ -36,7 +36,7 @@ def is_share(reward: Reward) -> bool:
 
 
 def is_groupwise(reward: Reward) -> bool:
-    """Whether a reward looks at whole groups (see :class:`~.protocol.GroupwiseReward`)."""
+    """Whether a reward compares whole groups (see :class:`~.protocol.GroupwiseReward`)."""
     return bool(getattr(reward, "groupwise", False))
 
 
@@ -46,9 +46,9 @@ def scores_of(
     prompts: Sequence[Prompt | str],
     group_size: int | None = None,
 ) -> Tensor:
-    """Call a reward, without gradient, and check the form of its answer.
+    """Call a reward, without gradient, and check the form of what it returns.
 
-    The reward gets copies: one that works in place must not change what the next one sees.
+    The reward gets copies, so that one that works in place does not affect the next one.
 
     Args:
         reward: Called with the images and the prompts' texts, with the group size if it is
@@ -58,12 +58,12 @@ def scores_of(
         group_size: G, a divisor of B; needed by groupwise rewards only.
 
     Returns:
-        float32 [B] on the CPU; may hold numbers that are not finite (None counts as NaN).
+        float32 [B] on the CPU, possibly with numbers that are not finite (None becomes NaN).
 
     Raises:
-        RewardError: If the answer is no list of B numbers, or the reward itself says that it has
-            none; :class:`RewardBroken` if it raised something else.
-        ValueError: If a groupwise reward is not told its groups.
+        RewardError: If it does not return B numbers, or raises this error itself;
+            :class:`RewardBroken` if it raises anything else.
+        ValueError: If the images of a groupwise reward do not form groups.
     """
     records, more = as_prompts(prompts), []
     if is_groupwise(reward):
@@ -87,13 +87,13 @@ def scores_of(
         raise RewardError(
             reward.name,
             f"returned shape {tuple(scores.shape)} for {len(prompts)} images; it must return one "
-            "score an image",
+            "score per image",
         )
     return scores
 
 
 def described(error: Exception) -> str:
-    """Return an exception's type, place and text, on one line."""
+    """Return an exception's type, place and message, on one line."""
     frames = traceback.extract_tb(error.__traceback__)
     where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
@@ -116,12 +116,11 @@ def as_scores(answer: Any, name: str) -> Tensor:
 
 
 def check_prompts(reward: Reward, prompts: Sequence[Prompt | str]) -> None:
-    """Let a reward refuse prompts that it could never score, if it has a way to.
+    """Call a reward's ``check_prompts``, if it has one.
 
     Args:
-        reward: Whose ``check_prompts`` is called with the texts, and with their metadata too if it
-            ``needs_metadata``.
-        prompts: What it would be asked to score.
+        reward: The reward. It gets the texts, and their metadata too if it ``needs_metadata``.
+        prompts: Prompts that it will be called with.
 
     Raises:
         ValueError: The reward's, naming a prompt.
@@ -151,11 +150,11 @@ def usable_scores(
     prompts: Sequence[Prompt | str],
     group_size: int | None = None,
 ) -> tuple[Tensor, list[Problem]]:
-    """Call a reward and tell usable scores from others.
+    """Call a reward and separate usable scores from others.
 
     Returns:
-        float32 [B], NaN where there is no usable score, and a problem for each of these. A reward
-        that fails as a whole, or returns a number of scores that does not fit its images, has none.
+        float32 [B], NaN where there is no usable score, and a problem for each of these. If the
+        reward fails as a whole, or returns the wrong number of scores, no score is usable.
 
     Raises:
         RewardBroken: See :func:`scores_of`.
@@ -174,17 +173,17 @@ def usable_scores(
 
 @dataclass
 class Scorer:
-    """Scores images with several rewards and keeps watch over them.
+    """Scores images with several rewards, and checks the scores.
 
     Args:
-        rewards: (reward, weight) pairs that make the training signal.
+        rewards: (reward, weight) pairs that are trained on.
         watched: Rewards that are only logged.
         combine: How rewards become one (``core.combination.COMBINATIONS``).
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
-            ``"drop"`` drops the image from its group and counts it. What a watched reward cannot
-            score is missing from its mean only. A negative score of a trained reward is not usable
-            in a product.
-        folder: Where the image concerned is saved; nowhere where None.
+            ``"drop"`` drops the sample from its group and counts it. A sample that a watched reward
+            cannot score is only left out of its mean. In a product, a negative score of a reward
+            that is trained on is not usable.
+        folder: Where the image concerned is saved; None: nowhere.
         quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
             behind a server see the same pixels.
 
@@ -230,16 +229,16 @@ class Scorer:
 
     @property
     def everything(self) -> list[Reward]:
-        """All rewards, trained ones first."""
+        """All rewards, those that are trained on first."""
         return [*(reward for reward, _ in self.rewards), *self.watched]
 
     @property
     def weights(self) -> Tensor:
-        """The weights of the trained rewards, [R]."""
+        """The weights of the rewards that are trained on, [R]."""
         return torch.tensor([weight for _, weight in self.rewards])
 
     def prepare(self, images: Tensor) -> Tensor:
-        """Return the images as rewards see them."""
+        """Return the images that rewards get."""
         return quantised(images) if self.quantise else images
 
     def checked(
@@ -255,15 +254,15 @@ class Scorer:
         Args:
             reward: One of :attr:`everything`.
             images, prompts, group_size: See :func:`scores_of`.
-            label: Begins the name of a saved image, e.g. the iteration's number.
+            label: Prefix of the name of a saved image, e.g. the iteration's number.
 
         Raises:
-            RewardError: Under ``"stop"``, naming the reward, the prompt and the saved image; under
-                either if the reward is broken.
+            RewardError: With ``"stop"``, naming the reward, the prompt and the saved image; with
+                either if the reward raised an exception.
         """
         scores, problems = usable_scores(reward, images, prompts, group_size)
         if self.combine == "product" and any(reward is trained for trained, _ in self.rewards):
-            # A power of it may not exist, and the product of two bad scores would be a good one.
+            # Its power may not exist, and the product of two negative scores would be positive.
             for i in (scores < 0).nonzero().flatten().tolist():
                 reason = f"returned {scores[i].item():g}; in a product scores may not be negative: "
                 reason += "shift the reward, or combine by 'advantage'"
@@ -280,7 +279,7 @@ class Scorer:
             raise RewardError(reward.name, reason)
         self._told.add(reward.name)
         log.warning(
-            "reward %r %s; %d of %d images are dropped (told once; see 'dropped' in the metrics)",
+            "reward %r %s; %d of %d images are dropped (shown once; see 'dropped' in the metrics)",
             reward.name, reason, len(problems), len(prompts),
         )  # fmt: skip
         return scores
@@ -306,7 +305,7 @@ class Scorer:
         return self.combined(columns)
 
     def combined(self, columns: Mapping[str, Tensor]) -> RewardBatch:
-        """Put together what :meth:`checked` returned for each reward, by name."""
+        """Combine what :meth:`checked` returned for each reward, by name."""
         raw = {reward.name: columns[reward.name] for reward, _ in self.rewards}
         watched = {r.name: columns[r.name] for r in self.watched if r.name in columns}
         rewards_RB = torch.stack(list(raw.values()))
@@ -349,13 +348,13 @@ def saved_image(image: Tensor, folder: Path | None, name: str) -> Path | None:
 
 
 def jointly_kept(batches: Sequence[RewardBatch]) -> Tensor | None:
-    """Return the samples that every one of several scorings of the same samples keeps.
+    """Return which samples are dropped in none of several scorings of the same samples.
 
     Args:
         batches: E.g. of the images predicted at each chunk boundary, B samples each.
 
     Returns:
-        [B]; None where these are all.
+        [B], False where dropped; None where no sample is.
 
     Raises:
         RewardError: If no sample is left.
@@ -376,7 +375,7 @@ def jointly_kept(batches: Sequence[RewardBatch]) -> Tensor | None:
 
 
 def num_unscored(columns: Iterable[Tensor]) -> int:
-    """Return for how many samples any of several columns [B] of scores holds no usable one."""
+    """Return the number of samples without a usable score in any of several columns [B]."""
     return int(torch.stack([~column.isfinite() for column in columns]).any(dim=0).sum())
 
 
@@ -411,6 +410,6 @@ def eight_bit(images: Tensor) -> Tensor:
 def quantised(images: Tensor) -> Tensor:
     """Images in [0, 1] as a PNG returns them: multiples of 1/255, float32.
 
-    The difference is at most 1/510 a pixel.
+    The difference is at most 1/510 per pixel.
     """
     return eight_bit(images).float() / 255

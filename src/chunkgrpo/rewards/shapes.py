@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reward of the embedded world: does the image hold what the prompt asks for?"""
+"""The reward of the embedded world: whether the image holds what the prompt asks for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from chunkgrpo.shapes.grammar import parse
 from chunkgrpo.shapes.verifier import Verdict, verify_batch
 
 MODES = ("soft", "strict")
-MAX_EXTRA = 3  # further surplus objects cost nothing more, so that the score stays bounded
+MAX_EXTRA = 3  # further surplus objects are not penalised, so that the score is bounded
 
 
 @dataclass
@@ -29,9 +29,9 @@ class ShapesReward:
     is [-3 extra_penalty, 1 + strict_bonus], or [-3 extra_penalty, 1] where strict.
 
     Attributes:
-        mode: ``"soft"`` gives a dense signal, ``"strict"`` the benchmark's own yes or no.
-        extra_penalty: Cost of each surplus object, on top of what ``soft`` already takes off.
-        strict_bonus: Reward for being exactly right, on top of ``soft``; mode ``"soft"`` only.
+        mode: ``"soft"`` gives a dense signal, ``"strict"`` the benchmark's pass or fail.
+        extra_penalty: Penalty for each surplus object, in addition to that in ``soft``.
+        strict_bonus: Bonus for being exactly right, added to ``soft``; mode ``"soft"`` only.
         name: What metrics are filed under.
     """
 
@@ -63,7 +63,7 @@ class ShapesReward:
         return self.strict_bonus if self.mode == "soft" else 1.0
 
     def verdicts(self, images: torch.Tensor, prompts: Sequence[str]) -> list[Verdict]:
-        """Return what the verifier says of images [B, 3, 64, 64] in [0, 1].
+        """Return the verifier's verdicts on images [B, 3, 64, 64] in [0, 1].
 
         Raises:
             ValueError: If the grammar cannot produce a prompt, the numbers differ, or the images

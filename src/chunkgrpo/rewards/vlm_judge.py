@@ -56,21 +56,21 @@ class VlmJudgeReward:
     """Ask a vision-language model about each image, over HTTP.
 
     Requests go to ``{base_url}/chat/completions`` with the image as PNG and temperature 0. Scores
-    are those of :func:`parse_answer`. Connection errors, timeouts and the statuses that ask for
-    patience are tried again. An image without an answer that can be read has no score (NaN, with
-    the reason in the log); if no image has one, that is an error. Never a zero.
+    are those of :func:`parse_answer`. Connection errors, timeouts and the statuses of a busy
+    server are tried again. An image without an answer that can be read has no score (NaN, with
+    the reason in the log); if no image has one, that is an error.
 
     Args:
         base_url: Of an OpenAI-compatible server, such as ``http://localhost:8000/v1``.
         model: Name of the model there.
         scale: ``"yes_no"`` or ``"one_to_five"``.
-        template: File with the question; ``{prompt}`` in it becomes the image's prompt. None for
-            the one of ``scale`` that comes along.
+        template: File with the question; ``{prompt}`` in it becomes the image's prompt. None:
+            the built-in one of ``scale``.
         api_key_env: Environment variable that holds the key; None or an empty variable sends none.
         timeout: Seconds that one request may take.
-        retries: Further attempts after a failure that may pass.
-        concurrency: Requests at once.
-        max_tokens: Longest answer.
+        retries: Further attempts after a transient failure.
+        concurrency: Number of concurrent requests.
+        max_tokens: Longest answer, in tokens.
         name: What metrics are filed under.
 
     Raises:

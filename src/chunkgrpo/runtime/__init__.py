@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs besides mathematics: files, checkpoints, seeds, precision, distribution."""
+"""What a run needs besides the method: files, checkpoints, seeds, weights, memory, kernels."""

@@ -39,13 +39,13 @@ def _is_special(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> bool:
-    """Say whether a call asks for more than plain attention of equal batches and heads."""
+    """Return whether a call needs more than plain attention of equal batches and heads."""
     same = query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.ndim > 2
     return attn_mask is not None or dropout_p > 0 or is_causal or enable_gqa or not same
 
 
 class _MatrixAttention(TorchFunctionMode):
-    """Sends the calls of scaled dot product attention that it can to ``matrix_attention``."""
+    """Replaces calls of scaled dot product attention by ``matrix_attention`` where possible."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -67,7 +67,7 @@ def plain_attention() -> Iterator[None]:
     """Use unfused attention, which on CPUs trains short sequences fastest in bfloat16.
 
     Two matrix products and a softmax between them; masked, causal, dropped-out and grouped
-    attention is left to torch's own unfused kernel. ``benchmarks/attention.py`` compares the
+    attention uses torch's own unfused kernel. ``benchmarks/attention.py`` compares the
     kernels; in float32 the fused one would be faster.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel

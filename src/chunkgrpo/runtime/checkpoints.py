@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: whole or not at all, in safetensors and JSON."""
+"""Checkpoints in safetensors and JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     """Flatten an optimizer's state to tensors by name: ``optimizer.PARAMETER:MOMENT``.
 
     Args:
-        optimizer: Over one list of parameters.
-        names: Theirs, in their order.
+        optimizer: Optimizer of one list of parameters.
+        names: Names of the parameters, in their order.
     """
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for index, values in optimizer.state_dict()["state"].items():
         for name, value in _leaves(values):
             tensor = torch.as_tensor(value)
-            # Files refuse tensors that share memory, as tables of 8-bit states do.
+            # safetensors refuses tensors that share memory, as tables of 8-bit states do.
             shared = tensor.data_ptr() in seen
             seen.add(tensor.data_ptr())
             found[f"optimizer.{names[index]}:{name}"] = tensor.clone() if shared else tensor
@@ -47,7 +47,7 @@ def _leaves(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 def load_optimizer_tensors(
     optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], names: Sequence[str]
 ) -> None:
-    """Restore what ``optimizer_tensors`` flattened; settings stay those of the optimizer."""
+    """Restore what ``optimizer_tensors`` returned; the optimizer keeps its settings."""
     state: dict[int, dict[str, Any]] = {}
     positions = {name: index for index, name in enumerate(names)}
     for key, value in tensors.items():
@@ -63,13 +63,13 @@ def load_optimizer_tensors(
 def save_checkpoint(
     folder: Path, iteration: int, tensors: Mapping[str, Tensor], info: Mapping[str, Any]
 ) -> Path:
-    """Save one checkpoint and drop all but the newest ones.
+    """Save a checkpoint, and delete all but the newest ones.
 
     Args:
-        folder: Holds one folder per checkpoint.
-        iteration: Iterations finished.
-        tensors: Everything that is a tensor.
-        info: Everything else, JSON.
+        folder: Folder of all checkpoints of the run.
+        iteration: Number of finished iterations.
+        tensors: Tensors by name.
+        info: Other values, serialisable as JSON.
 
     Returns:
         The checkpoint's folder, named by the iteration.

@@ -18,10 +18,10 @@ class Averaging:
     """The settings of :class:`Ema`.
 
     Attributes:
-        decay: Decay of the averaged weights, which are evaluated and saved, in [0, 1); 0 turns
-            the average off.
-        warmup: The decay of update n is at most n / (n + warmup): an average reaches back over
-            about 1 / warmup of the run.
+        decay: Decay of the averaged weights, which are evaluated and saved, in [0, 1); with 0 there
+            is no average.
+        warmup: The decay of update n is at most n / (n + warmup), so the average covers about the
+            last 1 / warmup of the run; above 0.
     """
 
     decay: float = 0.9
@@ -37,11 +37,11 @@ class Ema:
 
     The decay of update n (from 1) is min(decay, n / (n + warmup)). While it rises, the average of n
     updates gives the i-th a weight of about i^(warmup - 1): 1 is the plain mean of all, 9 (usual)
-    has a mean age of a tenth of the updates, 3 of a quarter. An average cannot be longer than
-    that, whatever the decay: one of 0.97, over some 33 updates, is reached after 290 with 9.
+    has a mean age of a tenth of the updates, 3 of a quarter. An average cannot reach further
+    back, whatever the decay: with 9, a decay of 0.97 (about 33 updates) is reached after 290.
 
     Args:
-        parameters: What to follow.
+        parameters: The parameters that are averaged.
         decay: In [0, 1); 0 follows exactly.
         warmup: Above 0.
 
@@ -60,11 +60,11 @@ class Ema:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor]) -> None:
-        """Move the average towards the parameters."""
+        """Update the average with the current parameters."""
         self.num_updates += 1
         decay = min(self.decay, self.num_updates / (self.num_updates + self.warmup))
         torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
 
     def applied(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Inside this context the parameters hold the average, and must not be changed."""
+        """Inside this context the parameters have the averaged values, and must not be changed."""
         return swapped(parameters, self.values)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are either the old version or the new one, never half of each."""
+"""Writing files atomically."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["atomic_write"]
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
-    """Write a file so that a reader, or a crash, never meets a part of it.
+    """Write a file atomically: a reader, or a crash, never finds a part of it.
 
     The data go to a hidden file beside the target, are flushed to the disk, and then take the
     target's name in one step (``os.replace``). Missing parent folders are made. Where anything

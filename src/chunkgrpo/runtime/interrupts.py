@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Letting Ctrl-C end a piece of work where nothing is lost."""
+"""Ending work on Ctrl-C without losing results."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 
 @contextmanager
 def finish_on_interrupt(stop: Callable[[], None]) -> Iterator[None]:
-    """Inside this context an interrupt calls ``stop`` instead of raising.
+    """Inside this context an interrupt calls ``stop`` instead of raising KeyboardInterrupt.
 
-    Outside the main thread, which alone may set handlers, it does nothing.
+    Only the main thread can set handlers; in other threads this context has no effect.
     """
 
     def handle(signum: int, frame: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a piece of work takes at its peak."""
+"""Peak memory of a piece of work."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ __all__ = ["peak_memory"]
 
 
 def peak_memory(work: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Run something and return how far torch's allocations rose above those it began with.
+    """Call a function and return the peak of torch's allocations above those at its start.
 
-    On CUDA the allocator keeps count; on CPUs every allocation is listed by ``torch.profiler`` and
-    added up, which slows the work down. Memory that torch did not allocate is not seen.
+    On CUDA the allocator counts; on CPUs the allocations listed by ``torch.profiler`` are added up,
+    which slows the work down. Memory that torch did not allocate is not counted.
 
     Args:
         work: Called once.
-        device: Whose memory.
+        device: Device whose memory is measured.
 
     Returns:
         Bytes, at least 0.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that lie in host memory and visit the device only while they are used."""
+"""Weights that stay in host memory and are on the device only while in use."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor's values in host memory, page-locked where that speeds up copies.
+    """Return a tensor in host memory, page-locked where that makes copies faster.
 
     Args:
-        tensor: Anywhere.
+        tensor: On any device.
         device: Where it will be copied to.
     """
     home = tensor.detach().to("cpu")
@@ -24,16 +24,15 @@ def host_copy(tensor: Tensor, device: torch.device) -> Tensor:
 class Offloaded:
     """Frozen modules whose weights are on the device inside ``at_work()`` and nowhere else.
 
-    Copies go one way: as nothing changes the weights, the ones on the device are dropped after
-    use. On a machine without a second memory, values and results are the same and nothing is
-    copied.
+    Copies go one way: since the weights are frozen, those on the device are discarded after use.
+    On CPUs nothing is copied, and results are the same.
 
     Args:
-        modules: Frozen; their parameters and buffers move.
-        device: Where they work.
+        modules: Frozen modules, whose parameters and buffers are moved.
+        device: Device that they are used on.
 
     Attributes:
-        visits: How often the weights were brought to the device.
+        visits: How often the weights were moved to the device.
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module], device: torch.device) -> None:

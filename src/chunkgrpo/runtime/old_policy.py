@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A second, slower copy of the trainable parameters: the old policy of forward-process methods."""
+"""A copy of the trainable parameters that follows them slowly, for forward-process methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from chunkgrpo.core.names import check_name
 from chunkgrpo.runtime.weights import swapped
 
 DecaySchedule = Callable[[int], float]
-"""Optimizer steps taken -> d in [0, 1), the share of the old parameters that is kept."""
+"""Optimizer steps so far -> d in [0, 1), the weight of the old parameters."""
 
 
 def no_decay(step: int) -> float:
@@ -22,7 +22,7 @@ def no_decay(step: int) -> float:
 
 
 def nft1_decay(step: int) -> float:
-    """Keep more and more, half at most: min(0.001 step, 0.5).
+    """Follow ever more slowly, d at most 0.5: min(0.001 step, 0.5).
 
     Reference: DiffusionNFT, arXiv:2509.16117, published code, type 1.
     """
@@ -38,7 +38,7 @@ def nft2_decay(step: int) -> float:
 
 
 def awm_decay(step: int) -> float:
-    """Keep more and more, 0.3 at most: min(0.3, 0.001 step).
+    """Follow ever more slowly, d at most 0.3: min(0.3, 0.001 step).
 
     Reference: AWM, arXiv:2509.25050, published code.
     """
@@ -57,11 +57,11 @@ DECAY_SCHEDULES: dict[str, DecaySchedule] = {
 class OldPolicy:
     r"""Keeps :math:`\theta_{old} \leftarrow d\,\theta_{old} + (1-d)\,\theta`, d by schedule.
 
-    Whoever trains calls :meth:`update` once after each rollout's optimizer steps. Nothing but the
-    tensors of :meth:`state` needs to be saved: d depends on the step alone.
+    Algorithms call :meth:`update` once after the updates of each rollout. Checkpoints need the
+    tensors of :meth:`state` only, since d depends on the step alone.
 
     Args:
-        parameters: What to follow, by name; the copy starts equal to them.
+        parameters: The parameters to follow, by name; the copy starts equal to them.
         schedule: A name in ``DECAY_SCHEDULES``.
 
     Raises:
@@ -75,17 +75,17 @@ class OldPolicy:
 
     @torch.no_grad()
     def update(self, parameters: Sequence[Tensor], step: int) -> None:
-        """Move towards the parameters.
+        """Update the copy with the current parameters.
 
         Args:
-            parameters: The policy's, in the order they were given at first.
-            step: Optimizer steps taken so far, the one just taken included.
+            parameters: The policy's parameters, in the order of the constructor.
+            step: Number of optimizer steps so far.
         """
         decay = DECAY_SCHEDULES[self.schedule](step)
         torch._foreach_lerp_(self.values, [p.detach() for p in parameters], 1 - decay)
 
     def applied(self, parameters: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Inside this context the parameters hold the old values, and must not be changed."""
+        """Inside this context the parameters have the old values, and must not be changed."""
         return swapped(parameters, self.values)
 
     def state(self) -> dict[str, Tensor]:
@@ -97,7 +97,7 @@ class OldPolicy:
         """Restore what :meth:`state` returned; other names are ignored.
 
         Raises:
-            ValueError: If a tensor is missing, as from another method's checkpoint.
+            ValueError: If a tensor is missing, as in a checkpoint of another method.
         """
         missing = [name for name in self.state() if name not in tensors]
         if missing:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AdamW, in the forms that differ in what they keep of each weight."""
+"""AdamW, with optimizer states in 32 or 8 bits."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def make_optimizer(
     """Return AdamW over some parameters.
 
     Args:
-        kind: ``"adamw"``: two float32 numbers a weight. ``"adamw8bit"``: two bytes a weight, with
-            a scale for each block (bitsandbytes; tensors below 4096 weights stay in float32).
-            ``"paged_adamw8bit"``: the same in memory that CUDA moves to the host when the device
+        kind: ``"adamw"``: two float32 numbers per weight. ``"adamw8bit"``: two bytes per weight,
+            with a scale for each block (bitsandbytes; tensors below 4096 weights stay in float32).
+            ``"paged_adamw8bit"``: the same in memory that CUDA can move to the host when the device
             is full; on CPUs, and after resuming from a checkpoint, it is not paged.
         parameters: What is trained.
-        learning_rate, betas, eps, weight_decay: Of AdamW.
+        learning_rate, betas, eps, weight_decay: Hyperparameters of AdamW.
 
     Raises:
         ValueError: If the kind is unknown.
@@ -60,14 +60,14 @@ class Optimization:
     """AdamW, its learning rate over the run, and gradient clipping.
 
     Attributes:
-        name: Form of AdamW; those of 8 bits need bitsandbytes: chunkgrpo[adamw8bit].
+        name: Variant of AdamW; those with 8-bit states need chunkgrpo[adamw8bit].
         learning_rate: Peak learning rate, above 0.
-        betas: Decays of AdamW's two moments.
-        eps: Added to AdamW's denominator, above 0.
-        weight_decay: Of AdamW, not negative.
-        warmup: Optimizer steps over which the rate rises linearly.
-        fall: Share of the run, at its end, over which the rate falls linearly towards zero.
-        max_grad_norm: Largest norm of the gradient, above 0; larger ones are scaled down.
+        betas: Decays of the two moments, in [0, 1).
+        eps: Added to the denominator, above 0.
+        weight_decay: Weight decay, at least 0.
+        warmup: Optimizer steps over which the learning rate rises linearly.
+        fall: Share of the run, at its end, over which the learning rate falls linearly towards 0.
+        max_grad_norm: Gradient clipping: larger norms are scaled down to this; above 0.
     """
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"

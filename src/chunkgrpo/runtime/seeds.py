@@ -13,7 +13,7 @@ from chunkgrpo.runtime.transfer import send
 
 
 def derive_seed(*parts: int) -> int:
-    """Mix integers into one seed below 2^63; near inputs give unrelated outputs."""
+    """Hash integers to one seed below 2^63; close inputs give unrelated outputs."""
     words = np.random.SeedSequence(list(parts)).generate_state(2, np.uint64)
     return int(words[0]) >> 1
 

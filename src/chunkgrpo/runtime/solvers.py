@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Solvers for the part of a trajectory that is not trained."""
+"""Solvers for the steps after the window, which are not trained on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from chunkgrpo.core.precision import COUNT_TOLERANCE
 
 @dataclass(frozen=True)
 class EulerTail:
-    """Every step that is left, by Euler."""
+    """All remaining steps, by Euler."""
 
     kind: Literal["euler"] = field(default="euler", kw_only=True, repr=False)
     solver: ClassVar[None] = None
@@ -26,10 +26,10 @@ class EulerTail:
 class MultistepTail:
     """Finish a trajectory with DPM-Solver++ in fewer steps than the schedule has left.
 
-    The work is done by diffusers' ``DPMSolverMultistepScheduler``; this class hands it the sigmas.
+    Uses diffusers' ``DPMSolverMultistepScheduler`` with the given sigmas.
 
     Attributes:
-        fraction: Share of the remaining steps that is spent, in (0, 1], at least one.
+        fraction: Number of steps as a share of the remaining ones, in (0, 1]; at least one step.
         order: 1 to 3; 2 is the midpoint form.
 
     Reference: MixGRPO-Flash, arXiv:2507.21802, section 4.3 (order 2, 0.4 of the steps).
@@ -41,19 +41,19 @@ class MultistepTail:
 
     @property
     def solver(self) -> MultistepTail:
-        """Itself: what a sampler finishes trajectories with."""
+        """The solver, which is this object."""
         return self
 
     def __post_init__(self) -> None:
-        """Refuse what leaves no step or is no solver."""
+        """Refuse a share or an order out of range."""
         if not 0 < self.fraction <= 1:
             raise ValueError(f"the tail's fraction is {self.fraction}; it must be in (0, 1]")
         if self.order not in (1, 2, 3):
             raise ValueError(f"the tail's order is {self.order}; it must be 1, 2 or 3")
 
     def sigmas(self, left: Tensor) -> Tensor:
-        """Return the levels that are visited: the first and the last of ``left``, thinned."""
-        # 0.28 * 25 is 7.000000000000001 in floating point, and 7 steps are meant.
+        """Return the noise levels that are visited: the ends of ``left``, and some between."""
+        # 0.28 * 25 is 7.000000000000001 in floating point; it must give 7 steps.
         number = max(1, math.ceil(self.fraction * (len(left) - 1) - COUNT_TOLERANCE))
         index = torch.linspace(0, len(left) - 1, number + 1).round().long()
         return left[index]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sending what the host drew or planned to where it is computed with."""
+"""Copying from the host to the device without waiting."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["send"]
 
 
 def send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for what the device is at.
+    """Return a copy of a host tensor on a device, without synchronising with the device.
 
     A plain ``tensor.to("cuda")`` waits until all work queued there is done; from page-locked memory
-    the copy is queued behind that work like everything else. On CPUs it is the tensor itself.
+    the copy is queued behind that work instead. On CPUs the tensor itself is returned.
     """
     device = torch.device(device)
     if device.type == "cuda" and tensor.device.type == "cpu":

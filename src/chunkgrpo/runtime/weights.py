@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Answering with other weights for a while."""
+"""Replacing the values of parameters temporarily."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from torch import Tensor
 
 @contextmanager
 def swapped(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Inside this context the parameters hold other values.
+    """Inside this context the parameters have other values.
 
-    Storage is swapped, not copied: it costs no memory and no time, and graphs built outside stay
-    valid outside. Neither parameters nor values may be changed inside, and nothing built outside
-    may be back-propagated there. Contexts may be nested.
+    Storage is swapped, not copied: it takes no memory and no time, and graphs built outside stay
+    valid outside. Neither parameters nor values may be changed inside, and graphs built outside
+    must not be back-propagated there. Contexts may be nested.
 
     Args:
-        parameters: Leaves of any module.
+        parameters: Parameters of any module.
         values: One for each, of its shape, type and device.
 
     Raises:
-        ValueError: If the numbers differ, or a shape, type or device.
+        ValueError: If the numbers, or a shape, type or device, differ.
     """
     if len(parameters) != len(values):
         raise ValueError(f"{len(values)} values for {len(parameters)} parameters; give one each")

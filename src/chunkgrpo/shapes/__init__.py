@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The embedded world: a miniature of the GenEval benchmark that a laptop can train on.
 
-``scenes`` draws what ``grammar`` asks for, ``verifier`` checks an image against it, and
-``pretrain`` made the pipeline and the CLIP whose weights ship beside these files.
+``scenes`` renders what ``grammar`` asks for, ``verifier`` checks an image against it, and
+``pretrain`` trains the pipeline and the CLIP whose weights are included.
 """
 
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure one component of an image: its colour, how it covers its pixels, and the shape it is.
+"""Measure one component of an image: its colour, its coverage of pixels, and its shape.
 
 A component gets a colour (its interior's median), a coverage map (how far each pixel lies on the
 way from the background to that colour) and, for each shape, the IoU of that coverage with the
@@ -68,7 +68,7 @@ class Blob:
     detection: Detection
     ious: NDArray[np.float64]  # [5], by SHAPES
     rgb: FloatArray  # [3]
-    fault: str  # why it is no proper object ("is cut off by the edge"), or ""
+    fault: str  # why it is not a proper object ("is cut off by the edge"), or ""
 
 
 @dataclass(frozen=True)

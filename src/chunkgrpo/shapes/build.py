@@ -102,6 +102,83 @@ def t5_tokenizer(words: Sequence[str]) -> Any:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
+def _text_encoders(size: PipelineSize, clip: Any, t5: Any) -> tuple[Any, Any, Any]:
+    """Build both CLIP encoders and the T5 encoder, for their tokenizers."""
+    from transformers import (
+        CLIPTextConfig,
+        CLIPTextModelWithProjection,
+        T5Config,
+        T5EncoderModel,
+    )
+
+    clip_config = CLIPTextConfig(
+        vocab_size=len(clip),
+        hidden_size=size.clip_width,
+        intermediate_size=4 * size.clip_width,
+        projection_dim=size.clip_width,
+        num_hidden_layers=size.clip_layers,
+        num_attention_heads=max(1, size.clip_width // 16),
+        max_position_embeddings=PROMPT_TOKENS,
+        hidden_act="gelu",
+        bos_token_id=clip.bos_token_id,
+        eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )
+    t5_config = T5Config(
+        vocab_size=len(t5),
+        d_model=size.t5_width,
+        d_kv=16,
+        d_ff=2 * size.t5_width,
+        num_layers=1,
+        num_heads=max(1, size.t5_width // 32),
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+    )
+    return (
+        CLIPTextModelWithProjection(clip_config),
+        CLIPTextModelWithProjection(clip_config),
+        T5EncoderModel(t5_config),
+    )
+
+
+def _vae(size: PipelineSize) -> Any:
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=size.vae_channels,  # type: ignore[arg-type]
+        down_block_types=("DownEncoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
+        up_block_types=("UpDecoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
+        layers_per_block=1,
+        latent_channels=size.latent_channels,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        sample_size=size.latent_size * 2 ** (len(size.vae_channels) - 1),
+        scaling_factor=1.0,
+        shift_factor=0.0,
+    )
+
+
+def _transformer(size: PipelineSize) -> Any:
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(
+        sample_size=size.latent_size,
+        patch_size=1,
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
+        num_layers=size.layers,
+        attention_head_dim=size.head_dim,
+        num_attention_heads=size.width // size.head_dim,
+        joint_attention_dim=size.t5_width,
+        caption_projection_dim=size.width,
+        pooled_projection_dim=2 * size.clip_width,
+        pos_embed_max_size=2 * size.latent_size,
+        qk_norm="rms_norm",
+    )
+
+
 def build_pipeline(
     size: PipelineSize | None = None, seed: int = 0, words: Sequence[str] | None = None
 ) -> StableDiffusion3Pipeline:
@@ -116,83 +193,24 @@ def build_pipeline(
         A stock ``StableDiffusion3Pipeline`` in float32 on the CPU.
     """
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModelWithProjection,
-        T5Config,
-        T5EncoderModel,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     size = size or PipelineSize()
     words = grammar.words() if words is None else words
     tokenizer, tokenizer_3 = clip_tokenizer(words), t5_tokenizer(words)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        clip_config = CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=size.clip_width,
-            intermediate_size=4 * size.clip_width,
-            projection_dim=size.clip_width,
-            num_hidden_layers=size.clip_layers,
-            num_attention_heads=max(1, size.clip_width // 16),
-            max_position_embeddings=PROMPT_TOKENS,
-            hidden_act="gelu",
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        t5_config = T5Config(
-            vocab_size=len(tokenizer_3),
-            d_model=size.t5_width,
-            d_kv=16,
-            d_ff=2 * size.t5_width,
-            num_layers=1,
-            num_heads=max(1, size.t5_width // 32),
-            dropout_rate=0.0,
-            feed_forward_proj="gated-gelu",
-        )
-        vae = AutoencoderKL(
-            block_out_channels=size.vae_channels,  # type: ignore[arg-type]
-            down_block_types=("DownEncoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
-            up_block_types=("UpDecoderBlock2D",) * len(size.vae_channels),  # type: ignore[arg-type]
-            layers_per_block=1,
-            latent_channels=size.latent_channels,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-            use_quant_conv=False,
-            use_post_quant_conv=False,
-            sample_size=size.latent_size * 2 ** (len(size.vae_channels) - 1),
-            scaling_factor=1.0,
-            shift_factor=0.0,
-        )
-        transformer = SD3Transformer2DModel(
-            sample_size=size.latent_size,
-            patch_size=1,
-            in_channels=size.latent_channels,
-            out_channels=size.latent_channels,
-            num_layers=size.layers,
-            attention_head_dim=size.head_dim,
-            num_attention_heads=size.width // size.head_dim,
-            joint_attention_dim=size.t5_width,
-            caption_projection_dim=size.width,
-            pooled_projection_dim=2 * size.clip_width,
-            pos_embed_max_size=2 * size.latent_size,
-            qk_norm="rms_norm",
-        )
+        # The order decides which random numbers each network gets.
+        vae, transformer = _vae(size), _transformer(size)
+        text_encoder, text_encoder_2, text_encoder_3 = _text_encoders(size, tokenizer, tokenizer_3)
         return StableDiffusion3Pipeline(
             transformer=transformer,
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             vae=vae,
-            text_encoder=CLIPTextModelWithProjection(clip_config),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
-            text_encoder_2=CLIPTextModelWithProjection(clip_config),
+            text_encoder_2=text_encoder_2,
             tokenizer_2=clip_tokenizer(words),
-            text_encoder_3=T5EncoderModel(t5_config),
+            text_encoder_3=text_encoder_3,
             tokenizer_3=tokenizer_3,
         )

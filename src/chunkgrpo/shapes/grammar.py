@@ -128,12 +128,12 @@ def _bodies(task: str) -> list[tuple[str, Ask]]:
 
 
 def is_held_out_text(text: str) -> bool:
-    """Say whether a prompt string falls into the held-out quarter (by SHA-256, so for ever)."""
+    """Return whether a prompt string is in the held-out quarter, decided by its SHA-256."""
     return hashlib.sha256(text.encode()).digest()[0] < 64
 
 
 def binds_held_out_pair(ask: Ask) -> bool:
-    """Say whether an ask names one of the held-out colour-shape pairs."""
+    """Return whether an ask names one of the held-out colour-shape pairs."""
     return any(thing in HELD_OUT_PAIRS for thing in ask.things)
 
 

@@ -133,7 +133,7 @@ def _jitter(
 
 
 def related(a: Thing, b: Thing, relation: str, offset: float, dominance: float) -> bool:
-    """Say whether ``a`` lies on the named side of ``b``.
+    """Return whether ``a`` lies on the named side of ``b``.
 
     True when the centres differ by at least ``offset`` pixels along the relation's axis and that
     distance is at least ``dominance`` times the distance across it.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Take 64 x 64 images apart into blobs and a background.
+"""Segment 64 x 64 images into blobs and a background.
 
 The background colour is estimated and subtracted; what stands out by at least a good third of the
 local contrast forms components, each of which :mod:`.blobs` measures.
@@ -23,7 +23,7 @@ FOREGROUND_SHARE = 0.42  # and least share of the largest distance within 2 pixe
 FULL_SHARE = 0.85  # pixels of at least this share show the colour undiluted
 BACKGROUND_REACH = 28.0  # a pixel this near the background in every channel belongs to it
 MIN_BLOB_AREA = 12  # pixels; smaller components are specks, not objects
-MAX_BLOBS = 8  # further components are counted, not looked at
+MAX_BLOBS = 8  # further components are counted, not measured
 
 # What the background must be.
 MAX_TINT = 46.0  # largest channel minus smallest
@@ -135,7 +135,7 @@ def _split(
     classes: NDArray[np.intp],
     next_label: int,
 ) -> int:
-    """Relabel a component of several colours in place, one label a piece; return the next free."""
+    """Relabel the pieces of a component of several colours in place; return the next free label."""
     view = kept[box][0]
     rows, columns = np.nonzero(view == label)
     pixels = image[box[1], box[2]][rows, columns]
@@ -220,7 +220,7 @@ def _texture(
 
     Returns:
         Per image, [B] each: the RMS noise of a channel, the blocks of 4 x 4 pixels whose mean
-        deviates, and the blocks that were looked at.
+        deviates, and the blocks that were measured.
     """
     weights = _block_sums(free)
     counted = np.maximum(weights.sum((1, 2)), 1)
@@ -240,7 +240,7 @@ class Parts(NamedTuple):
 
 
 def segment(images: FloatArray) -> list[Parts]:
-    """Take images [B, 64, 64, 3] on the 0 to 255 scale apart."""
+    """Segment images [B, 64, 64, 3] on the 0 to 255 scale."""
     deviation, share = _background(images)
     background = images[:, 0, 0] - deviation[:, 0, 0]
     square = deviation[..., 0] ** 2 + deviation[..., 1] ** 2 + deviation[..., 2] ** 2

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check a 64 x 64 image against an ``Ask``, from the image alone, by classical computer vision.
 
-:mod:`.segmentation` takes the image apart into blobs and a background and :mod:`.blobs` measures
+:mod:`.segmentation` finds blobs and a background and :mod:`.blobs` measures
 each blob; here the blobs are assigned to the objects that were asked for, and what does not fit
 becomes the verdict.
 """
@@ -244,7 +244,7 @@ def verify(image: NDArray, ask: Ask) -> Verdict:
 def verify_batch(images: NDArray, asks: Sequence[Ask]) -> list[Verdict]:
     """Check images [B, 64, 64, 3], uint8 or float in [0, 1], each against its own ask.
 
-    Faster per image than ``verify``, and with the same results.
+    Faster per image than ``verify``, with the same results.
 
     Raises:
         ValueError: If the numbers of images and asks differ, or the images' shape or type is not

@@ -31,7 +31,7 @@ def training_state(
         algorithm: May keep a state of its own.
 
     Returns:
-        Tensors: ``parameter.NAME``, ``ema.NAME``, ``optimizer.NAME.MOMENT`` and
+        Tensors: ``parameter.NAME``, ``ema.NAME``, ``optimizer.NAME:MOMENT`` and
         ``algorithm.KEY``; and JSON values.
     """
     tensors = {f"parameter.{n}": p for n, p in zip(names, parameters, strict=True)}
@@ -40,6 +40,35 @@ def training_state(
     own, info = algorithm.state()
     tensors |= {f"algorithm.{key}": value for key, value in own.items()}
     return tensors, {"ema_updates": ema.num_updates, "algorithm": info}
+
+
+def check_same_weights(
+    tensors: Mapping[str, Tensor], names: Sequence[str], parameters: Sequence[Tensor]
+) -> None:
+    """Refuse a checkpoint whose weights have other names or shapes than those that are trained.
+
+    Raises:
+        ValueError: With the first difference.
+    """
+    start = "parameter."
+    held = {
+        k.removeprefix(start): tuple(v.shape) for k, v in tensors.items() if k.startswith(start)
+    }
+    trained = {name: tuple(p.shape) for name, p in zip(names, parameters, strict=True)}
+    if held == trained:
+        return
+    missing, surplus = sorted(set(trained) - set(held)), sorted(set(held) - set(trained))
+    if missing:
+        example = f"it lacks {missing[0]}"
+    elif surplus:
+        example = f"it holds {surplus[0]}, which is not trained"
+    else:
+        name = next(name for name in names if held[name] != trained[name])
+        example = f"its {name} has shape {held[name]}, not {trained[name]}"
+    raise ValueError(
+        f"the checkpoint is of other weights than those trained now: {example}; it was written "
+        "with another model or other model.adaptation, or by a version before 0.2.0"
+    )
 
 
 @torch.no_grad()
@@ -55,21 +84,15 @@ def restore_training_state(
     """Take over what :func:`training_state` returned.
 
     Raises:
-        ValueError: If the checkpoint holds other weights, or is of another method.
+        ValueError: If the checkpoint holds other weights, or is of another method; nothing has
+            changed then.
     """
-    held = {name.removeprefix("parameter.") for name in tensors if name.startswith("parameter.")}
-    if held != set(names):
-        missing, surplus = sorted(set(names) - held), sorted(held - set(names))
-        example = f"it lacks {missing[0]}" if missing else f"it holds {surplus[0]}, which is not"
-        raise ValueError(
-            f"the checkpoint is of other weights than those trained now: {example}; it was written "
-            "with another model or other model.adaptation, or by a version before 0.2.0"
-        )
+    check_same_weights(tensors, names, parameters)
+    prefix = "algorithm."
+    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    algorithm.load(own, info["algorithm"])
     for name, parameter, average in zip(names, parameters, ema.values, strict=True):
         parameter.copy_(tensors[f"parameter.{name}"])
         average.copy_(tensors[f"ema.{name}"])
     ema.num_updates = info["ema_updates"]
     load_optimizer_tensors(optimizer, tensors, names)
-    prefix = "algorithm."
-    own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    algorithm.load(own, info["algorithm"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One rollout and its scores: images are scored while later ones may still be on their way."""
+"""One rollout and its scores; images may be scored while later ones are still being sampled."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from chunkgrpo.types import Prompt, RewardBatch, SamplingRequest, Trajectory
 
 @dataclass(frozen=True)
 class Collector:
-    """Samples groups of images and has them scored.
+    """Samples groups of images and scores them.
 
     Attributes:
-        policy: Samples.
-        sampler: How.
-        scorer: Scores.
-        group_size: G images a prompt.
-        overlap: Score in threads while later images are sampled; the scores are the same ones.
-        by_chunk: Score the clean predictions where chunks begin too.
+        policy: The policy that samples.
+        sampler: How it samples.
+        scorer: The rewards.
+        group_size: G samples per prompt.
+        overlap: Score in threads while later images are sampled; the scores are the same.
+        by_chunk: Also score the clean predictions where chunks begin.
     """
 
     policy: Policy
@@ -49,17 +49,17 @@ class Collector:
 
         Args:
             prompts: P records.
-            request: What the algorithm asks for.
+            request: What the algorithm needs.
             generator: Source of the samples' seeds.
-            clock: Is told when sampling and decoding end.
-            label: Begins the name of an image that is saved because of a bad score.
+            clock: Gets the times at which sampling and decoding end.
+            label: Prefix of the names of images that are saved because of an unusable score.
 
         Returns:
             The trajectory, and the scores at the chunks' boundaries (where :attr:`by_chunk`) and
             of the finished images, in order.
 
         Raises:
-            RewardError: If a reward misbehaves.
+            RewardError: If a reward gives no usable score.
         """
         keep = request.keep_velocities or self.by_chunk
         sampler = replace(self.sampler, window=request.window, keep_velocities=keep)
@@ -91,7 +91,7 @@ class Collector:
         prompts: Sequence[Prompt],
         label: str,
     ) -> list[PendingScores]:
-        """Begin to score the clean prediction where each chunk begins."""
+        """Start scoring the clean prediction where each chunk begins."""
         begun, every = [], slice(None)
         for start in starts:
             clean = predict_clean(

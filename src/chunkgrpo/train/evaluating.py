@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluations of a run: on held-out prompts, by its judge and by every reward that can."""
+"""Evaluations of a run on held-out prompts, by its judge and its other rewards."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from chunkgrpo.types import ProgressHook
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Draws held-out prompts by the deterministic sampler and scores the images.
+    """Samples images of held-out prompts with the deterministic sampler and scores them.
 
     Attributes:
         held_out: Prompts of the small evaluations while training.
-        judge: The reward that decides, in [0, 1] where it is a share.
+        judge: The reward of the evaluations, in [0, 1] where it is a share.
         sigmas: [K+1], the schedule.
-        others: Rewards that are reported too. A groupwise one cannot judge single images and is
-            left out where there is one image a prompt.
+        others: Rewards that are reported too. A groupwise one cannot score single images and is
+            left out with one image per prompt.
         lenient: Whether the others may leave images without a score.
-        batch_size: Images at once.
-        folder: Where an image is saved that the judge could not score.
+        batch_size: Largest number of images at once.
+        folder: Where images without a usable score are saved.
     """
 
     held_out: PromptSet
@@ -51,7 +51,7 @@ class Evaluator:
         label: str = "evaluation-",
         progress: ProgressHook | None = None,
     ) -> Evaluation:
-        """Evaluate a policy as it is.
+        """Evaluate a policy with its current weights.
 
         Raises:
             RewardError: If a score of the judge, or unless lenient of any reward, is not usable.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: it composes policy, sampler, rewards, credit and algorithm, and knows none."""
+"""The training loop, which composes policy, sampler, rewards, credit and algorithm."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ class Budget:
     """Run length, batch sizes and intervals.
 
     Attributes:
-        iterations: Rollouts.
-        prompts: P prompts a rollout.
-        group_size: G images a prompt.
+        iterations: Number of iterations.
+        prompts: P prompts per rollout.
+        group_size: G samples per prompt.
         checkpoint_every: Iterations between checkpoints.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
         overlap: Score images in threads while later ones are sampled.
-        seed: Of everything random.
+        seed: Seed of everything random.
     """
 
     iterations: int = 50
@@ -61,16 +61,16 @@ class Budget:
 
 @dataclass
 class Trainer:
-    """Everything a run needs; ``run()`` trains and resumes.
+    """A run; :meth:`run` trains and resumes.
 
     Attributes:
         policy, sampler, algorithm, credit, scorer: The method. Sampler and algorithm share the
             transition. The sampler's window is the algorithm's choice, iteration by iteration.
         prompts: What is trained on.
-        evaluator: Judges on held-out prompts.
+        evaluator: Evaluates on held-out prompts.
         folder: The run directory.
         budget: Run length, batch sizes and intervals.
-        optimization, averaging: How weights are updated, and averaged.
+        optimization, averaging: How weights are updated and averaged.
         on_iteration: Called with every metrics record.
     """
 
@@ -102,7 +102,7 @@ class Trainer:
 
     @cached_property
     def monitor(self) -> RewardMonitor:
-        """What the rewards say about one another."""
+        """Metrics about the rewards."""
         return RewardMonitor(self.scorer, self.credit.convention)
 
     def run(self) -> bool:
@@ -112,8 +112,8 @@ class Trainer:
             True when finished; False when interrupted (everything is saved then).
 
         Raises:
-            RewardError: If a reward misbehaves. All finished iterations are saved: a later call
-                goes on with the one that failed.
+            RewardError: If a reward gives no usable score. All finished iterations are saved: a
+                later call continues with the one that failed.
         """
         self.resume()
         truncate_metrics(self.folder / "metrics.jsonl", self.iteration)
@@ -141,7 +141,7 @@ class Trainer:
         return self.iteration >= self.budget.iterations
 
     def train_once(self) -> dict[str, Any]:
-        """Sample, score, credit, and take the algorithm's optimizer steps; return the metrics."""
+        """Sample, score, compute advantages, and update the policy; return the metrics."""
         clock, log = PhaseClock(self.policy.device), UpdateLog()
         generator = Generator().manual_seed(derive_seed(self.budget.seed, self.iteration, 0))
         prompts = self.prompts_of(self.iteration)
@@ -172,7 +172,7 @@ class Trainer:
 
     @cached_property
     def collector(self) -> Collector:
-        """Samples and scores."""
+        """What samples and scores."""
         b = self.budget
         return Collector(
             self.policy, self.sampler, self.scorer, b.group_size, b.overlap, self.credit.by_chunk
@@ -185,12 +185,12 @@ class Trainer:
         return [self.prompts.prompts[row] for row in rows]
 
     def every_prompt(self) -> list[Prompt]:
-        """Return every prompt that the run will meet, in the order of first use."""
+        """Return every prompt of the run, in the order of first use."""
         found = [p for i in range(self.budget.iterations) for p in self.prompts_of(i)]
         return found + list(self.evaluator.held_out.prompts if self.budget.evaluate_every else ())
 
     def update(self) -> Tensor:
-        """Clip, step, average; return the gradient's norm before clipping."""
+        """Clip the gradient, step, and average; return the norm before clipping."""
         o, left = self.optimization, self.budget.iterations - self.iteration
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
         rate = o.rate(self.num_updates, max(1, left) / self.budget.iterations)
@@ -204,7 +204,7 @@ class Trainer:
         return norm
 
     def evaluate_if_due(self) -> dict[str, Any]:
-        """Evaluate the averaged policy on a few held-out prompts, when it is time to."""
+        """Evaluate the averaged policy on a few held-out prompts, if it is due."""
         every = self.budget.evaluate_every
         if not every or self.iteration % every:
             return {}
@@ -215,7 +215,7 @@ class Trainer:
     def evaluate(
         self, prompts: PromptSet, num_seeds: int, seed: int, progress: ProgressHook | None = None
     ) -> Evaluation:
-        """Evaluate the policy as it is; see :meth:`Evaluator.evaluate`."""
+        """Evaluate the policy with its current weights; see :meth:`Evaluator.evaluate`."""
         label = f"{self.iteration:06d}-evaluation-"
         return self.evaluator.evaluate(self.policy, prompts, num_seeds, seed, label, progress)
 
@@ -229,17 +229,17 @@ class Trainer:
             yield
 
     def stop(self) -> None:
-        """End the run after the present iteration.
+        """End the run after the current iteration.
 
         Raises:
-            KeyboardInterrupt: If that was asked for before.
+            KeyboardInterrupt: If it was called before.
         """
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
 
     def saved_before(self, error: RewardError) -> RewardError:
-        """Save all finished iterations; return the error, which then says so."""
+        """Save all finished iterations; return the error with a note on that."""
         if not self.iteration:
             return RewardError(error.reward, error.reason)
         found = list_checkpoints(self.folder / "checkpoints")
@@ -249,7 +249,7 @@ class Trainer:
         return RewardError(error.reward, f"{error.reason}; {saved} {self.folder}")
 
     def save_if_due(self) -> None:
-        """Write a checkpoint, when it is time to."""
+        """Write a checkpoint, if it is due."""
         last = self.iteration == self.budget.iterations
         if self.iteration % self.budget.checkpoint_every == 0 or last or self.stopped:
             self.save()

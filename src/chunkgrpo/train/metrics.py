@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an iteration says of itself: seconds by phase, and the numbers of its loss."""
+"""The metrics of an iteration: seconds by phase, and figures of its rollout and loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Diagnostics = Mapping[str, Tensor]
 
 
 class PhaseClock:
-    """Seconds by phase; waits for the device only at the end of a phase."""
+    """Seconds by phase; synchronises with the device at the end of a phase only."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.times = device, [("", time.perf_counter())]
@@ -39,7 +39,7 @@ class PhaseClock:
 
 
 class UpdateLog:
-    """Gathers what the pieces of an iteration's losses say, without waiting for the device."""
+    """Collects the diagnostics of an iteration's pieces, without synchronising."""
 
     def __init__(self) -> None:
         self.diagnostics: list[Diagnostics] = []
@@ -47,7 +47,7 @@ class UpdateLog:
         self.norms: list[Tensor] = []
 
     def add(self, part: LossPart) -> None:
-        """Take a piece that was back-propagated."""
+        """Add a piece that was back-propagated."""
         self.losses.append(part.loss.detach())
         self.diagnostics.append(part.diagnostics)
 
@@ -79,11 +79,11 @@ def rollout_record(
     scores: Sequence[RewardBatch],
     advantages: Advantages,
 ) -> dict[str, Any]:
-    """Return what a rollout says.
+    """Return the metrics of a rollout.
 
     Returns:
         ``advantage_spread``, the mean in-group standard deviation of the rewards;
-        ``zero_spread_groups``; ``l1_rel``, the mean relative L1 change of each trained step;
+        ``zero_spread_groups``; ``l1_rel``, the mean relative L1 change of each step;
         ``rollout_evaluations``, network rows; ``window``, [first, stop) of the stochastic steps
         where these are not all; ``chunk_gain``, the mean gain of each chunk where the predictions
         at the chunks' boundaries were scored.
@@ -103,18 +103,18 @@ def rollout_record(
 
 
 def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[str, Any]:
-    """Turn the diagnostics of all pieces into numbers, one host synchronisation for all.
+    """Turn the diagnostics of all pieces into numbers, with one synchronisation for all.
 
-    Each key only where the algorithm's pieces tell it; one without ratios has none about them.
+    A key is present only where the algorithm's pieces provide it.
 
     Returns:
-        ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the sampling policy, per dimension),
+        ``ratio_mean``, ``ratio_std``, ``kl`` (k3 to the old policy, per dimension),
         ``clip_fraction``; ``step_ratio_mean``, ``step_ratio_std`` per step;
-        ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk, as of each update's start (so
-        the first update adds ratios of 1, none of them cut);
+        ``chunk_ratio_mean`` and ``chunk_clip_fraction`` per chunk, at the start of each update (so
+        the first update adds ratios of 1, none of them clipped);
         ``reference_kl`` where that is on, and the mean squared distance from the velocity of the
         reference, the old and the averaged policy as ``reference_gap``, ``old_gap`` and
-        ``ema_gap``. Steps never trained are None.
+        ``ema_gap``. Steps that were not trained on are None.
     """
     columns: dict[str, list[Tensor]] = defaultdict(list)
     for part in parts:
@@ -129,7 +129,7 @@ def summarise(parts: Sequence[Mapping[str, Tensor]], num_trained: int) -> dict[s
             "ratio_std": ratio.std(correction=0),
             "kl": (ratio - 1 - joined["log_ratio"].double()).mean(),
         }
-        # Times may go one past the trained transitions: the last step has no density, but a time.
+        # Times may go one past the trainable steps: the last step has no density, but a time.
         num_steps = max(num_trained, int(step.max()) + 1)
         steps = [ratio[step == i] for i in range(num_steps)]
         record["step_ratio_mean"] = [r.mean().item() if len(r) else None for r in steps]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GenEval: are the objects there, as many, in those colours and places as the prompt says?
+"""GenEval: whether the objects, their numbers, colours and places are those of the prompt.
 
 ``rules`` judges detections, ``demands`` reads what a prompt asks for, ``models`` finds objects and
 names colours, ``reward`` puts them together.

@@ -14,7 +14,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 
 
 def read_metadata(path: str | Path) -> dict[str, dict[str, Any]]:
-    """Read GenEval's lines, by prompt.
+    """Read a file of GenEval's metadata; return its lines by prompt.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -58,7 +58,7 @@ def without_empty(line: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def demands(prompt: str, known: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the demands of a prompt, in the form of a line, from what its source says of it.
+    """Return the demands of a prompt, in the form of a line, from its metadata.
 
     Args:
         prompt: The text.

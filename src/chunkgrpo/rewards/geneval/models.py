@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The networks of GenEval: one finds objects, one names their colours."""
+"""The networks of GenEval: one detects objects, one names their colours."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GenEval reward: the rules of the benchmark, applied to what models find in the images."""
+"""The GenEval reward: the rules of the benchmark, applied to detections in the images."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from chunkgrpo.rewards.loading import check_source
 class GenEvalReward:
     """1 where an image holds what its prompt demands by GenEval's rules, else 0.
 
-    The demands are those of the prompts' own source: train on GenEval's
+    The demands come from the prompts' own records: train on GenEval's
     ``evaluation_metadata.jsonl``, or on lines like it. For prompts from elsewhere, ``metadata`` is
     a file that has such a line for every prompt.
 
@@ -36,9 +36,9 @@ class GenEvalReward:
             your own; loaded with the first prompt that names a colour.
         confidence: Objects must be found with more confidence than this.
         counting_confidence: The same for prompts of the task ``counting``.
-        max_objects: Objects of a class that are looked at, the surest first.
-        max_overlap: Of two objects of a class that overlap by this or more, the less sure one is
-            dropped; 1 keeps all.
+        max_objects: Objects of a class that count, those of highest confidence first.
+        max_overlap: Of two objects of a class that overlap by this or more, the one of lower
+            confidence is removed; with 1 none is.
         position_margin: Share of the summed sizes that objects must be apart.
         precision: ``"fp32"`` or ``"bf16"``.
         device: Where to compute; None follows the images.
@@ -97,7 +97,7 @@ class GenEvalReward:
 
         Args:
             prompts: B texts.
-            metadata: What their source says of each; not looked at where there is a file.
+            metadata: Of each prompt; not read where there is a file.
 
         Raises:
             ValueError: If a prompt has no demands or wrong ones, or the detector cannot find what
@@ -181,7 +181,7 @@ class GenEvalReward:
         Args:
             images: [B, 3, H, W] in [0, 1].
             prompts: B texts.
-            metadata: What their source says of each, B mappings; needed where no file was given.
+            metadata: Of each prompt, B mappings; needed where no file was given.
         """
         judged = self.judgements(images, prompts, metadata)
         return torch.tensor([float(judgement.correct) for judgement in judged])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""GenEval's rules, which see detections only: objects, their number, colours and places."""
+"""GenEval's rules on detections: objects, their number, colours and places."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ class Rules:
     Attributes:
         confidence: Objects must be found with more confidence than this.
         counting_confidence: The same for prompts of the task ``counting``.
-        max_objects: Objects of a class that are looked at, the surest first.
+        max_objects: Objects of a class that count, those of highest confidence first.
         max_overlap: Of two objects of a class whose boxes overlap by this or more (intersection
-            over union), the less sure one is dropped; 1 keeps all.
+            over union), the one of lower confidence is removed; with 1 none is.
         position_margin: Objects must be apart by this share of their summed sizes to be beside
             one another.
     """
@@ -100,7 +100,7 @@ def relations(a: Box, b: Box, margin: float) -> set[str]:
 
 
 def kept(detections: Sequence[Detection], tag: str, rules: Rules) -> dict[str, list[Detection]]:
-    """Group detections by class, the surest first, without the unsure, surplus and doubled."""
+    """Group detections by class, the surest first, without unsure, surplus and double ones."""
     least = rules.counting_confidence if tag == "counting" else rules.confidence
     groups: dict[str, list[Detection]] = {}
     for detection in sorted(detections, key=lambda d: -d.score):

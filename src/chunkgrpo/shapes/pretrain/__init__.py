@@ -14,7 +14,7 @@ from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
 @dataclass(frozen=True)
 class PretrainSettings:
-    """Everything that decides the shipped weights.
+    """Settings of the pretraining; the defaults are those of the shipped weights.
 
     Attributes:
         seed: Seed of scenes, weights and noise.
@@ -40,11 +40,11 @@ class PretrainSettings:
 
 
 def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
-    """Train the embedded pipeline from nothing and save it.
+    """Train the embedded pipeline from scratch and save it.
 
     Args:
         out: Folder for the work in progress (``work/``: checkpoints and log) and the pipeline
-            (``pipeline/``). Running again with the same folder goes on where it stopped.
+            (``pipeline/``). Running again with the same folder continues where it stopped.
         settings: What to train; the shipped pipeline's settings by default.
 
     Returns:

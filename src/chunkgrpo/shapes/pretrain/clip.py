@@ -29,7 +29,7 @@ MEAN = STD = 0.5
 LARGEST_SCALE = 50.0
 NOT_HIDDEN = ("embedding", "projection")
 SAVE_EVERY = 100  # steps
-NUM_TRIALS = 240  # images a split, when it is looked at
+NUM_TRIALS = 240  # images per split of an evaluation
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class ClipSize:
         width, layers: Of the vision tower; heads are ``width // 32``.
         text_width, text_layers: Of the text tower; heads are ``text_width // 32``.
         projection: Elements of an embedding.
-        patch: Pixels a side of a patch.
+        patch: Side of a patch in pixels.
     """
 
     width: int = 128
@@ -57,14 +57,14 @@ TINY_CLIP = ClipSize(width=32, layers=1, text_width=32, text_layers=1, projectio
 
 @dataclass(frozen=True)
 class ClipSettings:
-    """Everything that decides the shipped CLIP.
+    """Settings of the CLIP's training; the defaults are those of the shipped one.
 
     Attributes:
         seed: Seed of scenes, captions and weights.
         steps: Optimizer steps.
-        twins: Pairs of scenes a step.
+        twins: Pairs of scenes per step.
         size: Widths and depths.
-        evaluate_every: Steps between two looks at held-out pairs.
+        evaluate_every: Steps between evaluations on held-out pairs.
         threads: CPU threads; 0 leaves torch's default.
     """
 
@@ -169,11 +169,11 @@ def matching_accuracy(score: Score, found: Sequence[Trial]) -> dict[str, float]:
 
 
 def train_clip(out: Path, settings: ClipSettings | None = None) -> Path:
-    """Train the embedded CLIP from nothing and save it.
+    """Train the embedded CLIP from scratch and save it.
 
     Args:
         out: Folder for the work in progress (``work/``), the log, the checksum and the checkpoint
-            (``clip/``). Running again with the same folder and settings goes on where it stopped.
+            (``clip/``). Running again with the same folder and settings continues where it stopped.
         settings: What to train; the shipped checkpoint's by default.
 
     Returns:

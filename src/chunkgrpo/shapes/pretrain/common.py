@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both pretraining stages share: the optimizer pair, the schedule, logs and checkpoints."""
+"""Shared by the pretraining stages: the optimizer pair, the schedule, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Round:
         steps: Optimizer steps.
         peak: Constant rate as a share of the optimizers' rates.
         fall: Share of the steps over which the rate falls.
-        batch_size: Samples a step.
+        batch_size: Samples per step.
     """
 
     steps: int
@@ -154,7 +154,7 @@ class StageLog:
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint whole or not at all."""
+    """Write a checkpoint atomically."""
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
     os.replace(partial, path)

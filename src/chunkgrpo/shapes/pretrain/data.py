@@ -81,7 +81,7 @@ def corrupt(task: str, ask: Ask, rng: np.random.Generator) -> Ask:
     """Return an ask of the same task that is wrong in one respect.
 
     Captions collected from the web are often wrong in such ways; a base model trained on some of
-    them knows how to draw what it is asked but is not sure to do so.
+    them can draw what it is asked, but not reliably.
     """
     things = list(ask.things)
     if task == "counting":

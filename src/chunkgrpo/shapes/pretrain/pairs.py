@@ -117,7 +117,7 @@ class PairBatch:
         images: uint8 [B, 64, 64, 3].
         captions: Indices into the texts, [M] with M >= B; caption i < B is image i's own.
         fits: Whether image i may be called what caption j says, [B, M].
-        unclear: Where nobody should judge, [B, M].
+        unclear: Where neither is certain, [B, M].
     """
 
     images: NDArray[np.uint8]

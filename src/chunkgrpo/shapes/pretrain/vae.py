@@ -32,7 +32,7 @@ def contrast_weight(images: Tensor, reach: int = 4) -> Tensor:
     With d the Euclidean distance, on the 0 to 255 scale, between the largest and the smallest
     value of each channel within ``reach`` pixels: (200 / d)^2 within [1, 8]; 1 where d < 40, as
     nothing is drawn there. Squared errors then count alike for a purple star on gray (d = 89) and
-    for one on white; unweighted, the code leaves the former out: its bits buy too little.
+    for one on white; unweighted, the code leaves the former out: it matters too little.
 
     Args:
         images: [B, 3, H, W] in [-1, 1].
