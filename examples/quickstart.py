@@ -23,7 +23,7 @@ rewards = [(make_reward("shapes"), 1.0)]
 prompts = ["a red square and a yellow circle", "three stars", "a cross above a circle"]
 optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3)
 generator = torch.Generator().manual_seed(0)
-for iteration in range(20):
+for iteration in range(40):
     trajectory = sampler.rollout(policy, prompts, group_size=24, generator=generator)
     images = policy.decode(trajectory.final)
     total = score(rewards, images, [p for p in prompts for _ in range(24)]).total

@@ -474,7 +474,7 @@ def test_quickstart_runs_as_printed_in_the_readme(
     body = code.split('"""\n\n', 1)[1]
     assert body.strip() in (root / "README.md").read_text()
     monkeypatch.chdir(tmp_path)
-    short = code.replace("range(20)", "range(2)").replace("pipeline_path()", repr(str(small_model)))
+    short = code.replace("range(40)", "range(2)").replace("pipeline_path()", repr(str(small_model)))
     torch.manual_seed(0)
     exec(compile(short, "quickstart.py", "exec"), {"__name__": "quickstart"})
     assert (tmp_path / "runs/quickstart/pytorch_lora_weights.safetensors").is_file()
