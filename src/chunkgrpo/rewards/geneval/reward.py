@@ -134,20 +134,14 @@ class GenEvalReward:
     def check_prompts(
         self, prompts: Sequence[str], metadata: Sequence[Mapping[str, Any]] | None = None
     ) -> None:
-        """Refuse prompts without demands, with contradictory ones, or that cannot be judged.
+        """Refuse prompts without demands, or that cannot be judged.
+
+        One text with two demands is two prompts: each is judged by its own.
 
         Raises:
             ValueError: Naming the first one; see :meth:`lines`.
         """
-        lines = self.lines(prompts, metadata)
-        by_prompt: dict[str, dict[str, Any]] = {}
-        for line in lines:
-            if by_prompt.setdefault(line["prompt"], line) != line:
-                raise ValueError(
-                    f"reward {self.name!r}: the prompt {line['prompt']!r} appears with two "
-                    "demands; one prompt can have one meaning only"
-                )
-        self._load_colors(lines)
+        self._load_colors(self.lines(prompts, metadata))
 
     def judgements(
         self,
