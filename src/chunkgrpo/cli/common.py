@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from chunkgrpo import __version__
+
 app = typer.Typer(
     name="chunkgrpo",
     help="Post-train flow-matching text-to-image models with reinforcement learning: "
@@ -22,6 +24,25 @@ app = typer.Typer(
 )
 shapes_app = typer.Typer(help="The embedded world: pretrain its pipeline, train its CLIP.")
 app.add_typer(shapes_app, name="shapes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"chunkgrpo {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_print_version, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Options of the command line itself."""
+
 
 SetOption = Annotated[
     list[str] | None,

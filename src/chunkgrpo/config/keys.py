@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from chunkgrpo.config.migration import MOVED
 from chunkgrpo.config.schema import Config
-from chunkgrpo.core.names import ByKind
+from chunkgrpo.core.names import OneOf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +51,15 @@ def members(annotation: Any) -> list[Any]:
     if get_origin(bare) in (Union, types.UnionType):
         return [inner for each in get_args(bare) for inner in members(each)]
     return [bare]
+
+
+def vocabulary(annotation: Any) -> tuple[str, ...]:
+    """Return the names that a text may take; none where it is free or no text."""
+    bare, marks = _stripped(annotation)
+    found = next((mark.names for mark in marks if isinstance(mark, OneOf)), ())
+    if found or get_origin(bare) not in (Union, types.UnionType):
+        return found
+    return next((names for each in get_args(bare) if (names := vocabulary(each))), ())
 
 
 def is_section(kind: Any) -> bool:
@@ -119,7 +128,9 @@ def every_key() -> tuple[Key, ...]:
 def _walk(section: type, prefix: str) -> Iterator[Key]:
     kind = kind_of(section)
     for name, (annotation, description) in fields_of(section).items():
-        yield Key(prefix + name, annotation, description, kind)
+        names = vocabulary(annotation)
+        listed = f" One of: {', '.join(names)}." if names else ""
+        yield Key(prefix + name, annotation, description + listed, kind)
         inner = [each for each in members(annotation) if is_section(each)]
         if any(kind_of(each) for each in inner):
             kinds = ", ".join(kind_of(each) or "" for each in inner)
@@ -216,12 +227,3 @@ def unknown_key(name: str) -> str:
         near = [ends[f] for f in difflib.get_close_matches(last, list(ends), 1, 0.6)]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"unknown configuration key {name!r}{hint}"
-
-
-def union_kinds(annotation: Any) -> dict[str, type]:
-    """Return the classes of a setting that chooses by kind; none elsewhere."""
-    found = {kind_of(m): m for m in members(annotation) if is_section(m)}
-    _, marks = _stripped(annotation)
-    return (
-        {str(k): v for k, v in found.items()} if any(isinstance(m, ByKind) for m in marks) else {}
-    )
