@@ -52,7 +52,7 @@ demo: $(STAMP) ## Train on the built-in shapes world and show what was learned
 
 # Two workers of one thread each: more threads than cores would make both slower.
 test: $(STAMP) ## Run the tests; core/ must be covered completely
-	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 \
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal \
 		--cov=chunkgrpo.core --cov-report=term --cov-fail-under=100 $(PYTEST_OPTIONS)
 
 lint: $(STAMP) ## Check style, format and types

@@ -304,7 +304,7 @@ TWO_CHUNKS = ChunkPlan((2, 2))
         ),
         (
             lambda: SlidingWindow(4, decay="linear", rate=0.1, after=3),
-            "rate and after belong to decay 'exponential', and decay is 'linear'; set it to that",
+            "rate = 0.1 and after = 3 belongs to decay 'exponential', and decay is 'linear'; set",
         ),
         # The last start is 13, and the stay at 13 is a whole one: nothing would ever shorten.
         (

@@ -2,8 +2,8 @@
 """Vocabularies: the names that a setting may take, listed once, where each name has its meaning.
 
 A field that takes one of several names is annotated ``Annotated[str, OneOf(TABLE)]``. Whoever reads
-settings finds the names there (for messages, completion and documentation); the class that has the
-field refuses others in its ``__post_init__`` with :func:`check_name`.
+settings finds the names there, for messages, completion and documentation, and refuses others; so
+does the class that has the field, in its ``__post_init__`` with :func:`check_name`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, get_args
 class OneOf:
     """Marks a text field whose values are the names of a table.
 
-    The two methods below are the protocol by which pydantic asks an annotation for its part of a
+    Two of its methods are the protocol by which pydantic asks an annotation for its part of a
     JSON Schema. They import nothing.
 
     Args:
