@@ -210,6 +210,26 @@ def test_a_parts_own_rule_is_said_at_its_key():
         load_config("demo", ["credit.clip=-1"])
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("name=", r"^name = '': string should have at least 1 character"),
+        ("objective=null", r"^objective = None: "),
+        ("objective.plan=[2, 1]", r"^objective\.plan = \[2, 1\]: "),
+        ("sampling=none", r"^sampling = 'none': "),
+        ("rewards=[]", r"^rewards = \[\]: "),
+        ("objective.trust={kind: imported, path: 'os:getcwd'}", r"is a str without needs_div"),
+        ("objective.trust={kind: imported, path: nope}", r"must look like package\.module:factory"),
+        ("credit.keep=nan", r"^credit: .* nan"),
+        ("optimizer.learning_rate=nan", r"^optimizer: learning_rate is nan"),
+    ],
+)
+def test_nonsense_is_refused_in_one_line(change, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config("demo", [change])
+    assert "\n" not in str(error.value)
+
+
 # --- round trips --------------------------------------------------------------------------------
 
 

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from chunkgrpo.core.trust import TrustRegion
 
+TRUST_REGION = ("needs_divergence", "value", "slope", "is_cut")
+"""What a trust region must have, see :class:`~chunkgrpo.core.trust.TrustRegion`."""
+
 
 @dataclass(frozen=True)
 class ImportedTrust:
@@ -36,6 +39,12 @@ class ImportedTrust:
             made = getattr(importlib.import_module(module), attribute)(**self.options)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"trust region {self.path!r} cannot be built: {error}") from error
+        missing = [each for each in TRUST_REGION if not hasattr(made, each)]
+        if missing:
+            raise ValueError(
+                f"trust region {self.path!r} is a {type(made).__name__} without "
+                f"{', '.join(missing)}; it must have {', '.join(TRUST_REGION)}"
+            )
         object.__setattr__(self, "_region", made)
 
     @property

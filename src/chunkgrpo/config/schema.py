@@ -389,7 +389,9 @@ class EvaluationConfig(Section):
 class Config(Section):
     """A whole run."""
 
-    name: str = Field(default="run", description="Name of the run, and of its folder.")
+    name: str = Field(
+        default="run", min_length=1, description="Name of the run, and of its folder."
+    )
     iterations: int = Field(
         default=50, ge=1, description="Iterations of the run: one rollout and its updates each."
     )
