@@ -17,6 +17,11 @@ os.environ["CHUNKGRPO_CACHE"] = _cache.name
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the slow tests: one that begins last would be waited for by all other workers."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture
 def tiny_policy() -> Callable[..., Any]:
     """Build a Stable Diffusion 3 policy of a few thousand weights.
