@@ -22,7 +22,6 @@ from chunkgrpo.core.schedules import (
     floor1000_timestep,
     make_sigmas,
     merge_sigmas,
-    network_timestep,
     shift_sigmas,
     validate_sigmas,
 )
@@ -137,11 +136,10 @@ def test_floor1000_loses_less_than_a_thousandth(value):
     assert -1e-12 <= lost.item() < 1e-3
 
 
-def test_network_timestep_applies_the_rounding_it_is_given():
+def test_roundings_are_found_by_name():
     sigma = torch.tensor([0.12345, 0.9999])
-    assert torch.equal(network_timestep(sigma), sigma)
-    assert torch.equal(network_timestep(sigma, exact_timestep), sigma)
-    rounded = network_timestep(sigma, TIMESTEP_ROUNDINGS["floor1000"])
+    assert torch.equal(exact_timestep(sigma), sigma)
+    rounded = TIMESTEP_ROUNDINGS["floor1000"](sigma)
     assert torch.allclose(rounded, torch.tensor([0.123, 0.999]))
     assert exact_timestep(sigma.bfloat16()).dtype == torch.float32
     assert TIMESTEP_ROUNDINGS["exact"] is exact_timestep

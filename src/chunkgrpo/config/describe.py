@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
 
 from chunkgrpo.config.files import DEFAULT, Leaf, Tree
-from chunkgrpo.config.keys import documented, keys_named, kind_of
+from chunkgrpo.config.keys import (
+    documented,
+    every_key,
+    is_section,
+    keys_named,
+    kind_of,
+    members,
+)
 from chunkgrpo.config.schema import Config
 
 
@@ -42,7 +50,7 @@ def _lines(
             yield from _lines(value, below, f"{key}.", depth + 1)
             continue
         source = below.source if isinstance(below, Leaf) else DEFAULT
-        note = _note(key, kind, value, source)
+        note = _note(key, kind, source)
         yield f"{indent}# {said} {note}".rstrip()
         text = _inline(value)
         yield f"{indent}{name}: {text}"
@@ -61,49 +69,44 @@ def _description(key: str, kind: str | None) -> str:
     return fitting[0].description if fitting else ""
 
 
-def _note(key: str, kind: str | None, value: Any, source: str) -> str:
+def _note(key: str, kind: str | None, source: str) -> str:
     """Return the default and the source, in brackets."""
-    default = default_of(key, kind)
     if source == DEFAULT:
         return "[default]"
-    known = "" if default is MISSING else f"default: {_inline(default)}; "
+    default = default_of(key, kind)
+    known = "" if default is dataclasses.MISSING else f"default: {_inline(default)}; "
     return f"[{known}set by: {source}]"
 
 
-MISSING = object()
-
-
 def default_of(key: str, kind: str | None) -> Any:
-    """Return the default of a key, of its own kind of section; MISSING where it has none."""
-    import dataclasses
-
-    node: Any = Config()
+    """Return the default of a key in a section of some kind; ``MISSING`` where it has none."""
     *parents, last = key.split(".")
+    section: Any = Config()
     for part in parents:
-        node = getattr(node, part, None)
-    if node is None:
-        return MISSING
+        section = getattr(section, part, None)
+    if section is None:
+        return dataclasses.MISSING
+    default_kind = kind_of(type(section))
     if last == "kind":
-        return kind_of(type(node)) if kind_of(type(node)) else MISSING
-    if kind is not None and kind_of(type(node)) != kind:
-        for found in keys_named(".".join(parents)):
-            from chunkgrpo.config.keys import is_section, members
-
-            for member in members(found.annotation):
-                if is_section(member) and kind_of(member) == kind:
-                    for each in dataclasses.fields(member):
-                        if each.name == last:
-                            return _plain(each.default)
-        return MISSING
-    return _plain(getattr(node, last, MISSING))
+        return default_kind or dataclasses.MISSING
+    if kind is None or kind == default_kind:
+        return _plain(getattr(section, last, dataclasses.MISSING))
+    # Another kind than the default one: its own class tells.
+    return next(
+        (
+            _plain(each.default)
+            for found in keys_named(".".join(parents))
+            for member in members(found.annotation)
+            if is_section(member) and kind_of(member) == kind
+            for each in dataclasses.fields(member)
+            if each.name == last
+        ),
+        dataclasses.MISSING,
+    )
 
 
 def _plain(value: Any) -> Any:
     """Return a default as YAML shows it."""
-    import dataclasses
-
-    if value is dataclasses.MISSING:
-        return MISSING
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -149,8 +152,6 @@ def _partial(node: Any) -> None:
 
 
 def _classes() -> dict[str, type]:
-    from chunkgrpo.config.keys import every_key, is_section, members
-
     found: dict[str, type] = {}
     for key in every_key():
         for member in members(key.annotation):
@@ -161,6 +162,4 @@ def _classes() -> dict[str, type]:
 
 def undescribed() -> Sequence[str]:
     """Return the keys that have no description."""
-    from chunkgrpo.config.keys import every_key
-
     return [key.name for key in every_key() if not key.description]

@@ -105,7 +105,6 @@ from .schedules import (
     floor1000_timestep,
     make_sigmas,
     merge_sigmas,
-    network_timestep,
     shift_sigmas,
     validate_sigmas,
 )
@@ -263,7 +262,6 @@ __all__ = [
     "matching_error",
     "mean_curve",
     "merge_sigmas",
-    "network_timestep",
     "nft_pair_loss",
     "noise_level_weights",
     "noisy",

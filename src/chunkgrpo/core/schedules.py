@@ -134,6 +134,9 @@ def validate_sigmas(sigmas: Tensor) -> Tensor:
 def exact_timestep(sigma: Tensor) -> Tensor:
     """Tell the network the exact sigma.
 
+    Only the network's input is ever rounded; transition means and standard deviations always use
+    the exact sigma.
+
     Args:
         sigma: In [0, 1], any shape.
 
@@ -167,23 +170,6 @@ TIMESTEP_ROUNDINGS: dict[str, TimestepRounding] = {
     "floor1000": floor1000_timestep,
 }
 """Roundings by the name a configuration uses."""
-
-
-def network_timestep(sigma: Tensor, rounding: TimestepRounding = exact_timestep) -> Tensor:
-    """The time the network is told when the sampler stands at ``sigma``.
-
-    Only the network's input is rounded; transition means and standard deviations always use
-    the exact sigma.
-
-    Args:
-        sigma: In [0, 1], any shape.
-        rounding: :func:`exact_timestep` or :func:`floor1000_timestep` (or another map of
-            [0, 1] to itself); ``TIMESTEP_ROUNDINGS`` finds them by name.
-
-    Returns:
-        Time in units of sigma, [0, 1], shape of ``sigma``.
-    """
-    return rounding(sigma)
 
 
 def merge_sigmas(sigmas: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -255,13 +255,13 @@ class Trainer:
             self.save()
 
     @property
-    def kept(self) -> tuple[Any, ...]:
+    def changing(self) -> tuple[Any, ...]:
         """All that changes while training."""
         return self.names, self.parameters, self.ema, self.optimizer, self.algorithm
 
     def save(self) -> None:
         """Write a checkpoint."""
-        tensors, info = training_state(*self.kept)
+        tensors, info = training_state(*self.changing)
         info |= {"num_updates": self.num_updates, "seconds": self.seconds}
         save_checkpoint(self.folder / "checkpoints", self.iteration, tensors, info)
 
@@ -271,6 +271,6 @@ class Trainer:
         if not found:
             return
         tensors, info = load_checkpoint(found[-1])
-        restore_training_state(tensors, info, *self.kept)
+        restore_training_state(tensors, info, *self.changing)
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
         self.seconds = info["seconds"]
