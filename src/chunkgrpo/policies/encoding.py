@@ -53,7 +53,7 @@ class PromptEncoding:
         self._released = False
         self._told = False
 
-    # --- what the policy and its family say ------------------------------------------------------
+    # --- abstract here: the policy and its family say these ---------------------------------------
 
     @property
     def guided(self) -> bool:
