@@ -26,7 +26,7 @@ endif
 endif
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test lint format docs docs-serve wheel bench clean
+.PHONY: help install demo test attack lint format docs docs-serve wheel bench clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -54,6 +54,16 @@ demo: $(STAMP) ## Train on the built-in shapes world and show what was learned
 test: $(STAMP) ## Run the tests; core/ must be covered completely
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal \
 		--cov=chunkgrpo.core --cov-report=term --cov-fail-under=100 $(PYTEST_OPTIONS)
+
+ATTACK_LOG := .attack.jsonl
+
+attack: $(STAMP) ## Attack runs, settings, servers and disks in every known way; print the table
+	@rm -f $(ATTACK_LOG)
+	@CHUNKGRPO_ATTACK=full CHUNKGRPO_ATTACK_LOG=$(abspath $(ATTACK_LOG)) \
+		OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/attack \
+		$(PYTEST_OPTIONS); code=$$?; \
+		$(BIN)/python tests/attack/table.py $(ATTACK_LOG) benchmarks/results/attack.json \
+		&& exit $$code
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

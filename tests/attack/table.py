@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of attacks, from the log of attempts: ``python tests/attack/table.py LOG [RESULT]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+
+def counts(log: Path) -> list[dict[str, str | int]]:
+    """Attempts and survivals by part and attack, in the order of their names."""
+    tried: Counter[tuple[str, str]] = Counter()
+    survived: Counter[tuple[str, str]] = Counter()
+    for line in map(json.loads, log.read_text(encoding="utf-8").splitlines()):
+        key = line["part"], line["attack"]
+        tried[key] += line["tried"]
+        survived[key] += line["survived"]
+    return [
+        {"part": part, "attack": attack, "tried": tried[part, attack],
+         "survived": survived[part, attack]}
+        for part, attack in sorted(tried)
+    ]  # fmt: skip
+
+
+def main() -> int:
+    """Print the table, write it as JSON, and fail where an attack was not survived."""
+    found = counts(Path(sys.argv[1]))
+    names = [f"{row['part']}: {row['attack']}" for row in found]
+    width = max(map(len, names), default=6)
+    print(f"{'attack':{width}}  tried  survived")
+    for name, row in zip(names, found, strict=True):
+        lost = "" if row["tried"] == row["survived"] else "  <-- not survived"
+        print(f"{name:{width}}  {row['tried']:5}  {row['survived']:8}{lost}")
+    tried, survived = (sum(int(row[key]) for row in found) for key in ("tried", "survived"))
+    print(f"{'all':{width}}  {tried:5}  {survived:8}")
+    if len(sys.argv) > 2:
+        Path(sys.argv[2]).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return int(tried != survived or not tried)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
