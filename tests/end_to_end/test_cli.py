@@ -20,12 +20,12 @@ import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
-from chunkgrpo import runs
 from chunkgrpo.cli import app
 from chunkgrpo.config import Config, ConfigError, load_config, parse_config
 from chunkgrpo.config.keys import every_key
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.recipes import recipe_names
+from chunkgrpo.runs import loading
 from chunkgrpo.shapes.build import PipelineSize, build_pipeline
 
 # 64 x 64 pixels, as the verifier wants, but next to no weights.
@@ -148,7 +148,7 @@ def test_models_are_drawn_one_after_the_other_in_batches_of_the_run(
     config["model"]["gradient_checkpointing"] = True  # network and policy hold each other
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows, alive, policies = [], [], []
-    velocity, load = PipelinePolicy.velocity, runs.load_untrained
+    velocity, load = PipelinePolicy.velocity, loading.load_untrained
 
     def counted(self, x, sigma, conditioning):
         rows.append(len(x))
@@ -160,7 +160,7 @@ def test_models_are_drawn_one_after_the_other_in_batches_of_the_run(
         return policy
 
     monkeypatch.setattr(PipelinePolicy, "velocity", counted)
-    monkeypatch.setattr(runs, "load_untrained", loaded)
+    monkeypatch.setattr(loading, "load_untrained", loaded)
     call("sample", str(folder), "a red square", "--images", "7", "--out", str(tmp_path / "a.png"))
     assert alive == [0, 0]
     steps = config["sampling"]["steps"]

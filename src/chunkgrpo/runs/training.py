@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run from its configuration to its report."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from chunkgrpo.config import Config, dump_config
+from chunkgrpo.config.build import build_prompts, build_trainer
+from chunkgrpo.policies.pipeline import PipelinePolicy
+from chunkgrpo.rewards.protocol import Reward
+from chunkgrpo.runs.evaluations import save_evaluation
+from chunkgrpo.runs.reporting import write_report
+from chunkgrpo.runtime.files import atomic_write
+from chunkgrpo.types import ProgressHook, Prompt
+
+
+def train_run(
+    config: Config,
+    folder: Path,
+    on_iteration: Callable[[Mapping[str, Any]], None],
+    on_phase: Callable[[str], ProgressHook],
+    on_start: Callable[[Reward], None] = lambda judge: None,
+) -> dict[str, Any] | None:
+    """Evaluate the base, train, evaluate again and report.
+
+    Continues where an earlier call with the same folder stopped.
+
+    Args:
+        config: What to run.
+        folder: The run directory.
+        on_iteration: Called with every metrics record.
+        on_phase: Called with the name of a long phase; returns its progress hook.
+        on_start: Called with the judge once everything is loaded and checked.
+
+    Returns:
+        The summary, or None where the run was interrupted (all is saved).
+    """
+    started = time.perf_counter()
+    trainer = build_trainer(config, folder)
+    on_start(trainer.evaluator.judge)
+    folder.mkdir(parents=True, exist_ok=True)
+    atomic_write(folder / "config.yaml", dump_config(config))
+    trainer.on_iteration = on_iteration
+    e = config.evaluation
+    final = build_prompts(config, "final")
+    if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
+        encode_ahead(trainer.policy, [*trainer.every_prompt(), *final], on_phase)
+    base_file = folder / "evaluation" / "base.npz"
+    if not base_file.exists():
+        hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
+        base = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
+        save_evaluation(base_file, base)
+    if not trainer.run():
+        return None
+    hook = on_phase(f"evaluating the tuned model on {len(final)} held-out prompts")
+    with trainer.averaged():
+        tuned = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
+        trainer.policy.save(folder / "model")
+    save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
+    minutes = (time.perf_counter() - started) / 60
+    return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)
+
+
+def encode_ahead(
+    policy: PipelinePolicy,
+    prompts: Sequence[Prompt | str],
+    on_phase: Callable[[str], ProgressHook],
+) -> None:
+    """Encode every prompt of a run to disk, and release the text encoders.
+
+    One line is printed: how many were encoded, and how many were found.
+    """
+    cache = policy.embeddings
+    assert cache is not None
+    wanted = list(dict.fromkeys(policy.encoding_keys(prompts)))
+    missing = [key for key in wanted if key not in cache]
+    found = len(wanted) - len(missing)
+    if missing:
+        new = f"{len(missing)} prompt{'s' * (len(missing) > 1)}"
+        others = f", {found} are there" if found else ""
+        hook = on_phase(f"encoding {new} into {cache.folder}{others}")
+        for number, _ in enumerate(policy.encode_new(missing), 1):
+            hook(number, len(missing))
+    else:
+        unloaded = "" if policy.has_text_encoders else ", text encoders not loaded"
+        hook = on_phase(f"found {found} encoded prompts in {cache.folder}{unloaded}")
+        hook(found, found)
+    policy.release_text_encoders()
