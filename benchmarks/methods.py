@@ -133,7 +133,7 @@ def run_one(
     """
     folder = options.out.parent / f"{options.out.stem}-unfinished"
     shutil.rmtree(folder, ignore_errors=True)
-    endless = ["iterations=1000000", "checkpoint_every=1000000", "evaluation.every=0"]
+    endless = ["iterations=1000000", "checkpoints.every=1000000", "evaluation.every=0"]
     config = load_config(name, [*options.set, *endless, f"seed={seed}"])
     trainer = build_trainer(config, folder)
     if "base" not in results:

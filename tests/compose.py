@@ -11,6 +11,7 @@ from chunkgrpo.core.selection import UniformSelection
 from chunkgrpo.credit import Credit
 from chunkgrpo.rewards.scoring import Scorer
 from chunkgrpo.rollout import Sampler
+from chunkgrpo.runtime.checkpoints import Checkpointing
 from chunkgrpo.runtime.ema import Averaging
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.train.evaluating import Evaluator
@@ -55,11 +56,15 @@ def awm(average=None, **loss):
     return AWM(AWMLoss(**loss), average)
 
 
-PARTS = {"credit": Credit, "optimization": Optimization, "averaging": Averaging, "budget": Budget}
+PARTS = {
+    "credit": Credit, "optimization": Optimization, "averaging": Averaging, "budget": Budget,
+    "checkpoints": Checkpointing,
+}  # fmt: skip
 RENAMED = {
     (Averaging, "decay"): "ema_decay",
     (Averaging, "warmup"): "ema_warmup",
     (Budget, "prompts"): "num_prompts",
+    (Checkpointing, "every"): "checkpoint_every",
 }
 
 
@@ -106,7 +111,7 @@ def trainer(
     )
     made = Trainer(
         policy, sampler, algorithm, parts["credit"], scorer, prompts, evaluator, folder,
-        parts["budget"], parts["optimization"], parts["averaging"],
+        parts["budget"], parts["optimization"], parts["averaging"], parts["checkpoints"],
     )  # fmt: skip
     if on_iteration is not None:
         made.on_iteration = on_iteration

@@ -103,7 +103,7 @@ def test_new_boundaries_survive_an_interruption(tmp_path):
 def build(recipe, folder, pipeline, **settings):
     """A recipe's own run, small, with a policy that moves fast enough for its dynamics to."""
     small = {
-        "iterations": 6, "checkpoint_every": 6, "model.path": pipeline, "model.precision": "fp32",
+        "iterations": 6, "checkpoints.every": 6, "model.path": pipeline, "model.precision": "fp32",
         "model.adaptation.kind": "lora", "model.max_sequence_length": 4, "sampling.prompts": 2,
         "sampling.group_size": 4, "optimizer.learning_rate": 0.03, "evaluation.every": 0,
         "objective.trust.low": 0.1, "objective.trust.high": 0.1,

@@ -38,7 +38,7 @@ SMALL = [
     "--set", "objective.window=all", "--set", "sampling.tail=euler", "--set", "sampling.steps=5",
     "--set", "objective.plan.sizes=[1,3]", "--set", "objective.selection.indices=[0]",
     "--set", "evaluation.every=2", "--set", "evaluation.prompts=6",
-    "--set", "evaluation.final_prompts=12", "--set", "checkpoint_every=1",
+    "--set", "evaluation.final_prompts=12", "--set", "checkpoints.every=1",
 ]  # fmt: skip
 
 ENTROPY = ["--set", "sampling.merge={kind: entropy, least: 0}"]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole runs: interrupted and resumed, killed, refused, and learning something."""
 
+import json
 import random
 import signal
 import subprocess
@@ -149,9 +150,16 @@ def test_a_finished_run_does_nothing_more(reference_run):
     assert again.iteration == 6 and again.seconds == records[-1]["seconds"]
 
 
-def test_two_checkpoints_are_kept(reference_run):
-    folder = reference_run[2].folder / "checkpoints"
-    assert sorted(p.name for p in folder.iterdir()) == ["000004", "000006"]
+def test_the_newest_two_checkpoints_are_kept_and_the_best(reference_run):
+    _, records, trainer = reference_run
+    scores = {r["iteration"]: r["accuracy"] for r in records if "accuracy" in r}
+    assert set(scores) == {3, 6}
+    best = max(scores, key=lambda number: scores[number])
+    folder = trainer.folder / "checkpoints"
+    names = {"000004", "000006", f"{best:06d}", "best.json"}
+    assert {p.name for p in folder.iterdir()} == names
+    note = json.loads((folder / "best.json").read_text())
+    assert note == {"iteration": best, "score": scores[best]}
 
 
 def test_a_checkpoint_is_by_name(reference_run):
@@ -246,6 +254,7 @@ from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import FunctionReward, Scorer
 from chunkgrpo.rollout import Sampler
+from chunkgrpo.runtime.checkpoints import Checkpointing
 from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.loop import Budget, Trainer
 from chunkgrpo.types import as_prompts
@@ -259,7 +268,8 @@ trainer = Trainer(
     GaussianPolicy(torch.zeros(4)), sampler, ChunkGRPO(ChunkPlan((1, 2)), flow), Credit(),
     Scorer([(reward, 1.0)]), prompts, Evaluator(prompts, reward, sampler.sigmas),
     Path(sys.argv[1]),
-    Budget(int(sys.argv[2]), 2, 4, evaluate_every=0, checkpoint_every=3), on_iteration=pace,
+    Budget(int(sys.argv[2]), 2, 4, evaluate_every=0), checkpoints=Checkpointing(3),
+    on_iteration=pace,
 )
 print("finished" if trainer.run() else "interrupted", flush=True)
 """

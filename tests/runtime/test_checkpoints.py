@@ -7,11 +7,12 @@ import json
 import pytest
 import torch
 
-from chunkgrpo.runtime import checkpoints
+from chunkgrpo.runtime import files
 from chunkgrpo.runtime.checkpoints import (
     list_checkpoints,
     load_checkpoint,
     load_optimizer_tensors,
+    number_of,
     optimizer_tensors,
     save_checkpoint,
 )
@@ -40,6 +41,16 @@ def test_only_the_newest_are_kept_in_order_of_number(tmp_path):
         save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {})
     assert [p.name for p in list_checkpoints(tmp_path)] == ["000099", "000100"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000099", "000100"]
+    assert list_checkpoints(tmp_path / "000100") == []
+
+
+def test_numbers_are_compared_as_numbers(tmp_path):
+    for iteration in (999_999, 1_000_000, 1_000_001):
+        save_checkpoint(tmp_path, iteration, {"a": torch.zeros(1)}, {})
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["1000000", "1000001"]
+    for iteration in (999_998, 999_999):
+        (tmp_path / str(iteration)).mkdir()
+    assert [number_of(p) for p in list_checkpoints(tmp_path)][-1] == 1_000_001
 
 
 def test_saving_again_replaces(tmp_path):
@@ -57,11 +68,11 @@ def test_a_torn_checkpoint_is_not_listed(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.os, "replace", crash)
+        patch.setattr(files.os, "rename", crash)
         with pytest.raises(KeyboardInterrupt):
             save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
     assert [p.name for p in list_checkpoints(tmp_path)] == ["000001"]
-    (tmp_path / "000009").mkdir()  # without state.json, as when removal was cut short
+    (tmp_path / ".000009.partial").mkdir()  # as a kill leaves it
     assert [p.name for p in list_checkpoints(tmp_path)] == ["000001"]
     save_checkpoint(tmp_path, 2, {"a": torch.zeros(1)}, {})
     assert [p.name for p in list_checkpoints(tmp_path)] == ["000001", "000002"]

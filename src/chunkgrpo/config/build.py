@@ -361,11 +361,12 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
             config.iterations,
             s.prompts,
             s.group_size,
-            config.checkpoint_every,
             e.every,
             config.async_rewards,
             config.seed,
         ),
         optimization=config.optimizer,
         averaging=config.ema,
+        checkpoints=config.checkpoints,
+        with_model=isinstance(config.model.adaptation, LoraAdaptation),
     )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 _NOW = {
+    "checkpoint_every": "checkpoints.every",
     "chunks": "objective.plan and objective.selection",
     "chunks.plan": "objective.plan.kind",
     "chunks.sizes": "objective.plan.sizes (of kind explicit)",

@@ -33,6 +33,7 @@ from chunkgrpo.core.sde import CpsTransition, DanceDiffusion, FlowDiffusion, Ode
 from chunkgrpo.credit import Credit
 from chunkgrpo.rewards.scoring import ON_ERROR
 from chunkgrpo.rollout import PREFIXES, Store
+from chunkgrpo.runtime.checkpoints import Checkpointing
 from chunkgrpo.runtime.ema import Averaging
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.solvers import EulerTail, MultistepTail
@@ -212,7 +213,9 @@ class Config(Section):
     )
     seed: int = Field(default=0, description="Seed of everything random.")
     threads: int = Field(default=0, ge=0, description="CPU threads; 0 keeps torch's default.")
-    checkpoint_every: int = Field(default=10, ge=1, description="Iterations between checkpoints.")
+    checkpoints: Checkpointing = Field(
+        default=Checkpointing(), description="When checkpoints are written, and which are kept."
+    )
     model: ModelConfig = Field(
         default=ModelConfig(), description="The model, and which of its weights are trained."
     )

@@ -1,13 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writing files atomically."""
+"""Writing files and folders atomically."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_write"]
+__all__ = ["atomic_folder", "atomic_write", "remove_folder", "settle_folders"]
+
+_UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
+"""What file systems answer that cannot flush a folder."""
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
@@ -38,6 +46,105 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> Path:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise
+    _flush(target.parent)
     return target
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a folder whole or not at all; an older one of that name stays until then.
+
+    The context gets a new, hidden folder ``.NAME.partial`` beside the target. At its end every file
+    and folder in it is flushed to the disk, and it takes the target's name. An older target is
+    set aside as ``.NAME.old`` for the moment between two renames; where a crash falls into that
+    moment, :func:`settle_folders` puts it back. Where anything fails the target is as it was, and
+    the hidden folder is removed. Only one process may write a target at a time.
+
+    Args:
+        target: The folder to write; its parent must exist, so that a run whose folder was deleted
+            does not come to life again as a part of one.
+
+    Yields:
+        The folder to write into.
+
+    Raises:
+        OSError: It cannot be written; also for what safetensors says of a disk.
+    """
+    target = Path(target)
+    partial, old = _beside(target, "partial"), _beside(target, "old")
+    _discard(partial)
+    partial.mkdir()
+    try:
+        yield partial
+        _flush_tree(partial)
+        if target.exists():
+            _discard(old)
+            os.rename(target, old)
+        os.rename(partial, target)
+    except BaseException as error:
+        with suppress(OSError):
+            if old.exists() and not target.exists():
+                os.rename(old, target)
+        shutil.rmtree(partial, ignore_errors=True)
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found and not isinstance(error, OSError):  # safetensors has an error of its own
+            number = int(found.group(1))
+            raise OSError(number, os.strerror(number), str(target)) from error
+        raise
+    _flush(target.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever met under its name."""
+    removed = _beside(folder, "removed")
+    _discard(removed)
+    os.rename(folder, removed)
+    # What cannot be removed now (a reader may have it open) is tried again by settle_folders.
+    shutil.rmtree(removed, ignore_errors=True)
+
+
+def settle_folders(parent: Path) -> None:
+    """Tidy up after a crash within :func:`atomic_folder` or :func:`remove_folder`.
+
+    Partial and removed folders are deleted; one that was set aside comes back, unless its successor
+    had taken its place. Nobody may be writing there.
+    """
+    for kind in ("partial", "old", "removed"):
+        for hidden in parent.glob(f".*.{kind}"):
+            target = parent / hidden.name.removeprefix(".").removesuffix(f".{kind}")
+            if kind == "old" and not target.exists():
+                os.rename(hidden, target)
+            else:
+                shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    return folder.with_name(f".{folder.name}.{kind}")
+
+
+def _discard(folder: Path) -> None:
+    if folder.exists():
+        shutil.rmtree(folder)
+
+
+def _flush_tree(folder: Path) -> None:
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            _flush(Path(place, name))
+        _flush(Path(place))
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file's or a folder's content is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in _UNSYNCED:
+            raise
+    finally:
+        os.close(handle)

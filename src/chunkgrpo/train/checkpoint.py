@@ -32,14 +32,16 @@ def training_state(
 
     Returns:
         Tensors: ``parameter.NAME``, ``ema.NAME``, ``optimizer.NAME:MOMENT`` and
-        ``algorithm.KEY``; and JSON values.
+        ``algorithm.KEY``; and JSON values. ``averaged`` says whether ``ema.NAME`` are the weights
+        that are evaluated and saved, as they are where there is an average.
     """
     tensors = {f"parameter.{n}": p for n, p in zip(names, parameters, strict=True)}
     tensors |= {f"ema.{n}": value for n, value in zip(names, ema.values, strict=True)}
     tensors |= optimizer_tensors(optimizer, names)
     own, info = algorithm.state()
     tensors |= {f"algorithm.{key}": value for key, value in own.items()}
-    return tensors, {"ema_updates": ema.num_updates, "algorithm": info}
+    averaged = bool(ema.decay and ema.num_updates)
+    return tensors, {"ema_updates": ema.num_updates, "averaged": averaged, "algorithm": info}
 
 
 def check_same_weights(

@@ -62,9 +62,11 @@ class Evaluator:
         settings = EvaluationSettings(num_seeds, seed, self.batch_size, lenient, self.folder, label)
         return evaluate(policy, prompts, self.sigmas, unique, settings, progress)
 
-    def summary(self, policy: Policy, seed: int, label: str) -> dict[str, Any]:
+    def summary(
+        self, policy: Policy, seed: int, label: str, progress: ProgressHook | None = None
+    ) -> dict[str, Any]:
         """Evaluate on the held-out prompts, one image each; return the mean with its interval."""
-        result = self.evaluate(policy, self.held_out, 1, seed, label)
+        result = self.evaluate(policy, self.held_out, 1, seed, label, progress)
         values = result.scores[self.judge.name]
         mean = float(values.mean())
         if is_share(self.judge):

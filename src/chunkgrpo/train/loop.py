@@ -24,8 +24,18 @@ from chunkgrpo.rewards.monitor import RewardMonitor
 from chunkgrpo.rewards.protocol import RewardError
 from chunkgrpo.rewards.scoring import Scorer
 from chunkgrpo.rollout import Sampler
-from chunkgrpo.runtime.checkpoints import list_checkpoints, load_checkpoint, save_checkpoint
+from chunkgrpo.runtime.checkpoints import (
+    Checkpointing,
+    best_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    newest_sound,
+    number_of,
+    save_checkpoint,
+    score_of,
+)
 from chunkgrpo.runtime.ema import Averaging, Ema
+from chunkgrpo.runtime.files import settle_folders
 from chunkgrpo.runtime.interrupts import finish_on_interrupt
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.seeds import derive_seed
@@ -44,7 +54,6 @@ class Budget:
         iterations: Number of iterations.
         prompts: P prompts per rollout.
         group_size: G samples per prompt.
-        checkpoint_every: Iterations between checkpoints.
         evaluate_every: Iterations between small held-out evaluations; 0 turns them off.
         overlap: Score images in threads while later ones are sampled.
         seed: Seed of everything random.
@@ -53,10 +62,13 @@ class Budget:
     iterations: int = 50
     prompts: int = 16
     group_size: int = 12
-    checkpoint_every: int = 10
     evaluate_every: int = 10
     overlap: bool = False
     seed: int = 0
+
+
+class Unfinished(Exception):
+    """An evaluation was given up, because the run is to end."""
 
 
 @dataclass
@@ -71,7 +83,12 @@ class Trainer:
         folder: The run directory.
         budget: Run length, batch sizes and intervals.
         optimization, averaging: How weights are updated and averaged.
+        checkpoints: When checkpoints are written, and which are kept.
+        with_model: Whether a checkpoint holds the model's own files, too: where they are small.
         on_iteration: Called with every metrics record.
+        say: Called with a line for whoever watches the run.
+        check_folder: Called before anything is written into the folder; raises where that is no
+            longer this run's.
     """
 
     policy: Policy
@@ -85,7 +102,11 @@ class Trainer:
     budget: Budget = field(default_factory=Budget)
     optimization: Optimization = field(default_factory=Optimization)
     averaging: Averaging = field(default_factory=Averaging)
+    checkpoints: Checkpointing = field(default_factory=Checkpointing)
+    with_model: bool = False
     on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
+    say: Callable[[str], None] = print
+    check_folder: Callable[[], None] = lambda: None
 
     def __post_init__(self) -> None:
         named = self.policy.named_parameters()
@@ -96,6 +117,7 @@ class Trainer:
         self.iteration = 0
         self.seconds = 0.0
         self.stopped = False
+        self.unrecorded: dict[str, Any] | None = None
         unscored = self.folder / "unscored"
         self.scorer = replace(self.scorer, folder=unscored)
         self.evaluator = replace(self.evaluator, folder=unscored)
@@ -109,36 +131,52 @@ class Trainer:
         """Train to the last iteration, from the newest checkpoint where there is one.
 
         Returns:
-            True when finished; False when interrupted (everything is saved then).
+            True when finished; False when it was told to stop (everything is saved then).
 
         Raises:
             RewardError: If a reward gives no usable score. All finished iterations are saved: a
                 later call continues with the one that failed.
+            CheckpointError: If all checkpoints are damaged, or one cannot be written.
         """
         self.resume()
-        truncate_metrics(self.folder / "metrics.jsonl", self.iteration)
-        with (
-            MetricsWriter(self.folder / "metrics.jsonl") as metrics,
-            finish_on_interrupt(self.stop),
-        ):
-            while self.iteration < self.budget.iterations and not self.stopped:
-                started = time.perf_counter()
+        path = self.folder / "metrics.jsonl"
+        truncate_metrics(path, self.num_recorded)
+        with MetricsWriter(path) as metrics, finish_on_interrupt(self.stop):
+            while not self.stopped and not self.finished:
                 try:
-                    record = self.train_once()
+                    self.advance(metrics)
                 except RewardError as error:
                     # Scores come before any update, so this is the state after the last iteration.
                     raise self.saved_before(error) from error
-                self.iteration += 1
-                self.seconds += time.perf_counter() - started
-                record |= {"iteration": self.iteration, "seconds": self.seconds}
-                try:
-                    record |= self.evaluate_if_due()
-                except RewardError as error:
-                    metrics.write(record)
-                    raise self.saved_before(error) from error
-                self.on_iteration(metrics.write(record))
-                self.save_if_due()
-        return self.iteration >= self.budget.iterations
+        return self.finished and not self.stopped
+
+    @property
+    def finished(self) -> bool:
+        """Whether every iteration is trained and recorded."""
+        return self.iteration >= self.budget.iterations and self.unrecorded is None
+
+    @property
+    def num_recorded(self) -> int:
+        """Iterations whose metrics are written: not the last one, while its evaluation waits."""
+        return self.iteration - (self.unrecorded is not None)
+
+    def advance(self, metrics: MetricsWriter) -> None:
+        """Train one iteration, unless one still waits to be evaluated; evaluate, record, save."""
+        if self.unrecorded is None:
+            started = time.perf_counter()
+            record = self.train_once()
+            self.iteration += 1
+            self.seconds += time.perf_counter() - started
+            self.unrecorded = record | {"iteration": self.iteration, "seconds": self.seconds}
+        try:
+            found = self.evaluate_if_due()
+        except Unfinished:
+            self.save()
+            return
+        self.check_folder()
+        written, self.unrecorded = metrics.write(self.unrecorded | found), None
+        self.on_iteration(written)
+        self.save_if_due(found.get("accuracy"))
 
     def train_once(self) -> dict[str, Any]:
         """Sample, score, compute advantages, and update the policy; return the metrics."""
@@ -204,13 +242,23 @@ class Trainer:
         return norm
 
     def evaluate_if_due(self) -> dict[str, Any]:
-        """Evaluate the averaged policy on a few held-out prompts, if it is due."""
+        """Evaluate the averaged policy on a few held-out prompts, if it is due.
+
+        Raises:
+            Unfinished: If the run is to end first.
+        """
         every = self.budget.evaluate_every
         if not every or self.iteration % every:
             return {}
+
+        def give_up(done: int, total: int) -> None:
+            if self.stopped:
+                raise Unfinished
+
+        give_up(0, 0)
+        seed, label = derive_seed(self.budget.seed, 2), f"{self.iteration:06d}-evaluation-"
         with self.averaged():
-            seed = derive_seed(self.budget.seed, 2)
-            return self.evaluator.summary(self.policy, seed, f"{self.iteration:06d}-evaluation-")
+            return self.evaluator.summary(self.policy, seed, label, give_up)
 
     def evaluate(
         self, prompts: PromptSet, num_seeds: int, seed: int, progress: ProgressHook | None = None
@@ -229,7 +277,7 @@ class Trainer:
             yield
 
     def stop(self) -> None:
-        """End the run after the current iteration.
+        """End the run after the current iteration, and in an evaluation after the current batch.
 
         Raises:
             KeyboardInterrupt: If it was called before.
@@ -242,35 +290,65 @@ class Trainer:
         """Save all finished iterations; return the error with a note on that."""
         if not self.iteration:
             return RewardError(error.reward, error.reason)
-        found = list_checkpoints(self.folder / "checkpoints")
-        if not found or found[-1].name != f"{self.iteration:06d}":
+        numbers = [number_of(path) for path in list_checkpoints(self.folder / "checkpoints")]
+        if self.unrecorded is not None or self.iteration not in numbers:
             self.save()
         saved = f"all {self.iteration} finished iterations are saved, go on with --resume"
         return RewardError(error.reward, f"{error.reason}; {saved} {self.folder}")
 
-    def save_if_due(self) -> None:
-        """Write a checkpoint, if it is due."""
+    def save_if_due(self, score: float | None = None) -> None:
+        """Write a checkpoint, if one is due or the judge's score is the best yet."""
         last = self.iteration == self.budget.iterations
-        if self.iteration % self.budget.checkpoint_every == 0 or last or self.stopped:
-            self.save()
+        if self.checkpoints.due(self.iteration) or last or self.stopped or self.is_best(score):
+            self.save(score)
+
+    def is_best(self, score: float | None) -> bool:
+        """Return whether no checkpoint that is kept for its score has one as high."""
+        if score is None or not self.checkpoints.keep_best:
+            return False
+        found = list_checkpoints(self.folder / "checkpoints")
+        best = best_checkpoint([path for path in found if number_of(path) < self.iteration])
+        top = score_of(best) if best is not None else None
+        return top is None or score > top
 
     @property
     def changing(self) -> tuple[Any, ...]:
         """All that changes while training."""
         return self.names, self.parameters, self.ema, self.optimizer, self.algorithm
 
-    def save(self) -> None:
-        """Write a checkpoint."""
+    def save(self, score: float | None = None) -> None:
+        """Write a checkpoint, with the judge's score of this iteration where there is one."""
+        self.check_folder()
         tensors, info = training_state(*self.changing)
-        info |= {"num_updates": self.num_updates, "seconds": self.seconds}
-        save_checkpoint(self.folder / "checkpoints", self.iteration, tensors, info)
+        info |= {"num_updates": self.num_updates, "seconds": self.seconds, "score": score}
+        info["unrecorded"] = self.unrecorded
+        save_checkpoint(
+            self.folder / "checkpoints",
+            self.iteration,
+            tensors,
+            info,
+            self.checkpoints,
+            self.save_model if self.with_model else None,
+        )
+
+    def save_model(self, folder: Path) -> None:
+        """Save the averaged policy in the format of its own library."""
+        with self.averaged():
+            self.policy.save(folder)
 
     def resume(self) -> None:
-        """Continue exactly from the newest checkpoint, if there is one."""
-        found = list_checkpoints(self.folder / "checkpoints")
-        if not found:
+        """Continue exactly from the newest sound checkpoint, if there is one.
+
+        Raises:
+            CheckpointError: If there are checkpoints and all are damaged.
+            ValueError: If it is of another model or method.
+        """
+        folder = self.folder / "checkpoints"
+        settle_folders(folder)
+        path = newest_sound(folder, self.say)
+        if path is None:
             return
-        tensors, info = load_checkpoint(found[-1])
+        tensors, info = load_checkpoint(path)
         restore_training_state(tensors, info, *self.changing)
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
-        self.seconds = info["seconds"]
+        self.seconds, self.unrecorded = info["seconds"], info["unrecorded"]
