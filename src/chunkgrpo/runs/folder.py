@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from chunkgrpo.config import Config, ConfigError, parse_config
+from chunkgrpo.config.files import read_yaml
+
+
+def new_folder(root: Path, name: str) -> Path:
+    """Return a folder that does not exist yet: ``root/name``, or with a number behind."""
+    number, folder = 1, root / name
+    while folder.exists():
+        number += 1
+        folder = root / f"{name}-{number}"
+    return folder
+
+
+def read_run(folder: Path) -> Config:
+    """Read the configuration of a run folder.
+
+    Raises:
+        ConfigError: If the folder holds no run.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
+    return parse_config(read_yaml(path))
