@@ -27,11 +27,11 @@ LAYERS: dict[str, set[str]] = {
     "shapes": {"runtime.attention"},
     "recipes": set(),
     "policies": {"core", "types", "runtime"},
-    "rewards": {"core", "types"},
+    "rewards": {"core", "types", "runtime.sources"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
     "algorithms": {"core", "types", "runtime", "policies.protocol"},
-    "prompts": {"types", "runtime.seeds", "shapes.grammar"},
+    "prompts": {"types", "runtime.seeds", "runtime.sources", "shapes.grammar"},
     "rollout": {"core", "types", "runtime.seeds", "policies.protocol"},
     "credit": {"core", "types", "rewards.scoring"},
     "evaluate": {"core", "types", "runtime.seeds", "policies.protocol", "report.health"}

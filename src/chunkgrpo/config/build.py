@@ -19,6 +19,7 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.config.derived import merge_sizes, merged_steps, num_planned, num_trained
+from chunkgrpo.config.paths import check_paths
 from chunkgrpo.config.rules import check_training
 from chunkgrpo.config.schema import (
     AWMObjective,
@@ -59,9 +60,9 @@ PROBED = 64
 
 
 def resolve_model(path: str) -> str:
-    """Return the folder or hub id of a model name."""
+    """Return the folder or hub id of a model name; ``~`` is the user's home."""
     if path != "shapes":
-        return path
+        return os.path.expanduser(path)
     from chunkgrpo.shapes import pipeline_path
 
     return str(pipeline_path())
@@ -330,6 +331,7 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_paths(config)
     rewards = build_rewards(config)
     config.optimizer.make([torch.zeros(1)])  # refuses what is not installed
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")

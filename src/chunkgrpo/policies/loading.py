@@ -14,6 +14,7 @@ from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.embeddings import text_encoder_names
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.policies.quiet import quiet_diffusers
+from chunkgrpo.runtime.sources import local_path
 
 FAMILIES = {
     "StableDiffusion3Pipeline": ("chunkgrpo.policies.sd3", "StableDiffusion3Policy"),
@@ -81,22 +82,18 @@ def pipeline_class_name(model: str | Path) -> str:
     Raises:
         ValueError: If the folder is missing or holds no diffusers pipeline.
     """
-    path = Path(model)
-    if not path.exists():
-        if len(path.parts) == 2 and not str(model).startswith((".", "/", "~")):
-            from diffusers import DiffusionPipeline
+    path = model_folder(model)
+    if path is None:
+        from diffusers import DiffusionPipeline
 
-            try:
-                config: Any = DiffusionPipeline.load_config(str(model))
-                return str(config["_class_name"])
-            except OSError as error:
-                reason = str(error).strip().split("\n")[0]
-                raise ValueError(
-                    f"{model} is neither a folder nor a pipeline on the hub: {reason}"
-                ) from error
-        raise ValueError(
-            f"model folder {model} does not exist; give a folder or a hub id owner/name"
-        )
+        try:
+            config: Any = DiffusionPipeline.load_config(str(model))
+            return str(config["_class_name"])
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{model} is neither a folder nor a pipeline on the hub: {reason}"
+            ) from error
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(
@@ -104,6 +101,18 @@ def pipeline_class_name(model: str | Path) -> str:
             "point to the folder that save_pretrained wrote"
         )
     return str(json.loads(index.read_text())["_class_name"])
+
+
+def model_folder(model: str | Path) -> Path | None:
+    """Return a model's folder; None for a hub id.
+
+    Raises:
+        ValueError: If the name can only be a path, and nothing is there.
+    """
+    try:
+        return local_path(model)
+    except FileNotFoundError as error:
+        raise ValueError(f"model folder {error}; give a folder or a hub id owner/name") from None
 
 
 def load_pipeline(
