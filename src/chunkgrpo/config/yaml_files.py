@@ -74,8 +74,9 @@ def _check_extent(events: Iterator[Any]) -> None:
     sizes: dict[str, int] = {}
     nodes = 0
     for event in events:
-        if isinstance(event, yaml.NodeEvent) and getattr(event, "tag", None):
-            raise YamlError(f"tags such as {str(event.tag)[:40]} are not read{_line(event)}")
+        tag = getattr(event, "tag", None)
+        if tag:
+            raise YamlError(f"tags such as {str(tag)[:40]} are not read{_line(event)}")
         if isinstance(event, yaml.CollectionStartEvent):
             nodes += 1
             open_counts.append((event.anchor, nodes))
