@@ -323,3 +323,22 @@ def test_real_commands_end_with_one_line(attempt: Attempt, full: bool, tmp_path:
 def test_what_is_written_is_read_again() -> None:
     config = load_config("demo")
     assert parse_config(yaml.safe_load(yaml.safe_dump(values(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{foo: 1}", "unknown option of .*'foo'; .*known: decode_batch"),
+        ("{guidance: 3.0}", "unknown option of"),  # it would override model.guidance
+        ("{precision: fp32}", "unknown option of"),
+        ("{decode_batch: many}", "must be of type int"),
+        ("{decode_batch: true}", "must be of type int"),
+    ],
+)
+def test_options_of_a_model_are_known(options: str, message: str, attempt: Attempt) -> None:
+    from chunkgrpo.config.build import policy_options
+
+    config = load_config("demo", [f"model.options={options}"])
+    with attempt(PART, "options of a model"), pytest.raises(ValueError, match=message):
+        policy_options(config.model)
+    assert "decode_batch" not in policy_options(load_config("demo").model)

@@ -42,7 +42,10 @@ def test_texts_are_printed_as_they_stand(text: str) -> None:
     shown = written(out)
     assert "\x1b" not in shown
     assert all(c.isprintable() or c in "\n\t" for c in shown)
-    assert shown.count(printable(text)) >= 3 or "\r" in text  # a narrow cell may cut it
+    assert shown.count(printable(text)) >= 3 or text in (
+        "a\rb",
+        NASTY[7],
+    )  # a narrow cell may cut it
 
 
 def test_styles_of_our_own_reach_a_terminal() -> None:
