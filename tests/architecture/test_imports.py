@@ -21,6 +21,7 @@ PACKAGE = ROOT / "src" / "chunkgrpo"
 # protocol of policies is known to algorithms.
 LAYERS: dict[str, set[str]] = {
     "core": set(),
+    "plain_text": set(),
     "types": {"core.dynamics", "core.precision"},
     "runtime": {"core.names", "core.precision"},
     "report": {"runtime.files"},
@@ -40,7 +41,7 @@ LAYERS: dict[str, set[str]] = {
     | {"report.metrics", "report.statistics", "prompts", "rollout", "credit", "evaluate"},
     "profile": {"core", "types", "runtime", "policies.protocol", "report.curves", "rollout"},
     "config": {"core", "runtime", "policies", "rewards", "algorithms", "shapes", "recipes"}
-    | {"prompts", "rollout", "credit", "train"},
+    | {"prompts", "rollout", "credit", "train", "plain_text"},
     "cost": {"core", "types", "policies.toy", "rewards.scoring", "algorithms", "rollout", "train"}
     | {"config"},
     "methods": {"config", "cost", "recipes"},
@@ -48,7 +49,7 @@ LAYERS: dict[str, set[str]] = {
     "runs": {"types", "runtime.files", "policies", "rewards", "report", "prompts", "evaluate"}
     | {"config"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
-    | {"methods", "estimate", "runs"},
+    | {"methods", "estimate", "runs", "plain_text"},
     "__main__": {"cli"},
     "": set(),
 }

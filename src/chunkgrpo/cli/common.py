@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from chunkgrpo import __version__
+from chunkgrpo.plain_text import one_line
 
 app = typer.Typer(
     name="chunkgrpo",
@@ -60,6 +61,5 @@ def clear_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"chunkgrpo: {message}", err=True)
+        typer.echo(f"chunkgrpo: {one_line(str(error))}", err=True)
         raise typer.Exit(2) from None

@@ -142,16 +142,15 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     probe = build_prompts(config, "train").prompts[:num_prompts]
     policy = load_untrained(config, resolve_model(config.model.path))
     sigmas, samplers = build_sigmas(config, policy), samplers_of(config)
-    display = Display(0, 0)
-    hook = display.phase(
-        f"measuring {len(probe)} prompts x {num_seeds} seeds, {len(samplers)} samplers"
-    )
     measurement = Measurement(probe, sigmas, num_seeds, distance, config.seed, s.batch_size)
     min_size = getattr(o.plan, "min_size", 4)
-    profiles = profile_policy(
-        policy, samplers, measurement, min_size=min_size, window=window, progress=hook
-    )
-    display.close()
+    with Display(0, 0) as display:
+        hook = display.phase(
+            f"measuring {len(probe)} prompts x {num_seeds} seeds, {len(samplers)} samplers"
+        )
+        profiles = profile_policy(
+            policy, samplers, measurement, min_size=min_size, window=window, progress=hook
+        )
     levels = sigmas.tolist()
     folder = out or new_folder(Path("runs"), "chunks")
     title = f"{config.model.path}, {s.steps} steps, {len(probe)} prompts x {num_seeds} seeds, "

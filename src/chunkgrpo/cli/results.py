@@ -76,10 +76,9 @@ def evaluate(
         from chunkgrpo.runs import evaluate_run, read_run
 
         read_run(run)
-        display = Display(0, 0)
-        phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
-        result, judge = evaluate_run(run, phase, split, seed, base)
-        display.close()
+        with Display(0, 0) as display:
+            phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
+            result, judge = evaluate_run(run, phase, split, seed, base)
         from rich.table import Table
 
         name, share = judge.name, is_share(judge)
@@ -94,7 +93,7 @@ def evaluate(
             table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
         values = result.scores[name].ravel()
         labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
-        table.add_row("[bold]all", *cells(bootstrap_interval(values, clusters=labels)))
+        table.add_row("all", *cells(bootstrap_interval(values, clusters=labels)), style="bold")
         display.console.print(table)
     mean = score_text(result.mean(name), share)
     typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")

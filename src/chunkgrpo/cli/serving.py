@@ -41,8 +41,7 @@ def serve_reward(
     Needs the packages of chunkgrpo[server].
     """
     with clear_errors():
-        import yaml
-
+        from chunkgrpo.config.yaml_files import YamlError, read_yaml_text
         from chunkgrpo.rewards import make_reward
         from chunkgrpo.rewards.server import Limits, serve
 
@@ -51,7 +50,10 @@ def serve_reward(
             key, separator, text = assignment.partition("=")
             if not separator:
                 raise ValueError(f"--option {assignment!r} must look like key=value")
-            options[key] = yaml.safe_load(text)
+            try:
+                options[key] = read_yaml_text(text)
+            except YamlError as error:
+                raise ValueError(f"--option {key}: the value is no YAML: {error}") from None
         limits = Limits(max_batch, max_megabytes << 20, max_pixels, timeout)
         reward = make_reward(name, options)
 

@@ -34,14 +34,13 @@ def estimate(
     Of the model only its config.json files are read. (`chunkgrpo plan` is the same command.)
     """
     with clear_errors():
-        from rich.console import Console
-
         from chunkgrpo.cli.estimates import print_estimate
+        from chunkgrpo.cli.terminal import PlainConsole
         from chunkgrpo.config import load_config
         from chunkgrpo.estimate import make_estimate
 
         found = make_estimate(load_config(config, set_ or [], chunks))
-        print_estimate(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
+        print_estimate(PlainConsole(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
 
 
 @app.command()
@@ -115,8 +114,9 @@ def methods(
                 f"{cost.rewards:.0f} images scored"
             )
             return
-        from rich.console import Console
         from rich.table import Column, Table
+
+        from chunkgrpo.cli.terminal import PlainConsole
 
         headings = ("what", "paper", "needs", "rows", "trained", "scored")
         table = Table(Column("method", no_wrap=True), *headings, box=None)
@@ -124,9 +124,9 @@ def methods(
             cost = method.cost
             numbers = (str(cost.forwards), f"{cost.trained:.0f}", f"{cost.rewards:.0f}")
             table.add_row(method.name, method.summary, method.paper, method.needs, *numbers)
-        console = Console()
+        console = PlainConsole()
         if not console.is_terminal:  # a file or a pipe: a line each
-            console = Console(width=1000)
+            console = PlainConsole(width=1000)
         console.print(table)
         typer.echo(
             "rows: network forwards per iteration; trained: how many of them go backward too; "

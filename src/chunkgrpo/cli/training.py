@@ -139,13 +139,14 @@ def run(config: Config, folder: Path) -> None:
 
     def start(judge: Reward) -> None:
         display.share = is_share(judge)
-        display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
+        display.say((config.name, "bold"), f", seed {config.seed}, into {folder}")
 
-    summary = train_run(config, folder, display.iteration, display.phase, start)
-    if summary is None:
-        display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
-        return
-    show_summary(display, summary, folder)
+    with display:
+        summary = train_run(config, folder, display.iteration, display.phase, start)
+        if summary is None:
+            display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
+            return
+        show_summary(display, summary, folder)
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
@@ -175,7 +176,6 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
     )
     display.say(f"Pictures: {folder}/samples.png, {folder}/curves.png; page: {folder}/report.html")
     display.say(
-        f"[bold]{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}"
-        "[/bold]; "
-        f"the tuned model is in {folder}/model"
+        (f"{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}", "bold"),
+        f"; the tuned model is in {folder}/model",
     )
