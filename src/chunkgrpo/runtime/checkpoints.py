@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.runtime.files import atomic_folder, atomic_write, remove_folder
+from chunkgrpo.runtime.files import atomic_folder, atomic_write, disk_problem, remove_folder
 
 MANIFEST = "manifest.json"
 
@@ -161,9 +161,9 @@ def save_checkpoint(
                 save_model(partial / "model")
             _write_manifest(partial, iteration, info.get("score"))
     except OSError as error:
-        reason = error.strerror or str(error)
         raise CheckpointError(
-            f"the checkpoint {target} cannot be written: {reason}; {_left(folder)}"
+            f"the checkpoint {disk_problem(error, target)}; {_left(folder)}, and --resume goes on "
+            "from there"
         ) from error
     prune(folder, iteration, rules or Checkpointing())
     return target
