@@ -271,6 +271,8 @@ def verify_checkpoint(path: Path) -> None:
         number = json.loads((path / "state.json").read_text())["iteration"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, TypeError, KeyError, AttributeError):  # a manifest that is not of ours
+        raise CheckpointError(f"{path} is no checkpoint of a run") from None
     if not number == manifest["iteration"] == number_of(path):
         raise CheckpointError(
             f"{path} holds iteration {number}, not {number_of(path)} as its name says"
