@@ -271,6 +271,8 @@ def verify_checkpoint(path: Path) -> None:
         number = json.loads((path / "state.json").read_text())["iteration"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError):  # a manifest that is not of ours
         raise CheckpointError(f"{path} is no checkpoint of a run") from None
     if not number == manifest["iteration"] == number_of(path):
@@ -386,7 +388,11 @@ def _write_manifest(folder: Path, iteration: int, score: float | None) -> None:
         "files": {path.relative_to(folder).as_posix(): _described(path) for path in files},
     }
     manifest["sha256"] = _own_sum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_text(manifest))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -397,8 +403,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     source = path / MANIFEST
     try:
-        manifest = json.loads(source.read_bytes())
-        if manifest["sha256"] == _own_sum(manifest):
+        text = source.read_bytes()
+        manifest = json.loads(text)
+        if manifest["sha256"] == _own_sum(manifest) and text == _text(manifest).encode():
             return manifest
     except FileNotFoundError:
         raise CheckpointError(
