@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
+from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
 if TYPE_CHECKING:
     from chunkgrpo.config.files import Assignment
@@ -54,9 +56,10 @@ def train(
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
-    Ctrl-C ends the run after the iteration, saves it, and prints how to continue.
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the iteration, save it, and print how to continue;
+    the exit code is 75 then. A second one ends it at once.
     """
-    with clear_errors():
+    with clear_errors(), stopping_when_told():
         given = Overrides(model, prompts, reward, async_rewards, set_ or [])
         if resume is not None:
             if out or chunks or given.any:
@@ -70,6 +73,17 @@ def train(
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
         run(config, folder)
+
+
+@contextmanager
+def stopping_when_told() -> Iterator[None]:
+    """End with one line where a signal comes before there is a run."""
+    with raising_on_signals():
+        try:
+            yield
+        except KeyboardInterrupt:
+            typer.echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
+            raise typer.Exit(EXIT_CODE) from None
 
 
 @dataclass(frozen=True)
@@ -142,11 +156,24 @@ def run(config: Config, folder: Path) -> None:
         display.say((config.name, "bold"), f", seed {config.seed}, into {folder}")
 
     with display:
-        summary = train_run(config, folder, display.iteration, display.phase, start)
+        try:
+            summary = train_run(
+                config, folder, display.iteration, display.phase, start, display.say
+            )
+        except KeyboardInterrupt:
+            stopped(display, folder, "Stopped at once")
         if summary is None:
-            display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
-            return
+            stopped(display, folder, "Stopped and saved")
         show_summary(display, summary, folder)
+
+
+def stopped(display: Display, folder: Path, how: str) -> NoReturn:
+    """Say how to go on with a run that was told to stop, and end the program."""
+    if (folder / "config.yaml").exists():
+        display.say(f"{how}. Go on with: chunkgrpo train --resume {folder}")
+    else:
+        display.say(f"{how}, before anything was begun.")
+    raise typer.Exit(EXIT_CODE)
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:

@@ -57,6 +57,7 @@ class MetricsWriter:
             clean["nonfinite"] = nonfinite
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint of this iteration must not survive it
         return clean
 
     def close(self) -> None:

@@ -10,12 +10,19 @@ from chunkgrpo.config.files import read_yaml
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Return a folder that does not exist yet: ``root/name``, or with a number behind."""
+    """Make a folder that did not exist: ``root/name``, or with a number behind.
+
+    Two processes that ask at once get two folders.
+    """
+    root.mkdir(parents=True, exist_ok=True)
     number, folder = 1, root / name
-    while folder.exists():
-        number += 1
-        folder = root / f"{name}-{number}"
-    return folder
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = root / f"{name}-{number}"
 
 
 def read_run(folder: Path) -> Config:

@@ -14,7 +14,14 @@ from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.runs.evaluations import save_evaluation
 from chunkgrpo.runs.reporting import write_report
-from chunkgrpo.runtime.files import atomic_write
+from chunkgrpo.runtime.files import (
+    atomic_folder,
+    atomic_write,
+    disk_problem,
+    is_disk_problem,
+    settle_folders,
+)
+from chunkgrpo.runtime.lock import FolderLock
 from chunkgrpo.types import ProgressHook, Prompt
 
 
@@ -24,10 +31,11 @@ def train_run(
     on_iteration: Callable[[Mapping[str, Any]], None],
     on_phase: Callable[[str], ProgressHook],
     on_start: Callable[[Reward], None] = lambda judge: None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
     """Evaluate the base, train, evaluate again and report.
 
-    Continues where an earlier call with the same folder stopped.
+    Continues where an earlier call with the same folder stopped. The folder is owned meanwhile.
 
     Args:
         config: What to run.
@@ -35,16 +43,42 @@ def train_run(
         on_iteration: Called with every metrics record.
         on_phase: Called with the name of a long phase; returns its progress hook.
         on_start: Called with the judge once everything is loaded and checked.
+        say: Called with a line for whoever watches the run.
 
     Returns:
         The summary, or None where the run was interrupted (all is saved).
+
+    Raises:
+        LockError: If another process owns the folder; nothing was loaded then.
+        CheckpointError: If all checkpoints are damaged, or one cannot be written.
+        OSError: If the folder cannot be written.
     """
+    try:
+        with FolderLock(folder) as lock:
+            settle_folders(folder)
+            return train_owned(config, folder, lock, on_iteration, on_phase, on_start, say)
+    except OSError as error:
+        if not is_disk_problem(error):
+            raise
+        hint = f"go on with: chunkgrpo train --resume {folder}"
+        raise OSError(f"{disk_problem(error, folder)}; nothing saved is lost, {hint}") from error
+
+
+def train_owned(
+    config: Config,
+    folder: Path,
+    lock: FolderLock,
+    on_iteration: Callable[[Mapping[str, Any]], None],
+    on_phase: Callable[[str], ProgressHook],
+    on_start: Callable[[Reward], None],
+    say: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """Do what :func:`train_run` says, in a folder that is owned."""
     started = time.perf_counter()
     trainer = build_trainer(config, folder)
     on_start(trainer.evaluator.judge)
-    folder.mkdir(parents=True, exist_ok=True)
     atomic_write(folder / "config.yaml", dump_config(config))
-    trainer.on_iteration = on_iteration
+    trainer.on_iteration, trainer.say, trainer.check_folder = on_iteration, say, lock.check
     e = config.evaluation
     final = build_prompts(config, "final")
     if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
@@ -59,7 +93,9 @@ def train_run(
     hook = on_phase(f"evaluating the tuned model on {len(final)} held-out prompts")
     with trainer.averaged():
         tuned = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
-        trainer.policy.save(folder / "model")
+        lock.check()
+        with atomic_folder(folder / "model") as partial:
+            trainer.policy.save(partial)
     save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
     minutes = (time.perf_counter() - started) / 60
     return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.runtime.files import atomic_folder, atomic_write, remove_folder
+from chunkgrpo.runtime.files import atomic_folder, atomic_write, disk_problem, remove_folder
 
 MANIFEST = "manifest.json"
 
@@ -161,9 +161,9 @@ def save_checkpoint(
                 save_model(partial / "model")
             _write_manifest(partial, iteration, info.get("score"))
     except OSError as error:
-        reason = error.strerror or str(error)
         raise CheckpointError(
-            f"the checkpoint {target} cannot be written: {reason}; {_left(folder)}"
+            f"the checkpoint {disk_problem(error, target)}; {_left(folder)}, and --resume goes on "
+            "from there"
         ) from error
     prune(folder, iteration, rules or Checkpointing())
     return target
@@ -271,6 +271,10 @@ def verify_checkpoint(path: Path) -> None:
         number = json.loads((path / "state.json").read_text())["iteration"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):  # a manifest that is not of ours
+        raise CheckpointError(f"{path} is no checkpoint of a run") from None
     if not number == manifest["iteration"] == number_of(path):
         raise CheckpointError(
             f"{path} holds iteration {number}, not {number_of(path)} as its name says"
@@ -384,7 +388,11 @@ def _write_manifest(folder: Path, iteration: int, score: float | None) -> None:
         "files": {path.relative_to(folder).as_posix(): _described(path) for path in files},
     }
     manifest["sha256"] = _own_sum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_text(manifest))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -395,8 +403,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     source = path / MANIFEST
     try:
-        manifest = json.loads(source.read_bytes())
-        if manifest["sha256"] == _own_sum(manifest):
+        text = source.read_bytes()
+        manifest = json.loads(text)
+        if manifest["sha256"] == _own_sum(manifest) and text == _text(manifest).encode():
             return manifest
     except FileNotFoundError:
         raise CheckpointError(
