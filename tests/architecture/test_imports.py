@@ -46,8 +46,8 @@ LAYERS: dict[str, set[str]] = {
     | {"config"},
     "methods": {"config", "cost", "recipes"},
     "estimate": {"config", "cost", "policies"},
-    "runs": {"types", "runtime.files", "runtime.lock", "policies", "rewards", "report", "prompts"}
-    | {"evaluate", "config"},
+    "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
+    | {"report", "prompts", "evaluate", "train.loop", "config"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
     | {"methods", "estimate", "runs", "plain_text", "runtime.interrupts"},
     "__main__": {"cli"},

@@ -45,7 +45,10 @@ def train(
     chunks: ChunksOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the interrupted run in this folder.")
+        Path | None,
+        typer.Option(
+            help="Continue the run in this folder, with its settings; --set changes some of them."
+        ),
     ] = None,
     async_rewards: Annotated[
         bool,
@@ -62,14 +65,7 @@ def train(
     with clear_errors(), stopping_when_told():
         given = Overrides(model, prompts, reward, async_rewards, set_ or [])
         if resume is not None:
-            if out or chunks or given.any:
-                raise ValueError(
-                    "--resume takes no --set, --chunks, --out, --model, --prompts, --reward or "
-                    "--async-rewards: a run keeps its settings"
-                )
-            from chunkgrpo.runs import read_run
-
-            config, folder = read_run(resume), resume
+            config, folder = old_run(resume, recipe, given, chunks, out), resume
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
         run(config, folder)
@@ -100,12 +96,6 @@ class Overrides:
     rewards: Sequence[str] | None
     async_rewards: bool
     settings: Sequence[str]
-
-    @property
-    def any(self) -> bool:
-        """Whether one was given."""
-        options = (self.model, self.prompts, self.rewards, self.async_rewards, self.settings)
-        return any(bool(each) for each in options)
 
     def assignments(self) -> list[Assignment | str]:
         """Return the settings; paths and names are taken literally, not read as YAML."""
@@ -142,6 +132,24 @@ def new_run(
             "choose another --out"
         )
     return config, folder
+
+
+def old_run(
+    folder: Path, recipe: str | None, given: Overrides, chunks: Path | None, out: Path | None
+) -> Config:
+    """Return the settings that a run goes on with, its own and those that may change."""
+    from chunkgrpo.config import ConfigError
+    from chunkgrpo.config.files import read_chunks
+    from chunkgrpo.runs import resumed_config
+
+    for option, value in (("the recipe", recipe), ("--out", out)):
+        if value is not None:
+            raise ConfigError(
+                f"--resume goes on in {folder} with that run's own settings, and {option} "
+                f"{value} says otherwise; leave it out, or leave --resume out for a new run"
+            )
+    between = [] if chunks is None else read_chunks(chunks)
+    return resumed_config(folder, [*between, *given.assignments()])
 
 
 def run(config: Config, folder: Path) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chunkgrpo.config import Config, ConfigError, parse_config
-from chunkgrpo.config.files import read_yaml
-
 
 def new_folder(root: Path, name: str) -> Path:
     """Make a folder that did not exist: ``root/name``, or with a number behind.
@@ -23,15 +20,3 @@ def new_folder(root: Path, name: str) -> Path:
         except FileExistsError:
             number += 1
             folder = root / f"{name}-{number}"
-
-
-def read_run(folder: Path) -> Config:
-    """Read the configuration of a run folder.
-
-    Raises:
-        ConfigError: If the folder holds no run.
-    """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
-    return parse_config(read_yaml(path))

@@ -23,7 +23,7 @@ from chunkgrpo.policies.loading import export_fused, load_policy
 from chunkgrpo.policies.pipeline import Adaptation, PipelinePolicy
 from chunkgrpo.rewards import make_reward
 from chunkgrpo.rewards.protocol import Reward
-from chunkgrpo.runs.folder import read_run
+from chunkgrpo.runs.resuming import read_run
 from chunkgrpo.types import ProgressHook
 
 

@@ -10,10 +10,19 @@ from typing import Any
 
 from chunkgrpo.config import Config, dump_config
 from chunkgrpo.config.build import build_prompts, build_trainer
+from chunkgrpo.config.paths import with_absolute_paths
 from chunkgrpo.policies.pipeline import PipelinePolicy
+from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards.protocol import Reward
-from chunkgrpo.runs.evaluations import save_evaluation
+from chunkgrpo.runs.evaluations import (
+    evaluation_identity,
+    evaluation_problem,
+    prompts_digest,
+    save_evaluation,
+)
+from chunkgrpo.runs.history import append_history, line_of
 from chunkgrpo.runs.reporting import write_report
+from chunkgrpo.runs.resuming import CONFIG, arrive
 from chunkgrpo.runtime.files import (
     atomic_folder,
     atomic_write,
@@ -22,6 +31,7 @@ from chunkgrpo.runtime.files import (
     settle_folders,
 )
 from chunkgrpo.runtime.lock import FolderLock
+from chunkgrpo.train.loop import Trainer
 from chunkgrpo.types import ProgressHook, Prompt
 
 
@@ -75,20 +85,24 @@ def train_owned(
 ) -> dict[str, Any] | None:
     """Do what :func:`train_run` says, in a folder that is owned."""
     started = time.perf_counter()
+    config = with_absolute_paths(config)
+    prompts = {use: build_prompts(config, use) for use in ("train", "watch", "final")}
+    arrival = arrive(folder, config, described(prompts), say)
     trainer = build_trainer(config, folder)
     on_start(trainer.evaluator.judge)
-    atomic_write(folder / "config.yaml", dump_config(config))
     trainer.on_iteration, trainer.say, trainer.check_folder = on_iteration, say, lock.check
-    e = config.evaluation
-    final = build_prompts(config, "final")
+    trainer.settings = config.model_dump(mode="json")
+    if arrival.begins:
+        atomic_write(folder / CONFIG, dump_config(config))
+    e, final = config.evaluation, prompts["final"]
     if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
         encode_ahead(trainer.policy, [*trainer.every_prompt(), *final], on_phase)
-    base_file = folder / "evaluation" / "base.npz"
-    if not base_file.exists():
-        hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
-        base = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
-        save_evaluation(base_file, base)
+    identity = evaluation_identity(config, final)
+    evaluate_base(trainer, folder, final, config, identity, on_phase, say)
+    trainer.resume(arrival.checkpoint)
+    arrival.enter(trainer.iteration, trainer.num_recorded, say)
     if not trainer.run():
+        append_history(folder, line_of("stop", trainer.iteration))
         return None
     hook = on_phase(f"evaluating the tuned model on {len(final)} held-out prompts")
     with trainer.averaged():
@@ -96,9 +110,41 @@ def train_owned(
         lock.check()
         with atomic_folder(folder / "model") as partial:
             trainer.policy.save(partial)
-    save_evaluation(folder / "evaluation" / "tuned.npz", tuned)
+    append_history(folder, line_of("finish", trainer.iteration))
+    save_evaluation(folder / "evaluation" / "tuned.npz", tuned, identity)
     minutes = (time.perf_counter() - started) / 60
     return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)
+
+
+def described(prompts: Mapping[str, PromptSet]) -> dict[str, Any]:
+    """Return number and digest of the prompts of each use, as histories have them."""
+    return {
+        use: {"number": len(found), "sha256": prompts_digest(found)}
+        for use, found in prompts.items()
+    }
+
+
+def evaluate_base(
+    trainer: Trainer,
+    folder: Path,
+    final: PromptSet,
+    config: Config,
+    identity: Mapping[str, Any],
+    on_phase: Callable[[str], ProgressHook],
+    say: Callable[[str], None],
+) -> None:
+    """Evaluate the base, unless a sound evaluation of it is there; nothing is trained yet."""
+    path = folder / "evaluation" / "base.npz"
+    problem = evaluation_problem(path, identity)
+    if problem is None:
+        return
+    if path.exists():
+        say(f"{problem}; the base is evaluated again")
+    hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
+    e = config.evaluation
+    base = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
+    trainer.check_folder()
+    save_evaluation(path, base, identity)
 
 
 def encode_ahead(

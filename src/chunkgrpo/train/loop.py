@@ -87,6 +87,7 @@ class Trainer:
         with_model: Whether a checkpoint holds the model's own files, too: where they are small.
         on_iteration: Called with every metrics record.
         say: Called with a line for whoever watches the run.
+        settings: Kept with every checkpoint: what the run was set to.
         check_folder: Called before anything is written into the folder; raises where that is no
             longer this run's.
     """
@@ -107,6 +108,7 @@ class Trainer:
     on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
     say: Callable[[str], None] = print
     check_folder: Callable[[], None] = lambda: None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = self.policy.named_parameters()
@@ -138,7 +140,8 @@ class Trainer:
                 later call continues with the one that failed.
             CheckpointError: If all checkpoints are damaged, or one cannot be written.
         """
-        self.resume()
+        if not self.iteration:
+            self.resume()
         path = self.folder / "metrics.jsonl"
         truncate_metrics(path, self.num_recorded)
         with MetricsWriter(path) as metrics, finish_on_interrupt(self.stop):
@@ -321,7 +324,7 @@ class Trainer:
         self.check_folder()
         tensors, info = training_state(*self.changing)
         info |= {"num_updates": self.num_updates, "seconds": self.seconds, "score": score}
-        info["unrecorded"] = self.unrecorded
+        info |= {"unrecorded": self.unrecorded, "settings": self.settings}
         save_checkpoint(
             self.folder / "checkpoints",
             self.iteration,
@@ -336,16 +339,20 @@ class Trainer:
         with self.averaged():
             self.policy.save(folder)
 
-    def resume(self) -> None:
-        """Continue exactly from the newest sound checkpoint, if there is one.
+    def resume(self, path: Path | None = None) -> None:
+        """Continue exactly from a checkpoint.
+
+        Args:
+            path: It, verified; the newest sound one, if there is one, where None.
 
         Raises:
             CheckpointError: If there are checkpoints and all are damaged.
             ValueError: If it is of another model or method.
         """
-        folder = self.folder / "checkpoints"
-        settle_folders(folder)
-        path = newest_sound(folder, self.say)
+        if path is None:
+            folder = self.folder / "checkpoints"
+            settle_folders(folder)
+            path = newest_sound(folder, self.say)
         if path is None:
             return
         tensors, info = load_checkpoint(path)
