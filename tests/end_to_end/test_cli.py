@@ -122,13 +122,13 @@ def test_evaluate_repeats_the_final_score(finished) -> None:
 
 
 def test_evaluate_takes_other_noises_and_the_base(finished) -> None:
-    from chunkgrpo.runs import evaluate_run
+    from chunkgrpo.runs import evaluate_run, find_base
 
     folder, _ = finished
     config = load_config(folder / "config.yaml")
     own, again, other, base = (
         evaluate_run(folder, lambda done, total: None, None, *options)[0]
-        for options in ((), (config.evaluation.seed,), (99,), (None, True))
+        for options in ((), (config.evaluation.seed,), (99,), (None, find_base(folder)))
     )
     assert own.images.equal(again.images) and own.prompts == other.prompts == base.prompts
     assert not own.images.equal(other.images) and not own.images.equal(base.images)
@@ -362,8 +362,10 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "awm", "--set", "objective.times=10"], "has only 9 times besides pure noise"),
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
-        (["train", "--resume", "TMP", "--chunks", "c.yaml"], "takes no --set, --chunks"),
-        (["train", "--resume", "TMP", "--async-rewards"], "--async-rewards"),
+        (["train", "--resume", "TMP", "--chunks", "c.yaml"], "chunks file c.yaml does not exist"),
+        (["train", "demo", "--resume", "TMP"], "the recipe demo says otherwise"),
+        (["train", "--resume", "TMP", "--out", "other"], "--out other says otherwise"),
+        (["train", "--resume", "TMP", "--async-rewards"], "no run folder"),
         (["train", "--set", "rewards=[{name: shapes},{name: shapes}]"], "two rewards are named"),
         (["train", "--set", "rewards=[]"], "at least 1 item"),
         (["serve-reward", "clipp"], "unknown reward 'clipp'"),
@@ -418,9 +420,9 @@ def test_every_flag_is_known() -> None:
     assert flags == {
         "train": ["--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
                   "--reward", "--set"],
-        "sample": ["--images", "--out", "--seed"],
-        "evaluate": ["--base", "--seed", "--split"],
-        "export": ["--dtype", "--out"],
+        "sample": ["--checkpoint", "--images", "--out", "--seed"],
+        "evaluate": ["--base", "--checkpoint", "--seed", "--split"],
+        "export": ["--checkpoint", "--dtype", "--out"],
         "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],

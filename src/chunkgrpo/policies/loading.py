@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from chunkgrpo.core.names import unknown_name
 from chunkgrpo.policies.adaptation import Adaptation
@@ -41,6 +42,7 @@ def load_policy(
     device: str = "cpu",
     lora: Path | None = None,
     embedding_cache: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> PipelinePolicy:
     """Load a diffusers pipeline as a policy.
@@ -52,6 +54,7 @@ def load_policy(
         lora: Folder of a trained LoRA to fuse into the weights.
         embedding_cache: Folder of encoded prompts. Text encoders are then loaded only when
             a prompt is missing there.
+        weights: Of the transformer, by name; they replace those of the model.
         options: Options of :meth:`PipelinePolicy.from_options`, and of the family.
 
     Raises:
@@ -62,7 +65,7 @@ def load_policy(
     settings = {each.name for each in fields(GenerationOptions)} | GENERAL
     check_options(kind, {k: v for k, v in options.items() if k not in settings})
     # In host memory; the policy moves parts to the device in the type they have there.
-    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
+    pipe = load_pipeline(model, lora, embedding_cache is not None, weights)
     policy = kind.from_options(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
@@ -159,7 +162,10 @@ def model_folder(model: str | Path) -> Path | None:
 
 
 def load_pipeline(
-    model: str | Path, lora: str | Path | None = None, without_text: bool = False
+    model: str | Path,
+    lora: str | Path | None = None,
+    without_text: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Load a pipeline in float32.
 
@@ -167,6 +173,10 @@ def load_pipeline(
         model: Folder or hub id.
         lora: Folder of a trained LoRA to fuse into the weights.
         without_text: Leave the text encoders out.
+        weights: Of the transformer, by name; they replace those of the model.
+
+    Raises:
+        ValueError: If a weight has another name or shape than the transformer's.
     """
     from diffusers import DiffusionPipeline
 
@@ -180,7 +190,27 @@ def load_pipeline(
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()
             pipe.unload_lora_weights()
+    replace_weights(pipe.transformer, weights or {})
     return pipe
+
+
+@torch.no_grad()
+def replace_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a network, by name.
+
+    Raises:
+        ValueError: If one has another name or shape than the network's; nothing has changed then.
+    """
+    own = dict(network.named_parameters())
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            shape = tuple(own[name].shape) if name in own else "none"
+            raise ValueError(
+                f"the model has no weight {name} of shape {tuple(value.shape)} (its own: {shape}); "
+                "was it trained from another model?"
+            )
+    for name, value in weights.items():
+        own[name].copy_(value)
 
 
 def export_fused(
@@ -188,6 +218,7 @@ def export_fused(
     lora: str | Path | None,
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fuse a trained LoRA into its base model and write a whole pipeline.
 
@@ -198,11 +229,12 @@ def export_fused(
         lora: Folder that :meth:`PipelinePolicy.save` wrote; None writes the model as it is.
         folder: Where the pipeline is written.
         dtype: Type of the written weights; they are fused in float32.
+        weights: Of the transformer, by name; they replace those of the model.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     family(model)
-    pipe = load_pipeline(model, lora).to(dtype)
+    pipe = load_pipeline(model, lora, weights=weights).to(dtype)
     with quiet_diffusers():
         pipe.save_pretrained(str(folder))

@@ -12,6 +12,8 @@ from chunkgrpo.runs.loading import (
     draw_both,
     evaluate_run,
     export_run,
+    find_base,
+    find_tuned,
     load_tuned,
     load_untrained,
 )
@@ -23,6 +25,8 @@ __all__ = [
     "encode_ahead",
     "evaluate_run",
     "export_run",
+    "find_base",
+    "find_tuned",
     "load_tuned",
     "load_untrained",
     "new_folder",

@@ -99,6 +99,17 @@ def settings_in_force(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
+def edits(folder: Path, config: Config) -> list[Change]:
+    """Return in what settings differ from those that a run was last going on with."""
+    before = settings_in_force(folder)
+    if before is None:
+        return []
+    try:
+        return changes(_complete(before, folder), config.model_dump(mode="json"))
+    except ConfigError:  # of another version
+        return []
+
+
 def settings_of(checkpoint: Path) -> Mapping[str, Any] | None:
     """Return the settings that a checkpoint was written with; None where it has none."""
     try:
