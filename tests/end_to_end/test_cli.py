@@ -351,7 +351,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "optimizer.lerning_rate=1"], "'optimizer.learning_rate'"),
         (["train", "--set", "lr=1"], "unknown configuration key 'lr'"),
         (["train", "--set", "objective.plan.sizes=[2,3,4,8]"], "sum to 17"),
-        (["train", "--set", "sampling.group_size=1"], "greater than or equal to 2"),
+        (["train", "--set", "sampling.group_size=1"], "must be from 2 to 100,000"),
         (["train", "missing.yaml"], "does not exist"),
         (["train", "--set", "model.path=/nowhere/at/all"], "does not exist"),
         (["train", "--set", "model.path=TMP"], "no model_index.json"),
