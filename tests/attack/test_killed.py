@@ -35,8 +35,8 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("logs"))
+def forks(tmp_path_factory, tiny_pipeline_path):
+    server = Forks(tmp_path_factory.mktemp("logs"), tiny_pipeline_path)
     yield server
     server.close()
 
@@ -48,7 +48,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tiny_pipeline_path, place):
-    given = (*SETTINGS, f"model.path={tiny_pipeline_path}", f"model.embedding_cache={place}/cache")
+    (place / "prompts.txt").write_text("".join(f"a picture of {n} stars\n" for n in range(20)))
+    given = [*SETTINGS, f"model.path={tiny_pipeline_path}", f"model.embedding_cache={place}/cache"]
+    given += [f"prompts.{each}={place}/prompts.txt" for each in ("train", "held_out")]
     return [part for each in given for part in ("--set", each)]
 
 
