@@ -45,8 +45,8 @@ LAYERS: dict[str, set[str]] = {
     | {"config"},
     "methods": {"config", "cost", "recipes"},
     "estimate": {"config", "cost", "policies"},
-    "runs": {"types", "runtime.files", "runtime.lock", "policies", "rewards", "report", "prompts"}
-    | {"evaluate", "config"},
+    "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
+    | {"report", "prompts", "evaluate", "config"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
     | {"methods", "estimate", "runs", "runtime.interrupts"},
     "__main__": {"cli"},

@@ -14,6 +14,7 @@ from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.runs.evaluations import save_evaluation
 from chunkgrpo.runs.reporting import write_report
+from chunkgrpo.runtime.checkpoints import newest_sound
 from chunkgrpo.runtime.files import (
     atomic_folder,
     atomic_write,
@@ -55,7 +56,8 @@ def train_run(
     """
     try:
         with FolderLock(folder) as lock:
-            settle_folders(folder)
+            for each in (folder, folder / "checkpoints", folder / "evaluation"):
+                settle_folders(each)
             return train_owned(config, folder, lock, on_iteration, on_phase, on_start, say)
     except OSError as error:
         if not is_disk_problem(error):
@@ -75,7 +77,9 @@ def train_owned(
 ) -> dict[str, Any] | None:
     """Do what :func:`train_run` says, in a folder that is owned."""
     started = time.perf_counter()
+    sound = newest_sound(folder / "checkpoints", say)  # before anything is loaded
     trainer = build_trainer(config, folder)
+    trainer.verified = sound
     on_start(trainer.evaluator.judge)
     atomic_write(folder / "config.yaml", dump_config(config))
     trainer.on_iteration, trainer.say, trainer.check_folder = on_iteration, say, lock.check

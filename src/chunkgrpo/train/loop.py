@@ -86,6 +86,7 @@ class Trainer:
         checkpoints: When checkpoints are written, and which are kept.
         with_model: Whether a checkpoint holds the model's own files, too: where they are small.
         on_iteration: Called with every metrics record.
+        verified: The newest sound checkpoint, where it was looked for before; found here where None.
         say: Called with a line for whoever watches the run.
         check_folder: Called before anything is written into the folder; raises where that is no
             longer this run's.
@@ -104,6 +105,7 @@ class Trainer:
     averaging: Averaging = field(default_factory=Averaging)
     checkpoints: Checkpointing = field(default_factory=Checkpointing)
     with_model: bool = False
+    verified: Path | None = None
     on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
     say: Callable[[str], None] = print
     check_folder: Callable[[], None] = lambda: None
@@ -345,7 +347,7 @@ class Trainer:
         """
         folder = self.folder / "checkpoints"
         settle_folders(folder)
-        path = newest_sound(folder, self.say)
+        path = self.verified or newest_sound(folder, self.say)
         if path is None:
             return
         tensors, info = load_checkpoint(path)
