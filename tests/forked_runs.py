@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,11 +33,12 @@ class Ended:
 class Forks:
     """The server; ``start`` a run, ``wait`` for its end."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, model):
         self.folder, self.number = Path(folder), 0
         self.server = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+            [sys.executable, __file__, str(model)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
 
     def ask(self, **request):
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -207,11 +209,16 @@ def serve():
     import transformers
 
     from chunkgrpo import cli, runs
-    from chunkgrpo.policies import loading, sd3
-    from chunkgrpo.shapes import verifier
+    from chunkgrpo.policies.loading import load_policy
+    from chunkgrpo.policies.pipeline import Adaptation
+    from chunkgrpo.report.curves import save_curves
 
-    used = (diffusers, matplotlib, peft, scipy, transformers, cli, runs, loading, sd3, verifier)
+    used = (diffusers, matplotlib, peft, scipy, transformers, cli, runs)
     del used
+    # What is loaded at first use is loaded here, once for all forks.
+    with tempfile.TemporaryDirectory() as folder:
+        load_policy(sys.argv[1], Adaptation(rank=4, alpha=4.0), "cpu").save(folder)
+        save_curves(Path(folder, "curves.png"), [{"iteration": 1, "reward_mean": 0.0}])
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -35,8 +35,8 @@ SETTINGS = (
 
 
 @pytest.fixture(scope="module")
-def forks(tmp_path_factory):
-    server = Forks(tmp_path_factory.mktemp("logs"))
+def forks(tmp_path_factory, tiny_pipeline_path):
+    server = Forks(tmp_path_factory.mktemp("logs"), tiny_pipeline_path)
     yield server
     server.close()
 
@@ -48,7 +48,9 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def settings(tiny_pipeline_path, place):
-    given = (*SETTINGS, f"model.path={tiny_pipeline_path}", f"model.embedding_cache={place}/cache")
+    (place / "prompts.txt").write_text("".join(f"a picture of {n} stars\n" for n in range(20)))
+    given = [*SETTINGS, f"model.path={tiny_pipeline_path}", f"model.embedding_cache={place}/cache"]
+    given += [f"prompts.{each}={place}/prompts.txt" for each in ("train", "held_out")]
     return [part for each in given for part in ("--set", each)]
 
 
@@ -409,3 +411,15 @@ def test_a_folder_that_disappears_is_noticed(forks, settings, place, whole, atte
         if how == "moved":
             all_sound(moved)
             goes_on(forks, settings, moved, whole[0])
+
+
+def test_with_all_checkpoints_damaged_nothing_is_loaded(forks, place, whole, tmp_path, attempt):
+    folder = shutil.copytree(place / "whole", tmp_path / "run")
+    for path in list_checkpoints(folder / "checkpoints"):
+        (path / "state.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with attempt(PART, "every checkpoint damaged"):
+        ended = forks.run("train", "--resume", folder)
+        refused_in_one_line(ended, "can be used: ", "000002/state.json is damaged", "--out")
+        assert len(ended.lines) == 1 and "loading" not in ended.moments
+        assert {path: path.read_bytes() for path in before} == before

@@ -70,6 +70,7 @@ def test_a_crash_between_two_renames_is_mended(tmp_path):
     os.rename(tmp_path / "model", tmp_path / ".model.old")
     (tmp_path / ".model.partial").mkdir()
     (tmp_path / ".x.removed").mkdir()
+    (tmp_path / ".best.json.4711.0a1b2c3d.tmp").write_text("{")
     settle_folders(tmp_path)
     assert tree(tmp_path) == {"model/inner/file": "old"} and len(list(tmp_path.iterdir())) == 1
 
@@ -78,7 +79,9 @@ def test_a_crash_after_both_renames_leaves_the_new_one(tmp_path):
     write(tmp_path / ".model.old", "old")
     write(tmp_path / "model", "new")
     settle_folders(tmp_path)
-    assert tree(tmp_path) == {"model/inner/file": "new"}
+    (tmp_path / ".notes.tmp").touch()  # not of ours
+    settle_folders(tmp_path)
+    assert tree(tmp_path) == {"model/inner/file": "new", ".notes.tmp": ""}
     settle_folders(tmp_path / "nowhere")
 
 

@@ -65,7 +65,8 @@ def train_run(
     """
     try:
         with FolderLock(folder) as lock:
-            settle_folders(folder)
+            for each in (folder, folder / "checkpoints", folder / "evaluation"):
+                settle_folders(each)
             return train_owned(config, folder, lock, on_iteration, on_phase, on_start, say)
     except OSError as error:
         if not is_disk_problem(error):

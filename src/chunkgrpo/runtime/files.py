@@ -31,6 +31,9 @@ _FIXES = {
     errno.EIO: "look after the disk",
 }
 
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+"""Names of the hidden files of :func:`atomic_write`."""
+
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 """What file systems answer that cannot flush a folder."""
 
@@ -144,11 +147,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def settle_folders(parent: Path) -> None:
-    """Tidy up after a crash within :func:`atomic_folder` or :func:`remove_folder`.
+    """Tidy up after a crash within one of these functions, in one folder.
 
-    Partial and removed folders are deleted; one that was set aside comes back, unless its successor
-    had taken its place. Nobody may be writing there.
+    Partial files and folders and removed folders are deleted; a folder that was set aside comes
+    back, unless its successor had taken its place. Nobody may be writing there.
     """
+    for hidden in parent.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(hidden.name):
+            hidden.unlink()
     for kind in ("partial", "old", "removed"):
         for hidden in parent.glob(f".*.{kind}"):
             target = parent / hidden.name.removeprefix(".").removesuffix(f".{kind}")
