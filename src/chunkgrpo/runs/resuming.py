@@ -230,8 +230,7 @@ def arrive(
         say(text)
 
     checkpoints = folder / "checkpoints"
-    if checkpoints.exists() and not checkpoints.is_dir():
-        raise ConfigError(f"{checkpoints} is no folder; put the run's checkpoints back there")
+    refuse_wrong_kinds(folder)
     settle_folders(checkpoints)
     records = read_metrics(folder / "metrics.jsonl")
     history = _history(folder, tell)
@@ -273,6 +272,29 @@ def arrive(
         begins=history.settings() is None,
         notes=tuple(notes),
     )
+
+
+FOLDERS = ("checkpoints", "evaluation", "model")
+FILES = (
+    CONFIG, HISTORY, "metrics.jsonl", "metrics.lost.jsonl", "evaluation/base.npz",
+    "evaluation/base.json", "evaluation/tuned.npz", "evaluation/tuned.json", "checkpoints/best.json",
+    "summary.json", "curves.png", "samples.png", "report.html",
+)  # fmt: skip
+"""What a run writes into its folder."""
+
+
+def refuse_wrong_kinds(folder: Path) -> None:
+    """Refuse a file where a run has a folder, and the reverse: writing would fail when it is late.
+
+    Raises:
+        ConfigError: With the first one.
+    """
+    for name in FOLDERS:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is no folder; put the run's own back there")
+    for name in FILES:
+        if (folder / name).is_dir():
+            raise ConfigError(f"{folder / name} is a folder, not a file; move it away")
 
 
 def _history(folder: Path, tell: Callable[[str], None]) -> History:
