@@ -277,8 +277,8 @@ def arrive(
 FOLDERS = ("checkpoints", "evaluation", "model")
 FILES = (
     CONFIG, HISTORY, "metrics.jsonl", "metrics.lost.jsonl", "evaluation/base.npz",
-    "evaluation/base.json", "evaluation/tuned.npz", "evaluation/tuned.json", "checkpoints/best.json",
-    "summary.json", "curves.png", "samples.png", "report.html",
+    "evaluation/base.json", "evaluation/tuned.npz", "evaluation/tuned.json",
+    "checkpoints/best.json", "summary.json", "curves.png", "samples.png", "report.html",
 )  # fmt: skip
 """What a run writes into its folder."""
 
