@@ -86,7 +86,8 @@ class Trainer:
         checkpoints: When checkpoints are written, and which are kept.
         with_model: Whether a checkpoint holds the model's own files, too: where they are small.
         on_iteration: Called with every metrics record.
-        verified: The newest sound checkpoint, where it was looked for before; found here where None.
+        verified: The newest sound checkpoint, where that is known; :meth:`resume` looks for it
+            where None.
         say: Called with a line for whoever watches the run.
         check_folder: Called before anything is written into the folder; raises where that is no
             longer this run's.
