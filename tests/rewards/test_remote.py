@@ -160,7 +160,15 @@ def start_reward(
     (folder / "served.py").write_text(SERVED)
     source = str(Path(__file__).resolve().parents[2] / "src")
     paths = os.pathsep.join([str(folder), source, os.environ.get("PYTHONPATH", "")])
-    arguments = ["-m", "chunkgrpo.cli", "serve-reward", f"served:{name}", "--port", str(port)]
+    arguments = [
+        "-m",
+        "chunkgrpo.cli",
+        "serve-reward",
+        f"served:{name}",
+        "--port",
+        str(port),
+        "--allow-code",
+    ]
     limits = ["--max-batch", "4", "--max-megabytes", "1", "--max-pixels", "65536"]
     return started([*arguments, *limits], {"PYTHONPATH": paths, "CHUNKGRPO_REWARD_TOKEN": TOKEN})
 
@@ -649,7 +657,15 @@ wanted.share = True
 """
     (tmp_path / "wanting.py").write_text(code)
     source = str(Path(__file__).resolve().parents[2] / "src")
-    arguments = ["-m", "chunkgrpo.cli", "serve-reward", "wanting:wanted", "--port", "0"]
+    arguments = [
+        "-m",
+        "chunkgrpo.cli",
+        "serve-reward",
+        "wanting:wanted",
+        "--port",
+        "0",
+        "--allow-code",
+    ]
     paths = os.pathsep.join([str(tmp_path), source, os.environ.get("PYTHONPATH", "")])
     child, address = started([*arguments, "--max-batch", "2"], {"PYTHONPATH": paths})
     try:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, app, clear_errors
 
 
 @app.command("serve-reward")
@@ -35,6 +35,7 @@ def serve_reward(
         int, typer.Option(min=1, help="Largest number of pixels per request, all images together.")
     ] = 1 << 24,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take.")] = 120.0,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Serve a reward over HTTP; train with it by naming http://HOST:PORT as a reward.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def train(
             "--async-rewards", help="Score images while later ones are sampled; same results."
         ),
     ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
