@@ -29,7 +29,7 @@ LAYERS: dict[str, set[str]] = {
     "shapes": {"runtime.attention"},
     "recipes": set(),
     "policies": {"core", "types", "runtime"},
-    "rewards": {"core", "types", "imported_code"},
+    "rewards": {"core", "types", "imported_code", "plain_text"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
     "algorithms": {"core", "types", "runtime", "policies.protocol", "imported_code"},
