@@ -26,8 +26,9 @@ from PIL import Image, PngImagePlugin
 
 from chunkgrpo.rewards import FunctionReward, RewardError, Scorer, make_reward
 from chunkgrpo.rewards.remote import RemoteReward, png_base64
+from chunkgrpo.rewards.requests import Limits, Refused, parse_request
 from chunkgrpo.rewards.scoring import eight_bit, quantised
-from chunkgrpo.rewards.server import Limits, Refused, create_app, parse_request, serve
+from chunkgrpo.rewards.server import create_app, serve
 from chunkgrpo.types import Prompt
 
 TOKEN = "a long secret"
@@ -480,7 +481,9 @@ def test_requests_are_checked_before_they_are_believed() -> None:
     Image.new("RGB", (8, 8), (255, 0, 51)).save(commented, "PNG", pnginfo=text)
     for body, status, says in [
         (b"", 400, "not JSON"),
-        (b"[" * 100_000, 400, "not JSON"),
+        (b"[" * 7_000, 400, "not JSON"),  # too deep
+        (b"[" * 100_000, 400, "more than 8000 brackets and commas"),
+        (b"[" + b"[]," * 100_000 + b"[]]", 400, "more than 8000 brackets and commas"),
         (b"[]", 400, "an object with prompts and images"),
         (b'{"prompts": "a", "images": "b"}', 400, "prompts must be a list of strings"),
         (b'{"prompts": ["a"], "images": [7]}', 400, "images must be a list of strings"),
@@ -500,7 +503,7 @@ def test_requests_are_checked_before_they_are_believed() -> None:
         (envelope(good[:-12]), 400, "image 0 is a broken PNG"),  # only the end mark is missing
     ]:  # fmt: skip
         with pytest.raises(Refused, match=says) as caught:
-            parse_request(body, limits)
+            _ = parse_request(body, limits).images
         assert caught.value.status == status
     asked = parse_request(envelope(commented.getvalue()), limits)
     assert asked.images.shape == (1, 3, 8, 8) and asked.prompts == ["a"]

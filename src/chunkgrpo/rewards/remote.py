@@ -34,7 +34,7 @@ SERVER_SECONDS = 120.0
 CONNECT_SECONDS = 10.0  # connecting to a dead host must not take as long as a slow request may
 MARGIN = 10.0  # seconds by which the client waits longer than the server
 DEADLINE = 300.0
-LARGEST_ANSWER = 1 << 24
+LARGEST_ANSWER = 1 << 20  # bytes
 
 log = logging.getLogger("chunkgrpo")
 
