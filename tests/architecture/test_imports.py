@@ -21,16 +21,18 @@ PACKAGE = ROOT / "src" / "chunkgrpo"
 # protocol of policies is known to algorithms.
 LAYERS: dict[str, set[str]] = {
     "core": set(),
+    "plain_text": set(),
+    "imported_code": set(),
     "types": {"core.dynamics", "core.precision"},
     "runtime": {"core.names", "core.precision"},
     "report": {"runtime.files"},
     "shapes": {"runtime.attention"},
     "recipes": set(),
     "policies": {"core", "types", "runtime"},
-    "rewards": {"core", "types"},
+    "rewards": {"core", "types", "imported_code", "plain_text"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
-    "algorithms": {"core", "types", "runtime", "policies.protocol"},
+    "algorithms": {"core", "types", "runtime", "policies.protocol", "imported_code"},
     "prompts": {"types", "runtime.seeds", "shapes.grammar"},
     "rollout": {"core", "types", "runtime.seeds", "policies.protocol"},
     "credit": {"core", "types", "rewards.scoring"},
@@ -40,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     | {"report.metrics", "report.statistics", "prompts", "rollout", "credit", "evaluate"},
     "profile": {"core", "types", "runtime", "policies.protocol", "report.curves", "rollout"},
     "config": {"core", "runtime", "policies", "rewards", "algorithms", "shapes", "recipes"}
-    | {"prompts", "rollout", "credit", "train"},
+    | {"prompts", "rollout", "credit", "train", "plain_text"},
     "cost": {"core", "types", "policies.toy", "rewards.scoring", "algorithms", "rollout", "train"}
     | {"config"},
     "methods": {"config", "cost", "recipes"},
@@ -48,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
     | {"report", "prompts", "evaluate", "config"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
-    | {"methods", "estimate", "runs", "runtime.interrupts"},
+    | {"methods", "estimate", "runs", "plain_text", "imported_code", "runtime.interrupts"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from chunkgrpo import __version__
+from chunkgrpo.plain_text import one_line
 
 app = typer.Typer(
     name="chunkgrpo",
@@ -54,12 +55,30 @@ ChunksOption = Annotated[
 ]
 
 
+def _allow_code(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from chunkgrpo.imported_code import code_allowed
+
+        context.with_resource(code_allowed())
+    return wanted
+
+
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        callback=_allow_code,
+        is_eager=True,
+        help="Let settings name code outside the working directory and the installed packages.",
+    ),
+]
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors of wrong input into one line and exit code 2."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
-        typer.echo(f"chunkgrpo: {message}", err=True)
+        typer.echo(f"chunkgrpo: {one_line(str(error))}", err=True)
         raise typer.Exit(2) from None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def chunks(
         ),
     ] = "optimal",
     out: Annotated[Path | None, typer.Option(help="Folder; runs/chunks by default.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Measure how fast a model's trajectories move, and propose plans.
 
@@ -142,16 +143,15 @@ def measure(config: Config, num_prompts: int, num_seeds: int, rule: str, out: Pa
     probe = build_prompts(config, "train").prompts[:num_prompts]
     policy = load_untrained(config, resolve_model(config.model.path))
     sigmas, samplers = build_sigmas(config, policy), samplers_of(config)
-    display = Display(0, 0)
-    hook = display.phase(
-        f"measuring {len(probe)} prompts x {num_seeds} seeds, {len(samplers)} samplers"
-    )
     measurement = Measurement(probe, sigmas, num_seeds, distance, config.seed, s.batch_size)
     min_size = getattr(o.plan, "min_size", 4)
-    profiles = profile_policy(
-        policy, samplers, measurement, min_size=min_size, window=window, progress=hook
-    )
-    display.close()
+    with Display(0, 0) as display:
+        hook = display.phase(
+            f"measuring {len(probe)} prompts x {num_seeds} seeds, {len(samplers)} samplers"
+        )
+        profiles = profile_policy(
+            policy, samplers, measurement, min_size=min_size, window=window, progress=hook
+        )
     levels = sigmas.tolist()
     folder = out or new_folder(Path("runs"), "chunks")
     title = f"{config.model.path}, {s.steps} steps, {len(probe)} prompts x {num_seeds} seeds, "

@@ -4,25 +4,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 
 class Display:
     """Shows the progress of a run."""
 
     def __init__(self, iterations: int, images: int) -> None:
-        from rich.console import Console
+        from chunkgrpo.cli.terminal import PlainConsole
 
-        self.console = Console()
+        self.console = PlainConsole()
         self.iterations, self.images = iterations, images
         self.progress: Any = None
         self.training: Any = None
         self.accuracy, self.share = "", True
 
-    def say(self, text: str) -> None:
-        """Print a line."""
+    def __enter__(self) -> Self:
+        """Begin; the live display ends with the block, whatever happens in it."""
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        """Give the cursor back."""
         self.close()
-        self.console.print(text, soft_wrap=True, highlight=False)
+
+    def say(self, *pieces: str | tuple[str, str]) -> None:
+        """Print a line, of texts and of pairs of a text and its style."""
+        from rich.text import Text
+
+        self.close()
+        self.console.print(Text.assemble(*pieces), soft_wrap=True)
 
     def close(self) -> None:
         """Stop the live display."""
@@ -42,7 +52,7 @@ class Display:
 
         self.close()
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -85,6 +95,5 @@ class Display:
         self.console.print(
             f"{number:4}/{self.iterations}  {text}  clip {record.get('clip_fraction', 0):.2f}  "
             f"grad {record['grad_norm']:.3f}  {left:.1f} min left",
-            highlight=False,
             soft_wrap=True,
         )

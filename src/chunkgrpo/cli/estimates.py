@@ -7,6 +7,7 @@ import math
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from chunkgrpo.config.derived import num_planned, num_trained
 from chunkgrpo.config.schema import ChunkGRPOObjective, ConfigError
@@ -101,7 +102,7 @@ def print_words(console: Console, estimate: Estimate) -> None:
     """Print the description of the run."""
     m, network = estimate.config.model, estimate.network
     share = 100 * network.trainable / network.parameters
-    console.print(f"[bold]{estimate.config.name}[/bold]: {m.path}", highlight=False)
+    console.print(Text.assemble((estimate.config.name, "bold"), f": {m.path}"))
     said = [
         *geometry(estimate),
         f"The transformer has {_big(network.parameters)} weights; {m.adaptation.kind} trains "
@@ -122,7 +123,7 @@ def print_batch(console: Console, estimate: Estimate, gpus: tuple[int, ...]) -> 
     for phase in estimate.phases:
         part = f"{100 * phase.flops / estimate.iteration_flops:.1f} %"
         table.add_row(phase.name, f"{phase.rows:,.0f}", f"{phase.flops / 1e12:,.4g}", part)
-    table.add_row("[bold]all", "", f"{estimate.iteration_flops / 1e12:,.4g}", "")
+    table.add_row("all", "", f"{estimate.iteration_flops / 1e12:,.4g}", "", style="bold")
     console.print(table)
 
 
@@ -149,7 +150,7 @@ def print_time(
     table = Table(*heads, title=f"Time at {100 * utilisation:g} % of the peak rate, one GPU")
     for accelerator in ACCELERATORS:
         fits = estimate.peak <= accelerator.memory * 1e9
-        verdict = "fits" if fits else "[red]does not fit[/red]"
+        verdict = "fits" if fits else Text("does not fit", "red")
         hours = estimate.hours(accelerator, utilisation)
         cells = [
             accelerator.name,

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import RunArgument, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors
 from chunkgrpo.cli.display import Display
 
 
@@ -20,6 +20,7 @@ def sample(
     images: Annotated[int, typer.Option(min=1, max=64, help="Number of images.")] = 4,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="PNG; in the run folder by default.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Sample a prompt with the base and the tuned model, side by side."""
     with clear_errors():
@@ -67,6 +68,7 @@ def evaluate(
         int | None, typer.Option(help="Seed of the noise; the run's own by default.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model instead.")] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Score the tuned model of a run on its held-out prompts again, or from other noise."""
     with clear_errors():
@@ -76,10 +78,9 @@ def evaluate(
         from chunkgrpo.runs import evaluate_run, read_run
 
         read_run(run)
-        display = Display(0, 0)
-        phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
-        result, judge = evaluate_run(run, phase, split, seed, base)
-        display.close()
+        with Display(0, 0) as display:
+            phase = display.phase(f"evaluating the {'base' if base else 'tuned'} model")
+            result, judge = evaluate_run(run, phase, split, seed, base)
         from rich.table import Table
 
         name, share = judge.name, is_share(judge)
@@ -94,7 +95,7 @@ def evaluate(
             table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
         values = result.scores[name].ravel()
         labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
-        table.add_row("[bold]all", *cells(bootstrap_interval(values, clusters=labels)))
+        table.add_row("all", *cells(bootstrap_interval(values, clusters=labels)), style="bold")
         display.console.print(table)
     mean = score_text(result.mean(name), share)
     typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")
@@ -109,6 +110,7 @@ def export(
     dtype: Annotated[
         str, typer.Option(help="Type of the written weights: float32 or bfloat16.")
     ] = "float32",
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.
 

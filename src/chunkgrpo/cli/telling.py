@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
 
 
 @app.command("plan", hidden=True)
@@ -27,6 +27,7 @@ def estimate(
     gpus: Annotated[
         list[int] | None, typer.Option(help="Numbers of GPUs to compare. [default: 1, 8, 64]")
     ] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Estimate what a run will do and cost, before anything is loaded.
 
@@ -34,14 +35,13 @@ def estimate(
     Of the model only its config.json files are read. (`chunkgrpo plan` is the same command.)
     """
     with clear_errors():
-        from rich.console import Console
-
         from chunkgrpo.cli.estimates import print_estimate
+        from chunkgrpo.cli.terminal import PlainConsole
         from chunkgrpo.config import load_config
         from chunkgrpo.estimate import make_estimate
 
         found = make_estimate(load_config(config, set_ or [], chunks))
-        print_estimate(Console(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
+        print_estimate(PlainConsole(), found, utilisation, price, tuple(gpus or (1, 8, 64)))
 
 
 @app.command()
@@ -53,6 +53,7 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")
     ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Print every setting of a recipe: its value, meaning, default, and where it was set."""
     with clear_errors():
@@ -115,8 +116,9 @@ def methods(
                 f"{cost.rewards:.0f} images scored"
             )
             return
-        from rich.console import Console
         from rich.table import Column, Table
+
+        from chunkgrpo.cli.terminal import PlainConsole
 
         headings = ("what", "paper", "needs", "rows", "trained", "scored")
         table = Table(Column("method", no_wrap=True), *headings, box=None)
@@ -124,9 +126,9 @@ def methods(
             cost = method.cost
             numbers = (str(cost.forwards), f"{cost.trained:.0f}", f"{cost.rewards:.0f}")
             table.add_row(method.name, method.summary, method.paper, method.needs, *numbers)
-        console = Console()
+        console = PlainConsole()
         if not console.is_terminal:  # a file or a pipe: a line each
-            console = Console(width=1000)
+            console = PlainConsole(width=1000)
         console.print(table)
         typer.echo(
             "rows: network forwards per iteration; trained: how many of them go backward too; "

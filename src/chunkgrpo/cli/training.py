@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -53,6 +53,7 @@ def train(
             "--async-rewards", help="Score images while later ones are sampled; same results."
         ),
     ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
@@ -153,15 +154,19 @@ def run(config: Config, folder: Path) -> None:
 
     def start(judge: Reward) -> None:
         display.share = is_share(judge)
-        display.say(f"[bold]{config.name}[/bold], seed {config.seed}, into {folder}")
+        display.say((config.name, "bold"), f", seed {config.seed}, into {folder}")
 
-    try:
-        summary = train_run(config, folder, display.iteration, display.phase, start, display.say)
-    except KeyboardInterrupt:
-        stopped(display, folder, "Stopped at once")
-    if summary is None:
+    with display:
+        try:
+            summary = train_run(
+                config, folder, display.iteration, display.phase, start, display.say
+            )
+            if summary is not None:
+                show_summary(display, summary, folder)
+                return
+        except KeyboardInterrupt:
+            stopped(display, folder, "Stopped at once")
         stopped(display, folder, "Stopped and saved")
-    show_summary(display, summary, folder)
 
 
 def stopped(display: Display, folder: Path, how: str) -> NoReturn:
@@ -200,7 +205,6 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
     )
     display.say(f"Pictures: {folder}/samples.png, {folder}/curves.png; page: {folder}/report.html")
     display.say(
-        f"[bold]{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}"
-        "[/bold]; "
-        f"the tuned model is in {folder}/model"
+        (f"{score_text(summary['base'], share)} to {score_text(summary['tuned'], share)}", "bold"),
+        f"; the tuned model is in {folder}/model",
     )

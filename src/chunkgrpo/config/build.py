@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,8 +124,13 @@ def build_execution(model: ModelConfig, training: bool = True) -> Execution:
 
 def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]:
     """Return the options of a policy, for sampling unless told otherwise."""
+    from chunkgrpo.policies.loading import check_options, family
+
     if training:
         check_training(model)
+    if model.options:
+        module, attribute = family(resolve_model(model.path))
+        check_options(getattr(import_module(module), attribute), model.options)
     return {
         "precision": model.precision,
         "guidance": model.guidance,

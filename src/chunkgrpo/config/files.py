@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,15 @@ from typing import Any
 from pydantic import ValidationError
 
 from chunkgrpo.config.keys import is_known, is_options, is_text, unknown_key
+from chunkgrpo.config.limits import check_limits, shown
 from chunkgrpo.config.schema import Config, ConfigError
+from chunkgrpo.config.yaml_files import MAX_BYTES, YamlError, read_yaml_text
 from chunkgrpo.core.names import unknown_name
 
+MAX_KEY = 300
+"""Characters of a dotted key."""
+MAX_EXTENDS = 20
+"""Recipes that may extend one another."""
 DEFAULT = "default"
 """Source of what no recipe, file or option says."""
 
@@ -54,11 +59,11 @@ class Assignment:
         Raises:
             ConfigError: If there is no equals sign, no such setting, or the value is no YAML.
         """
-        import yaml
-
         key, separator, value = text.partition("=")
         if not separator:
-            raise ConfigError(f"--set {text!r} must look like key=value")
+            raise ConfigError(f"--set {shown(text)} must look like key=value")
+        if len(key) > MAX_KEY:
+            raise ConfigError(f"--set {shown(key)}: a key has at most {MAX_KEY} characters")
         if not is_known(key):
             raise ConfigError(unknown_key(key))
         source = f"--set {key}"
@@ -66,12 +71,9 @@ class Assignment:
         if text_setting and not (value == "null" and text_setting == "optional"):
             return Assignment(key, value, source)
         try:
-            read = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text!r}: the value is no YAML: {error}") from None
-        if isinstance(read, str):  # YAML reads 1e-4 as text; people mean a number
-            with contextlib.suppress(ValueError):
-                read = float(read)
+            read = read_yaml_text(value)
+        except YamlError as error:
+            raise ConfigError(f"--set {shown(text)}: the value is no YAML: {error}") from None
         return Assignment(key, read, source)
 
 
@@ -242,14 +244,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If it is not valid YAML, or does not hold keys and values.
     """
-    import yaml
-
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise ConfigError(f"{path} is {size} bytes long; settings have at most {MAX_BYTES}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = read_yaml_text(path.read_text(encoding="utf-8"))
+    except (YamlError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no YAML: {error}") from None
+    if values is None:
+        return {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold keys and values")
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"{path} has the key {shown(key)}; a key is a text")
     return values
 
 
@@ -269,6 +277,8 @@ def _read(source: str | Path, seen: tuple[str, ...] = ()) -> Tree:
         path, label = recipe_path(str(source)), f"recipe {source}"
     if str(path) in seen:
         raise ConfigError(f"{' extends '.join([*seen, str(path)])}: a recipe cannot extend itself")
+    if len(seen) > MAX_EXTENDS:
+        raise ConfigError(f"{seen[0]} extends a chain of more than {MAX_EXTENDS} recipes")
     values = read_yaml(path)
     below = values.pop("extends", None)
     tree = as_tree(values, label)
@@ -281,6 +291,7 @@ def validated(values: Mapping[str, Any]) -> Config:
     Raises:
         ConfigError: One line about the first mistake.
     """
+    check_limits(values)
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
@@ -306,7 +317,7 @@ def _one_line(error: ValidationError) -> str:
     message = first["msg"][0].lower() + first["msg"][1:]
     if first["type"] == "string_type":
         message += "; in a YAML file, put texts in quotes"
-    return f"{where} = {first['input']!r}: {message}{more}"
+    return f"{where} = {shown(first['input'])}: {message}{more}"
 
 
 def dotted(location: Sequence[int | str]) -> str:

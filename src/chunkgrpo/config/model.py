@@ -72,7 +72,9 @@ class CompileBlocks:
 class ModelConfig(Section):
     """The model, and which of its weights are trained."""
 
-    path: str = Field(default="shapes", description="'shapes', a pipeline folder, or a hub id.")
+    path: str = Field(
+        default="shapes", min_length=1, description="'shapes', a pipeline folder, or a hub id."
+    )
     adaptation: Annotated[LoraAdaptation | FullAdaptation, ByKind()] = Field(
         default=LoraAdaptation(), description="Which weights are trained."
     )

@@ -7,6 +7,7 @@ rule and the fix, before anything is loaded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,6 +28,10 @@ from chunkgrpo.core.selection import ListedSelection
 from chunkgrpo.core.step_weights import ChunkSizeWeights, ImplicitWeights
 from chunkgrpo.core.windows import ChunkWindow, FixedWindow
 from chunkgrpo.runtime.solvers import EulerTail
+
+DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,3})?)\Z")
+MAX_IMAGES = 10_000_000
+"""Images of one rollout, and of one evaluation."""
 
 
 def check(config: Config, chunks: bool = True) -> None:
@@ -82,6 +87,16 @@ def check_sampling(config: Config) -> None:
 def check_updates(config: Config) -> None:
     """Refuse more optimizer steps than samples, and more times than the schedule has."""
     s, o = config.sampling, config.objective
+    if s.images > MAX_IMAGES:
+        raise ConfigError(
+            f"sampling.prompts x group_size = {s.prompts:,} x {s.group_size:,} images are sampled "
+            f"before each update; at most {MAX_IMAGES:,} are possible; lower one"
+        )
+    if config.credit.keep * s.images < 1:
+        raise ConfigError(
+            f"credit.keep = {config.credit.keep} of the {s.images} images of a rollout (sampling."
+            "prompts x group_size) is less than one; raise it"
+        )
     if o.updates > s.images:
         raise ConfigError(
             f"objective.updates = {o.updates} share the {s.images} images of a rollout (sampling."
@@ -97,6 +112,21 @@ def check_updates(config: Config) -> None:
 def check_sources(config: Config) -> None:
     """Refuse settings of the embedded world for other prompts, and the reverse."""
     p, e = config.prompts, config.evaluation
+    if not any(reward.weight for reward in config.rewards):
+        raise ConfigError(
+            f"the weight of {'each' if len(config.rewards) > 1 else 'the only'} reward is 0, so "
+            "that nothing is trained; set a weight of rewards to another number"
+        )
+    if not DEVICE.match(config.model.device):
+        raise ConfigError(
+            f"model.device = {config.model.device!r} is no device; use auto, cpu, cuda, cuda:1, "
+            "mps or xpu"
+        )
+    if e.final_prompts * e.final_seeds > MAX_IMAGES:
+        raise ConfigError(
+            f"evaluation.final_prompts x final_seeds = {e.final_prompts:,} x {e.final_seeds:,} "
+            f"images; at most {MAX_IMAGES:,} are possible; lower one"
+        )
     for key, tasks, which, source in (
         ("prompts.tasks", p.tasks, "prompts.train", p.train),
         ("evaluation.tasks", e.tasks, "prompts.held_out", p.held_out),

@@ -67,9 +67,12 @@ class PromptConfig(Section):
 
     train: str = Field(
         default="shapes",
+        min_length=1,
         description="'shapes', a .txt, .jsonl, .json or .csv file, or a dataset's folder or name.",
     )
-    held_out: str = Field(default="shapes", description="As prompts.train, for evaluation.")
+    held_out: str = Field(
+        default="shapes", min_length=1, description="As prompts.train, for evaluation."
+    )
     column: str | None = Field(
         default=None,
         description="Field of records that holds the prompt; null looks for common names.",
@@ -87,6 +90,7 @@ class RewardConfig(Section):
 
     name: str = Field(
         default="shapes",
+        min_length=1,
         description="A built-in name, package.module:function, or a server's http://host:port.",
     )
     weight: float = Field(default=1.0, description="Weight in the combination of rewards.")
@@ -98,7 +102,7 @@ class RewardConfig(Section):
 class WatchedRewardConfig(Section):
     """One reward that is logged and not trained on."""
 
-    name: str = Field(description="As in rewards.")
+    name: str = Field(min_length=1, description="As in rewards.")
     options: dict[str, Any] = Field(
         default={}, description="Arguments of the reward's constructor."
     )

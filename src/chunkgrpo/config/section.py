@@ -5,9 +5,14 @@ from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict
 
+from chunkgrpo.plain_text import one_line
+
 
 class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says what to change."""
+    """A configuration that cannot be run; the message, one line, says what to change."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class Section(BaseModel):

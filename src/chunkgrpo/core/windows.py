@@ -306,6 +306,17 @@ class ChunkWindow:
     indices: tuple[int, ...] | Literal["merged"] = ()
     kind: Literal["chunk"] = field(default="chunk", kw_only=True, repr=False)
 
+    def __post_init__(self) -> None:
+        """Refuse repeats and negative indices."""
+        if isinstance(self.indices, str):
+            return
+        distinct = len(set(self.indices)) == len(self.indices)
+        if not distinct or min(self.indices, default=0) < 0:
+            raise ValueError(
+                f"indices are {tuple(self.indices)}; they must be distinct and >= 0; list each "
+                "chunk once"
+            )
+
     def num_planned(self, num_trained: int) -> int:
         """Return N: the plan covers all steps."""
         return num_trained

@@ -4,15 +4,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import fields
 from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from chunkgrpo.core.names import unknown_name
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.embeddings import text_encoder_names
-from chunkgrpo.policies.pipeline import PipelinePolicy
+from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.policies.quiet import quiet_diffusers
 
 FAMILIES = {
@@ -26,6 +30,8 @@ FAMILIES = {
     "Flux2Pipeline": ("chunkgrpo.policies.flux2", "Flux2Policy"),
 }
 """Pipeline class -> (module, class) of its policy."""
+GENERAL = {"generation", "precision", "gradient_checkpointing", "execution", "device"}
+"""Options of every policy that settings of their own stand for."""
 
 
 def load_policy(
@@ -51,13 +57,50 @@ def load_policy(
         ValueError: If the model is missing, no pipeline, or of an unknown family.
     """
     module, attribute = family(model)
+    kind: type[PipelinePolicy] = getattr(import_module(module), attribute)
+    settings = {each.name for each in fields(GenerationOptions)} | GENERAL
+    check_options(kind, {k: v for k, v in options.items() if k not in settings})
     # In host memory; the policy moves parts to the device in the type they have there.
     pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
-    kind: type[PipelinePolicy] = getattr(import_module(module), attribute)
     policy = kind.from_options(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
     return policy
+
+
+def own_options(kind: type[PipelinePolicy]) -> dict[str, Any]:
+    """Return the options that a family adds to those of every policy, with their defaults."""
+    found: dict[str, Any] = {}
+    for each in kind.__mro__:
+        if issubclass(each, PipelinePolicy) and "__init__" in each.__dict__:
+            parameters = signature(each.__init__).parameters.values()
+            found |= {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
+    return {name: default for name, default in found.items() if name not in GENERAL}
+
+
+def check_options(kind: type[PipelinePolicy], options: Mapping[str, Any]) -> None:
+    """Refuse options that a family does not have, or whose value is of another type.
+
+    Args:
+        kind: The family's class.
+        options: Of ``model.options``.
+
+    Raises:
+        ValueError: With the option, and those that there are.
+    """
+    known = own_options(kind)
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(unknown_name(f"option of {kind.__name__}", name, known))
+        default = known[name]
+        wanted = (int, float) if isinstance(default, float) else type(default)
+        if default is not None and (
+            not isinstance(value, wanted) or isinstance(value, bool) != isinstance(default, bool)
+        ):
+            raise ValueError(
+                f"model.options.{name} = {value!r} must be of type {type(default).__name__}, as "
+                f"its default {default!r} is"
+            )
 
 
 def family(model: str | Path) -> tuple[str, str]:

@@ -365,6 +365,8 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    from matplotlib.text import Text
+
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8, colors=INK)
@@ -373,6 +375,8 @@ def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
         if axis.get_visible() and axis.spines["left"].get_visible():
             axis.grid(color=FAINT, alpha=0.25, linewidth=0.6)
             axis.set_axisbelow(True)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a $ in a name is a $, not the beginning of a formula
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return atomic_write(path, buffer.getvalue())

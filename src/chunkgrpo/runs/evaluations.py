@@ -46,7 +46,7 @@ def shown_rows(result: Evaluation) -> list[int]:
 
 def load_evaluation(path: Path) -> Evaluation:
     """Load what ``save_evaluation`` saved; images are only those shown."""
-    with np.load(path) as file:
+    with np.load(path, allow_pickle=False) as file:
         labelled = zip(file["texts"].tolist(), file["groups"].tolist(), strict=True)
         scores = {k.removeprefix("score."): file[k] for k in file.files if k.startswith("score.")}
         return Evaluation(

@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Broken settings: each is refused in one line, or is a sane run, and nothing else happens."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from attack.conftest import Attempt
+from chunkgrpo.cli import app
+from chunkgrpo.config import ConfigError, load_config, parse_config
+from chunkgrpo.config.files import Assignment
+from chunkgrpo.config.keys import every_key
+from chunkgrpo.config.limits import LIMITS, check_run_name, is_number
+from chunkgrpo.config.schema import Config
+
+PART = "settings"
+NUMBERS: list[Any] = [
+    True, False, math.inf, -math.inf, math.nan, 1e308, -1e308, 10**12, -(10**12), 10**30, -1, 0,
+    0.5, -0.5, 1e-9, 1e9,
+]  # fmt: skip
+OTHERS: list[Any] = [
+    "", ".", "..", "foo", "010", "1:30", "a\x00b", "a\nb", "\x1b[31mred", "x" * 5000, "x" * 20000,
+    "[/red]", "$x_$", "../../x", "/", [], {}, [[]], [0, 0, 0], [None], {"kind": "foo"},
+    {"kind": None}, {"a": {"b": 1}}, {1: 2}, None, b"x",
+]  # fmt: skip
+
+
+def values(config: Config) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def broken() -> Iterator[tuple[str, Any]]:
+    """Every key with every nasty value."""
+    for key in dict.fromkeys(each.name for each in every_key()):
+        for value in (*NUMBERS, *OTHERS):
+            yield key, value
+
+
+CASES = list(broken())
+
+
+def assert_one_line(message: str) -> None:
+    assert message
+    assert len(message) < 1000, message
+    assert all(character.isprintable() for character in message), repr(message)
+
+
+def numbers_in(value: Any, key: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from numbers_in(inner, f"{key}.{name}".strip("."))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from numbers_in(inner, key)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield key, value
+
+
+def assert_sane(config: Config) -> None:
+    """Bounds written down apart from those of the settings: no value can hang or overflow a run."""
+    for key, value in numbers_in(values(config)):
+        assert math.isfinite(value), key
+        assert "seed" in key or "options" in key or abs(value) <= 1e12, (key, value)
+    assert 2 <= config.sampling.images <= 10**7
+    assert 0 < config.optimizer.learning_rate <= 100
+    assert all(0 <= beta < 1 for beta in config.optimizer.betas)
+    assert config.threads <= 4096
+    assert any(reward.weight for reward in config.rewards)
+    name = config.name
+    assert Path("runs", name).resolve().parent == Path("runs").resolve()
+    assert name.isprintable()
+    assert len(name) <= 100
+
+
+def tried(key: str, value: Any) -> str | None:
+    """Load the demo with one setting changed; return the message, or None where it is valid."""
+    started = time.perf_counter()
+    try:
+        config = load_config("demo", [Assignment(key, value, "test")])
+    except ConfigError as error:
+        message: str | None = str(error)
+        assert_one_line(str(error))
+    else:
+        message = None
+        assert_sane(config)
+    assert time.perf_counter() - started < 2
+    return message
+
+
+def test_every_key_with_every_nasty_value(attempt: Attempt, full: bool) -> None:
+    """Several thousand configurations; a third of them where time is short."""
+    cases = CASES if full else CASES[::3]
+    assert len(CASES) > 3000
+    refused = 0
+    for key, value in cases:
+        with attempt(PART, "one setting of any type and size"):
+            try:
+                refused += tried(key, value) is not None
+            except Exception as error:
+                raise AssertionError(f"{key} = {value!r}: {error!r}") from error
+    assert refused > 0.7 * len(cases)
+
+
+@pytest.mark.parametrize("key", sorted(LIMITS))
+def test_every_number_has_bounds(key: str) -> None:
+    for value in (math.inf, -math.inf, math.nan, 1e308, -1e308, True, "17"):
+        with pytest.raises(ConfigError):
+            load_config("demo", [Assignment(key, value, "test")])
+
+
+def test_the_bounds_are_those_of_the_numbers() -> None:
+    assert set(LIMITS) == {each.name for each in every_key() if is_number(each.name)}
+    assert all(low < high for low, high in LIMITS.values())
+
+
+REFUSED = [
+    ("scoring.on_error", "true"), ("sampling.steps", "true"), ("sampling.steps", "'17'"),
+    ("sampling.steps", "010"), ("sampling.steps", "1:30"), ("sampling.steps", "1e6"),
+    ("rewards.9.options.x", "1"), ("rewards.-1.weight", "1"), ("rewards.x.weight", "1"),
+    ("name.options", "1"), ("sampling", "null"), ("sampling", "3"), ("sampling", "[1]"),
+    ("objective", "null"), ("objective.window.indices", "[0, 0, 0]"), ("rewards", "[]"),
+    ("rewards", "null"), ("rewards.0", "null"), ("rewards.0.weight", "0"), ("rewards.0.name", ""),
+    ("evaluation.reward", "null"), ("evaluation.reward.weight", "nan"), ("credit.keep", "1e-9"),
+    ("sampling.merge", "{kind: entropy, least: .nan}"), ("optimizer.betas", "[0.9, 1.5]"),
+    ("optimizer.betas", "[0.9]"), ("optimizer.betas", "[0.9, -0.1]"), ("threads", "1000000000"),
+    ("model.device", "foo"), ("model.device", "cuda:x"), ("model.device", ""),
+    ("model.options", "3"), ("name", ""), ("name", "."), ("name", ".."), ("name", "../../x"),
+    ("name", "a/b"), ("name", "a\\b"), ("name", "a\x00b"), ("name", "a\nb"), ("name", " a"),
+    ("name", "\x1b[31m"), ("name", "x" * 5000), ("", "1"), (".", "1"), ("a" * 5000, "1"),
+    ("sampling..steps", "3"), ("sampling.steps.x", "3"), ("sampling.steps", "[" * 100000),
+    ("sampling.steps", "{a: &a [*a]}"), ("sampling.steps", "!!python/name:os.system"),
+    ("sampling.steps", "9" * 5000), ("sampling.steps", ""), ("sampling.steps", "{"),
+    ("sampling.prompts", "1000000"), ("model.negative_prompt", "\x1b]0;title\x07"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), REFUSED, ids=range(len(REFUSED)))
+def test_known_mistakes_are_refused(key: str, value: str, attempt: Attempt) -> None:
+    with attempt(PART, "mistakes found before"):
+        if key == "scoring.on_error":
+            with pytest.raises(ConfigError):
+                load_config("demo", [f"{key}={value}"])
+            return
+        extra = ["sampling.group_size=100000"] if key == "sampling.prompts" else []
+        extra += ["objective.window={kind: chunk}"] if "window" in key else []
+        with pytest.raises(ConfigError) as caught:
+            load_config("demo", [*extra, f"{key}={value}"])
+        assert_one_line(str(caught.value))
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + i)}: &{chr(98 + i)} [{','.join(['*' + chr(97 + i)] * 9)}]\n" for i in range(9)
+)
+FILES = {
+    "an alias bomb": BOMB,
+    "a key twice": "name: a\nname: b\n",
+    "an inner key twice": "sampling:\n  steps: 17\n  steps: 18\n",
+    "nested brackets": "name: " + "[" * 100_000,
+    "nested mappings": "".join(" " * i + "a:\n" for i in range(200)),
+    "a list": "- 1\n",
+    "a text": "hello\n",
+    "a number": "3\n",
+    "false": "false\n",
+    "no YAML": "a: b: c\n",
+    "a NUL": "name: a\x00\n",
+    "an escape code": "name: \x1b[31m\n",
+    "a tag": "name: !!python/object/apply:os.system ['true']\n",
+    "an anchor in itself": "a: &a [*a]\n",
+    "a number as a key": "1: 2\n",
+    "a list as a key": "? [a]\n: 1\n",
+    "two documents": "name: a\n---\nname: b\n",
+    "more than a megabyte": "# " + "x" * 1_100_000 + "\n",
+    "a tab": "\tname: a\n",
+    "itself extended": "extends: FILE\n",
+    "extends a list": "extends: [demo]\n",
+    "extends a number": "extends: 3\n",
+    "extends nothing there": "extends: nowhere\n",
+    "options as a list": "rewards: [{name: shapes, options: [1]}]\n",
+    "options of a number": "rewards: [{name: shapes, options: {1: 2}}]\n",
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_broken_files_are_refused_at_once(kind: str, attempt: Attempt, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(FILES[kind].replace("FILE", str(path)), encoding="utf-8")
+    started = time.perf_counter()
+    with attempt(PART, "broken files"):
+        with pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert_one_line(str(caught.value))
+        assert time.perf_counter() - started < 2
+
+
+def test_a_chain_of_recipes_ends(attempt: Attempt, tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {tmp_path / f'{number + 1}.yaml'}\n")
+    (tmp_path / "60.yaml").write_text("name: end\n")
+    with attempt(PART, "broken files"), pytest.raises(ConfigError, match="chain of more than 20"):
+        load_config(tmp_path / "0.yaml")
+    assert load_config(tmp_path / "45.yaml").name == "end"
+
+
+def test_binary_files_are_refused(attempt: Attempt, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    for number in range(20):
+        path.write_bytes(os.urandom(300 + number))
+        with attempt(PART, "broken files"), pytest.raises(ConfigError) as caught:
+            load_config(path)
+        assert_one_line(str(caught.value))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted({each.name for each in every_key()})), JSON)
+def test_any_value_of_any_setting(key: str, value: Any) -> None:
+    tried(key, value)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.text(max_size=60))
+def test_any_text_as_a_change(text: str) -> None:
+    try:
+        load_config("demo", [text])
+    except ConfigError as error:
+        assert_one_line(str(error))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.dictionaries(st.sampled_from(sorted(Config.model_fields)), JSON, max_size=3))
+def test_any_sections(sections: dict[str, Any]) -> None:
+    try:
+        parse_config(sections)
+    except ConfigError as error:
+        assert_one_line(str(error))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=120))
+def test_a_name_stays_one_folder(name: str) -> None:
+    try:
+        check_run_name(name)
+    except ConfigError as error:
+        assert_one_line(str(error))
+    else:
+        assert "\x00" not in name
+        assert Path("/runs", name).resolve().parent == Path("/runs")
+
+
+# --- through the command line -------------------------------------------------------------------
+
+COMMANDS = [["train", "demo", "--set", f"{key}={value}"] for key, value in REFUSED
+            if "\x00" not in key + value and len(value) < 10_000
+            and key not in ("sampling.prompts", "objective.window.indices")]  # fmt: skip
+COMMANDS += [
+    ["train", "nothing"], ["train", "demo", "--set", "seed"], ["train", "--chunks", "/nowhere"],
+    ["train", "--resume", "/nowhere"], ["train", "--model", "/nowhere"],
+    ["train", "--model", "./no where"], ["train", "--reward", "nothing"], ["train", "--reward", ""],
+    ["train", "--prompts", "/nowhere.txt"], ["config", "nothing"], ["config", "--set", "x=1"],
+    ["chunks", "demo", "--set", "x=1"], ["plan", "demo", "--set", "seed=true"],
+    ["sample", "/nowhere"], ["evaluate", "/nowhere"], ["export", "/nowhere", "/tmp/x"],
+    ["report", "/nowhere"], ["train", "/nowhere.yaml"], ["train", "demo", "--wrong"],
+    ["wrong"], ["train", "demo", "demo"],
+]  # fmt: skip
+
+
+def assert_refused(code: int, stderr: str, args: list[str]) -> None:
+    assert code == 2, (args, code, stderr)
+    assert "Traceback" not in stderr
+    assert "\x1b" not in stderr
+
+
+def test_commands_end_with_one_line(
+    attempt: Attempt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runner = CliRunner()
+    for args in COMMANDS:
+        with attempt("command line", "wrong arguments, within the process"):
+            result = runner.invoke(app, args)
+            assert_refused(result.exit_code, result.stderr, args)
+            own = [line for line in result.stderr.splitlines() if line.startswith("chunkgrpo: ")]
+            usage = "Usage:" in result.stderr
+            assert usage or own == result.stderr.splitlines(), result.stderr
+            assert not list(tmp_path.iterdir()), args
+
+
+def test_real_commands_end_with_one_line(attempt: Attempt, full: bool, tmp_path: Path) -> None:
+    cases = [
+        ["train", "demo", "--set", f"{key}={value!r}"]
+        for key, value in CASES
+        if isinstance(value, int | float) and is_number(key) and abs(value) > 1e300
+    ]
+    chosen = (COMMANDS + cases)[:100] if full else COMMANDS[:: len(COMMANDS) // 5]
+    for args in chosen:
+        with attempt("command line", "wrong arguments, a process each"):
+            done = subprocess.run(
+                [sys.executable, "-m", "chunkgrpo", *args],
+                cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+            assert_refused(done.returncode, done.stderr, args)
+
+
+def test_what_is_written_is_read_again() -> None:
+    config = load_config("demo")
+    assert parse_config(yaml.safe_load(yaml.safe_dump(values(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{foo: 1}", "unknown option of .*'foo'; .*known: decode_batch"),
+        ("{guidance: 3.0}", "unknown option of"),  # it would override model.guidance
+        ("{precision: fp32}", "unknown option of"),
+        ("{decode_batch: many}", "must be of type int"),
+        ("{decode_batch: true}", "must be of type int"),
+    ],
+)
+def test_options_of_a_model_are_known(options: str, message: str, attempt: Attempt) -> None:
+    from chunkgrpo.config.build import policy_options
+
+    config = load_config("demo", [f"model.options={options}"])
+    with attempt(PART, "options of a model"), pytest.raises(ValueError, match=message):
+        policy_options(config.model)
+    assert "decode_batch" not in policy_options(load_config("demo").model)
