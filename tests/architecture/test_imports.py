@@ -22,16 +22,17 @@ PACKAGE = ROOT / "src" / "chunkgrpo"
 LAYERS: dict[str, set[str]] = {
     "core": set(),
     "plain_text": set(),
+    "imported_code": set(),
     "types": {"core.dynamics", "core.precision"},
     "runtime": {"core.names", "core.precision"},
     "report": {"runtime.files"},
     "shapes": {"runtime.attention"},
     "recipes": set(),
     "policies": {"core", "types", "runtime"},
-    "rewards": {"core", "types", "runtime.sources"},
+    "rewards": {"core", "types", "imported_code", "plain_text", "runtime.sources"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
-    "algorithms": {"core", "types", "runtime", "policies.protocol"},
+    "algorithms": {"core", "types", "runtime", "policies.protocol", "imported_code"},
     "prompts": {"types", "runtime.seeds", "runtime.sources", "shapes.grammar"},
     "rollout": {"core", "types", "runtime.seeds", "policies.protocol"},
     "credit": {"core", "types", "rewards.scoring"},
@@ -49,7 +50,7 @@ LAYERS: dict[str, set[str]] = {
     "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
     | {"report", "prompts", "evaluate", "train.loop", "config"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
-    | {"methods", "estimate", "runs", "plain_text", "runtime.interrupts"},
+    | {"methods", "estimate", "runs", "plain_text", "imported_code", "runtime.interrupts"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -546,7 +546,9 @@ def test_a_reward_that_compares_images_can_not_judge(
         "def rank(images, prompts, group_size): ...\nrank.groupwise = True\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    text = call("train", "--reward", "comparing:rank", "--out", str(tmp_path / "run"), code=2)
+    arguments = ("train", "--reward", "comparing:rank", "--out", str(tmp_path / "run"))
+    assert "start with --allow-code" in call(*arguments, code=2)
+    text = call(*arguments, "--allow-code", code=2)
     assert "reward 'rank' compares the images of a group" in text
     assert "evaluation.reward.name" in text
 

@@ -23,6 +23,7 @@ def files(tmp_path, monkeypatch):
         assert name, "every block of the page begins with its file's name"
         (tmp_path / name[1]).write_text(block)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # code elsewhere needs permission
     yield tmp_path
     for module in ("cispo", "check_cispo", "bright"):
         sys.modules.pop(module, None)
@@ -55,7 +56,7 @@ def test_the_check_passes(files):
         ("clib", "did you mean 'clip'"),
         ("{kind: imported, path: 'no_such_module:Region'}", "cannot be built: No module named"),
         ("{kind: imported, path: 'chunkgrpo.core.trust:Nothing'}", "cannot be built: .*'Nothing'"),
-        ("{kind: imported, path: no_such_module}", "cannot be built: the path must look like"),
+        ("{kind: imported, path: no_such_module}", "cannot be built: .* must look like"),
     ],
 )
 def test_wrong_trust_regions_are_named(trust, message):

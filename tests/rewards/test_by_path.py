@@ -40,6 +40,7 @@ IMAGES = torch.tensor([0.1, 0.3, 0.6, 0.9]).view(4, 1, 1, 1).expand(4, 3, 2, 2)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_rewards.py").write_text(CODE)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)  # code elsewhere needs permission
     monkeypatch.delitem(sys.modules, "own_rewards", raising=False)
 
 
@@ -72,7 +73,7 @@ def test_functions_classes_and_objects_score(
         ("own_rewards:Dumb", {}, "is a Dumb, which cannot be called"),
         ("own_rewards:absent", {}, "cannot be imported: .*no attribute 'absent'"),
         ("no_such_module:x", {}, "cannot be imported: No module named"),
-        (":x", {}, "cannot be imported: Empty module name"),
+        (":x", {}, "cannot be imported: ':x' must look like package.module:attribute"),
         ("own_rewards", {}, "unknown reward 'own_rewards'; known: .*package.module:function"),
     ],
 )

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from chunkgrpo.rewards import make_reward
-from chunkgrpo.rewards.ocr import edit_distance, quoted_text, text_score
+from chunkgrpo.rewards.ocr import edit_distance, quoted_text, quoted_texts, text_score
 from chunkgrpo.rewards.protocol import Reward
 
 
@@ -86,11 +86,61 @@ def test_edit_distance() -> None:
         assert edit_distance(a, b) == edit_distance(b, a) == distance
 
 
+QUOTATIONS = [
+    ('a 5" phone that says "Hi"', ["Hi"]),
+    ('a sign "Open"', ["Open"]),
+    ("a “Hello” sign", ["Hello"]),
+    ("„Hallo“ steht da", ["Hallo"]),
+    ("„Hej” x", ["Hej"]),
+    ("«Bonjour» a", ["Bonjour"]),
+    ("»Hallo« a", ["Hallo"]),
+    ("don't stop", []),
+    ("it’s a ‘Test’ board", ["Test"]),
+    ("a board with ‘don’t’ on it", ["don’t"]),
+    ('""', []),
+    ('"" and "A"', ["A"]),
+    ('"A" and "B"', ["A", "B"]),
+    ("看板「営業中」です", ["営業中"]),
+    ("写着『你好』", ["你好"]),
+    ('写着"你好"的牌子', ["你好"]),
+    ("写着“你好”的牌子", ["你好"]),
+    ("《红楼梦》", ["红楼梦"]),
+    ('a 12" ruler', []),
+    ('a 5" x 7" photo', []),
+    ('a 5" x 7" photo saying "Hi"', ["Hi"]),
+    ('label "15" on it', ["15"]),
+    ('"Room 5" sign', ["Room 5"]),
+    ('a 10" screen that reads "3 for 2"', ["3 for 2"]),
+    ('says "He said “no” twice"', ["He said “no” twice"]),
+    ("”Hej” på", ["Hej"]),
+    ('unclosed "text', []),
+    ("the 'single' quotes", []),
+    ('"!"', ["!"]),
+    ("“   ”", []),
+    ('"A"."B"', ["A", "B"]),
+    ("‹Ja›", ["Ja"]),
+    ('a 6\' 2" man with "Bob"', ["Bob"]),
+    ('sign reading "Sale 50% off" and a 27" monitor', ["Sale 50% off"]),
+    ('sign reading "Route 66" and a 27" monitor', ["Route 66"]),
+    ('a "24/7" shop and "Open 24" sign', ["24/7", "Open 24"]),
+    ("rock ’n’ roll", []),
+    ("the ’90s poster says “Grunge”", ["Grunge"]),
+    ('"a" "b" "c"', ["a", "b", "c"]),
+    ("(“Hi”)", ["Hi"]),
+]
+
+
+@pytest.mark.parametrize(("prompt", "texts"), QUOTATIONS)
+def test_every_quoted_text_is_found_and_no_inch_or_apostrophe(
+    prompt: str, texts: list[str]
+) -> None:
+    assert quoted_texts(prompt) == texts
+
+
 def test_quoted_text() -> None:
-    assert quoted_text('a sign "Open" and "Closed"') == "Open"
-    assert quoted_text("ein Schild „Offen“ dort") == "Offen"
-    assert quoted_text("a sign “Open”") == "Open"
-    for prompt in ("a sign", 'a sign ""', 'a sign " "', "it's a 'sign'"):
+    assert quoted_text('a sign "Open" and "Closed"') == "Open Closed"
+    assert quoted_text('a 5" phone that says "Hi"') == "Hi"
+    for prompt in ("a sign", 'a sign ""', 'a sign " "', "it's a 'sign'", "a sign “”"):
         with pytest.raises(ValueError, match="quotes no text"):
             quoted_text(prompt)
 
@@ -113,4 +163,4 @@ def test_every_prompt_of_the_published_set_has_a_target() -> None:
     prompts = [line for line in lines if line.strip()]
     assert len(prompts) > 1000
     for prompt in prompts:
-        assert quoted_text(prompt) == prompt.split('"')[1]
+        assert quoted_text(prompt) == " ".join(prompt.split('"')[1::2])

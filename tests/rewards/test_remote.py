@@ -26,8 +26,9 @@ from PIL import Image, PngImagePlugin
 
 from chunkgrpo.rewards import FunctionReward, RewardError, Scorer, make_reward
 from chunkgrpo.rewards.remote import RemoteReward, png_base64
+from chunkgrpo.rewards.requests import Limits, Refused, parse_request
 from chunkgrpo.rewards.scoring import eight_bit, quantised
-from chunkgrpo.rewards.server import Limits, Refused, create_app, parse_request, serve
+from chunkgrpo.rewards.server import create_app, serve
 from chunkgrpo.types import Prompt
 
 TOKEN = "a long secret"
@@ -160,7 +161,15 @@ def start_reward(
     (folder / "served.py").write_text(SERVED)
     source = str(Path(__file__).resolve().parents[2] / "src")
     paths = os.pathsep.join([str(folder), source, os.environ.get("PYTHONPATH", "")])
-    arguments = ["-m", "chunkgrpo.cli", "serve-reward", f"served:{name}", "--port", str(port)]
+    arguments = [
+        "-m",
+        "chunkgrpo.cli",
+        "serve-reward",
+        f"served:{name}",
+        "--port",
+        str(port),
+        "--allow-code",
+    ]
     limits = ["--max-batch", "4", "--max-megabytes", "1", "--max-pixels", "65536"]
     return started([*arguments, *limits], {"PYTHONPATH": paths, "CHUNKGRPO_REWARD_TOKEN": TOKEN})
 
@@ -472,7 +481,9 @@ def test_requests_are_checked_before_they_are_believed() -> None:
     Image.new("RGB", (8, 8), (255, 0, 51)).save(commented, "PNG", pnginfo=text)
     for body, status, says in [
         (b"", 400, "not JSON"),
-        (b"[" * 100_000, 400, "not JSON"),
+        (b"[" * 7_000, 400, "not JSON"),  # too deep
+        (b"[" * 100_000, 400, "more than 8000 brackets and commas"),
+        (b"[" + b"[]," * 100_000 + b"[]]", 400, "more than 8000 brackets and commas"),
         (b"[]", 400, "an object with prompts and images"),
         (b'{"prompts": "a", "images": "b"}', 400, "prompts must be a list of strings"),
         (b'{"prompts": ["a"], "images": [7]}', 400, "images must be a list of strings"),
@@ -492,7 +503,7 @@ def test_requests_are_checked_before_they_are_believed() -> None:
         (envelope(good[:-12]), 400, "image 0 is a broken PNG"),  # only the end mark is missing
     ]:  # fmt: skip
         with pytest.raises(Refused, match=says) as caught:
-            parse_request(body, limits)
+            _ = parse_request(body, limits).images
         assert caught.value.status == status
     asked = parse_request(envelope(commented.getvalue()), limits)
     assert asked.images.shape == (1, 3, 8, 8) and asked.prompts == ["a"]
@@ -649,7 +660,15 @@ wanted.share = True
 """
     (tmp_path / "wanting.py").write_text(code)
     source = str(Path(__file__).resolve().parents[2] / "src")
-    arguments = ["-m", "chunkgrpo.cli", "serve-reward", "wanting:wanted", "--port", "0"]
+    arguments = [
+        "-m",
+        "chunkgrpo.cli",
+        "serve-reward",
+        "wanting:wanted",
+        "--port",
+        "0",
+        "--allow-code",
+    ]
     paths = os.pathsep.join([str(tmp_path), source, os.environ.get("PYTHONPATH", "")])
     child, address = started([*arguments, "--max-batch", "2"], {"PYTHONPATH": paths})
     try:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from chunkgrpo.core.trust import TrustRegion
+from chunkgrpo.imported_code import import_named
 
 TRUST_REGION = ("needs_divergence", "value", "slope", "is_cut")
 """What a trust region must have, see :class:`~chunkgrpo.core.trust.TrustRegion`."""
@@ -32,11 +32,8 @@ class ImportedTrust:
 
     def __post_init__(self) -> None:
         """Import it, so that a wrong path is reported before a model is loaded."""
-        module, separator, attribute = self.path.partition(":")
         try:
-            if not separator:
-                raise ImportError("the path must look like package.module:factory")
-            made = getattr(importlib.import_module(module), attribute)(**self.options)
+            made = import_named(self.path)(**self.options)
         except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ValueError(f"trust region {self.path!r} cannot be built: {error}") from error
         missing = [each for each in TRUST_REGION if not hasattr(made, each)]

@@ -55,6 +55,25 @@ ChunksOption = Annotated[
 ]
 
 
+def _allow_code(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from chunkgrpo.imported_code import code_allowed
+
+        context.with_resource(code_allowed())
+    return wanted
+
+
+AllowCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-code",
+        callback=_allow_code,
+        is_eager=True,
+        help="Let settings name code outside the working directory and the installed packages.",
+    ),
+]
+
+
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Turn the errors of wrong input into one line and exit code 2."""

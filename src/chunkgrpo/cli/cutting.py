@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def chunks(
         ),
     ] = "optimal",
     out: Annotated[Path | None, typer.Option(help="Folder; runs/chunks by default.")] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Measure how fast a model's trajectories move, and propose plans.
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import RunArgument, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors
 from chunkgrpo.cli.display import Display
 from chunkgrpo.plain_text import one_line
 
@@ -35,6 +35,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     out: Annotated[Path | None, typer.Option(help="PNG; in the run folder by default.")] = None,
     checkpoint: CheckpointOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Sample a prompt with the base and the tuned model, side by side."""
     with clear_errors():
@@ -85,6 +86,7 @@ def evaluate(
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the base model instead.")] = False,
     checkpoint: CheckpointOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Score the tuned model of a run on its held-out prompts again, or from other noise."""
     with clear_errors():
@@ -129,6 +131,7 @@ def export(
         str, typer.Option(help="Type of the written weights: float32 or bfloat16.")
     ] = "float32",
     checkpoint: CheckpointOption = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Write the tuned model of a run as one whole pipeline; a LoRA is fused into its base.
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, app, clear_errors
 
 
 @app.command("serve-reward")
@@ -35,6 +35,10 @@ def serve_reward(
         int, typer.Option(min=1, help="Largest number of pixels per request, all images together.")
     ] = 1 << 24,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds a request may take.")] = 120.0,
+    idle: Annotated[
+        float, typer.Option(min=0.1, help="Seconds a connection may be silent in a request.")
+    ] = 10.0,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Serve a reward over HTTP; train with it by naming http://HOST:PORT as a reward.
 
@@ -43,7 +47,8 @@ def serve_reward(
     with clear_errors():
         from chunkgrpo.config.yaml_files import YamlError, read_yaml_text
         from chunkgrpo.rewards import make_reward
-        from chunkgrpo.rewards.server import Limits, serve
+        from chunkgrpo.rewards.requests import Limits
+        from chunkgrpo.rewards.server import serve
 
         options = {}
         for assignment in option or []:
@@ -54,7 +59,7 @@ def serve_reward(
                 options[key] = read_yaml_text(text)
             except YamlError as error:
                 raise ValueError(f"--option {key}: the value is no YAML: {error}") from None
-        limits = Limits(max_batch, max_megabytes << 20, max_pixels, timeout)
+        limits = Limits(max_batch, max_megabytes << 20, max_pixels, timeout, idle=idle)
         reward = make_reward(name, options)
 
         def announce(address: str) -> None:

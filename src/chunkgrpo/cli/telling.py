@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
 
 
 @app.command("plan", hidden=True)
@@ -27,6 +27,7 @@ def estimate(
     gpus: Annotated[
         list[int] | None, typer.Option(help="Numbers of GPUs to compare. [default: 1, 8, 64]")
     ] = None,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Estimate what a run will do and cost, before anything is loaded.
 
@@ -52,6 +53,7 @@ def config(
     schema: Annotated[
         bool, typer.Option("--schema", help="Print the JSON Schema of recipes, for editors.")
     ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Print every setting of a recipe: its value, meaning, default, and where it was set."""
     with clear_errors():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -56,6 +56,7 @@ def train(
             "--async-rewards", help="Score images while later ones are sampled; same results."
         ),
     ] = False,
+    allow_code: AllowCodeOption = False,
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
@@ -168,11 +169,12 @@ def run(config: Config, folder: Path) -> None:
             summary = train_run(
                 config, folder, display.iteration, display.phase, start, display.say
             )
+            if summary is not None:
+                show_summary(display, summary, folder)
+                return
         except KeyboardInterrupt:
             stopped(display, folder, "Stopped at once")
-        if summary is None:
-            stopped(display, folder, "Stopped and saved")
-        show_summary(display, summary, folder)
+        stopped(display, folder, "Stopped and saved")
 
 
 def stopped(display: Display, folder: Path, how: str) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from chunkgrpo.imported_code import import_named
 from chunkgrpo.rewards.protocol import GroupwiseReward, Reward, RewardError
 from chunkgrpo.rewards.scoring import Scorer, as_scores, score
 
@@ -128,9 +129,8 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
     Raises:
         ValueError: If there is no such object, it cannot score, or it does not take the options.
     """
-    module, attribute = path.split(":", 1)
     try:
-        found = getattr(import_module(module), attribute)
+        found = import_named(path)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"reward {path!r} cannot be imported: {error}") from error
     if isinstance(found, type):
@@ -148,4 +148,4 @@ def imported_reward(path: str, options: Mapping[str, Any]) -> Reward:
     # Named by its path, not by __name__, which a decorator may have changed.
     if isinstance(found, Reward) and isinstance(found.name, str):
         return found
-    return FunctionReward(attribute, found)
+    return FunctionReward(path.partition(":")[2], found)

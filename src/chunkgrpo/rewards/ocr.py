@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -12,22 +11,89 @@ import torch
 
 from chunkgrpo.rewards.images import byte_images, check_batch
 
-QUOTED = re.compile(r"[\"“”„«](.+?)[\"“”»]")
+QUOTES = {
+    "\"": "\"", "“": "”", "„": "“”", "‟": "”", "«": "»", "»": "«", "‘": "’", "‚": "‘’", "‹": "›",
+    "「": "」", "『": "』", "《": "》", "〈": "〉", "﹁": "﹂", "﹃": "﹄", "＂": "＂", 
+    "〝": "〞〟",
+}  # fmt: skip
+"""An opening quotation mark, and those that close it."""
+_ALL = {**QUOTES, "”": "”"}  # Swedish: the same mark opens and closes
+_LETTER_LIKE = "'’‘\""
+"""Marks that are an apostrophe, a foot or an inch behind a letter or a digit."""
+
+
+def quoted_texts(prompt: str) -> list[str]:
+    """Return all texts of a prompt in quotation marks, in their order.
+
+    Double quotes, straight or typographic, guillemets, single typographic quotes and CJK brackets
+    count. A mark behind a digit or letter (``5"``, ``don't``) is an inch or an apostrophe and opens
+    nothing; a straight single quote never does. Marks inside a quotation belong to it.
+
+    Returns:
+        The texts with something to read in them; maybe none.
+    """
+    found, start = [], 0
+    while start < len(prompt):
+        end = _closing(prompt, start) if _opens(prompt, start) else None
+        if end is None:
+            start += 1
+            continue
+        text = prompt[start + 1 : end]
+        if plain(text):
+            found.append(text)
+        start = end + 1
+    return found
+
+
+def _opens(prompt: str, at: int) -> bool:
+    """Whether the character opens a quotation."""
+    mark = prompt[at]
+    if mark not in _ALL:
+        return False
+    behind_a_word = at > 0 and prompt[at - 1].isalnum() and not _is_cjk(prompt[at - 1])
+    return not (behind_a_word and (mark in _LETTER_LIKE or mark == "”"))
+
+
+def _closing(prompt: str, start: int) -> int | None:
+    """Return where the quotation that begins at ``start`` ends; None where it does not."""
+    mark = prompt[start]
+    closing = _ALL[mark]
+    depth = 0
+    for at in range(start + 1, len(prompt)):
+        letter = prompt[at]
+        if letter in closing:
+            following = prompt[at + 1 : at + 2]
+            apostrophe = letter == "’" and following.isalnum() and prompt[at - 1].isalnum()
+            if apostrophe:
+                continue
+            if depth == 0:
+                return at
+            depth -= 1
+        elif letter == mark:
+            depth += 1
+    return None
+
+
+def _is_cjk(letter: str) -> bool:
+    """Whether a letter is of a script without spaces between words."""
+    return unicodedata.name(letter, "").startswith(("CJK", "HIRAGANA", "KATAKANA", "HANGUL"))
 
 
 def quoted_text(prompt: str) -> str:
-    """Return the first text of a prompt in double quotes, straight or typographic.
+    """Return what the image shall show: all quoted texts of a prompt, joined by spaces.
+
+    Flow-GRPO's prompts quote one text each; of several, all are asked for, in their order.
 
     Raises:
         ValueError: If the prompt quotes nothing.
     """
-    found = QUOTED.search(prompt)
-    if found is None or not plain(found.group(1)):
+    found = quoted_texts(prompt)
+    if not found:
         raise ValueError(
             f"reward 'ocr': the prompt {prompt!r} quotes no text; "
             'put what the image shall show in double quotes, as in: a sign that says "Open"'
         )
-    return found.group(1)
+    return " ".join(found)
 
 
 def plain(text: str) -> str:

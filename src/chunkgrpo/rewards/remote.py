@@ -10,17 +10,19 @@ from __future__ import annotations
 import base64
 import io
 import json
+import logging
 import math
 import os
 import random
 import time
 from collections.abc import Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
+from chunkgrpo.plain_text import one_line
+from chunkgrpo.rewards.http import Http, TooLong
 from chunkgrpo.rewards.protocol import RewardError
 from chunkgrpo.rewards.scoring import eight_bit
 
@@ -32,7 +34,9 @@ SERVER_SECONDS = 120.0
 CONNECT_SECONDS = 10.0  # connecting to a dead host must not take as long as a slow request may
 MARGIN = 10.0  # seconds by which the client waits longer than the server
 DEADLINE = 300.0
-LARGEST_ANSWER = 1 << 24
+LARGEST_ANSWER = 1 << 20  # bytes
+
+log = logging.getLogger("chunkgrpo")
 
 
 def png_base64(image: Tensor) -> str:
@@ -78,12 +82,6 @@ class RemoteReward:
         deadline: float | None = None,
         token_variable: str = TOKEN_VARIABLE,
     ) -> None:
-        try:
-            import httpx
-        except ImportError:
-            raise ValueError(
-                "remote rewards need more packages: pip install 'chunkgrpo[server]'"
-            ) from None
         self.url = url.rstrip("/")
         self.name = name or self.url
         for what, value in (("timeout", timeout), ("deadline", deadline), ("batch", batch)):
@@ -92,9 +90,12 @@ class RemoteReward:
         self.timeout = SERVER_SECONDS + MARGIN if timeout is None else timeout
         token = os.environ.get(token_variable)
         headers = {"authorization": f"Bearer {token}"} if token else {}
-        # Proxies of the environment are not used between two processes of one machine.
-        local = urlsplit(self.url).hostname in ("127.0.0.1", "::1", "localhost")
-        self._client = httpx.Client(headers=headers, trust_env=not local)
+        try:
+            self._http = Http(self.url, headers)
+        except ImportError:
+            raise ValueError(
+                "remote rewards need more packages: pip install 'chunkgrpo[server]'"
+            ) from None
         # Pauses come from their own random stream, so that no other random numbers change.
         self._random = random.Random()
         info = self._ask("GET", "/info", None, time.monotonic() + min(deadline or 30.0, 30.0))
@@ -206,13 +207,16 @@ class RemoteReward:
                 problem = f"{type(error).__name__}: {error}"
             except httpx.HTTPError as error:
                 raise RewardError(self.name, f"answered what cannot be read: {error}") from None
+            except TooLong as error:
+                raise RewardError(self.name, f"answered {error}, which are no scores") from None
             left = deadline - time.monotonic()
             if pause >= left:
                 raise RewardError(
                     self.name,
                     f"{self._at}gave no answer in {tries} tries before its deadline "
-                    f"({' '.join(problem.split())}); is it running? chunkgrpo serve-reward",
+                    f"({one_line(problem)}); is it running? chunkgrpo serve-reward",
                 )
+            log.warning("reward %s: try %d failed (%s), again", self.url, tries, one_line(problem))
             # Spread out, so that many clients do not come back at the same moment.
             time.sleep(pause * self._random.uniform(0.5, 1.0))
             pause = min(2 * pause, LONGEST_PAUSE)
@@ -220,28 +224,16 @@ class RemoteReward:
     def _send(
         self, method: str, path: str, body: bytes | None, deadline: float
     ) -> tuple[int, bytes]:
-        """Send one request; return status and content. Raises httpx errors."""
-        import httpx
-
-        left = max(deadline - time.monotonic(), 0.05)
-        timeout = httpx.Timeout(
-            min(self.timeout, left), connect=min(CONNECT_SECONDS, self.timeout, left)
+        """Send one request; return status and content. Raises httpx errors and TooLong."""
+        return self._http.send(
+            method,
+            self.url + path,
+            body,
+            deadline=deadline,
+            timeout=self.timeout,
+            connect=CONNECT_SECONDS,
+            largest=LARGEST_ANSWER,
         )
-        headers = {"content-type": "application/json"} if body is not None else None
-        with self._client.stream(
-            method, self.url + path, content=body, headers=headers, timeout=timeout
-        ) as response:
-            content = bytearray()
-            for part in response.iter_bytes():
-                content += part
-                if len(content) > LARGEST_ANSWER:
-                    raise RewardError(
-                        self.name, f"answered more than {LARGEST_ANSWER} bytes, which are no scores"
-                    )
-                # Bytes may keep arriving in time without an end.
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the deadline is over")
-            return response.status_code, bytes(content)
 
     def _judge(self, status: int, content: bytes) -> Any:
         if status in (401, 403):
@@ -273,4 +265,4 @@ def reason_of(content: bytes) -> str:
         text = found["error"] if isinstance(found, dict) and "error" in found else found
     except (ValueError, RecursionError):
         text = content[:200].decode("utf-8", "replace")
-    return " ".join(str(text).split())[:300]
+    return one_line(str(text), 300)

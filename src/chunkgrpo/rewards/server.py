@@ -12,175 +12,24 @@ also while the reward is busy; ``GET /info`` returns name and limits. Errors are
 # Annotations are evaluated here: FastAPI reads them, and it is imported inside functions.
 
 import asyncio
-import base64
-import binascii
 import hmac
-import io
-import json
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from chunkgrpo.plain_text import one_line
 from chunkgrpo.rewards.protocol import Reward, RewardError
+from chunkgrpo.rewards.requests import Limits, Refused, parse_request
 from chunkgrpo.rewards.scoring import is_groupwise, is_share, scores_of
-from chunkgrpo.types import Prompt
 
 PROTOCOL = 1
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-PNG_HEADER = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
-MEGABYTE = 1 << 20
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of one request.
-
-    Attributes:
-        batch: Number of images.
-        body: Bytes of the request.
-        pixels: Pixels of all its images together, counted before any is decompressed.
-        seconds: From its first byte to the response.
-        waiting: Requests that may wait for the reward, which handles one at a time; more get 503.
-    """
-
-    batch: int = 64
-    body: int = 80 * MEGABYTE
-    pixels: int = 16 * MEGABYTE
-    seconds: float = 120.0
-    waiting: int = 16
-
-    def __post_init__(self) -> None:
-        for name in ("batch", "body", "pixels", "seconds", "waiting"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"the limit {name} is {getattr(self, name)}; it must be above 0")
-
-
-class Refused(Exception):
-    """A request that is refused with an error.
-
-    Attributes:
-        status: HTTP status.
-        reason: One line.
-    """
-
-    def __init__(self, status: int, reason: str) -> None:
-        super().__init__(reason)
-        self.status, self.reason = status, reason
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request that has been read: images [B, 3, H, W] in [0, 1], B prompts, the group size, and
-    the metadata of each prompt."""
-
-    images: Tensor
-    prompts: list[str]
-    group_size: int | None
-    metadata: list[dict[str, Any]] | None = None
-
-    def records(self) -> list[Prompt]:
-        """Return the prompts with their metadata."""
-        known = self.metadata or [{}] * len(self.prompts)
-        return [Prompt(text, each) for text, each in zip(self.prompts, known, strict=True)]
-
-
-def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Request:
-    """Read and check the body of ``POST /score``.
-
-    Raises:
-        Refused: 400 for what is not a request, 413 for too much of it, 422 for one that cannot be
-            scored.
-    """
-    try:
-        found = json.loads(body)
-    except (ValueError, RecursionError):
-        raise Refused(400, "the body is not JSON") from None
-    if not isinstance(found, dict) or not {"prompts", "images"} <= found.keys():
-        raise Refused(400, "the body must be an object with prompts and images")
-    prompts, encoded, group_size = found["prompts"], found["images"], found.get("group_size")
-    for name, values in (("prompts", prompts), ("images", encoded)):
-        if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
-            raise Refused(400, f"{name} must be a list of strings")
-    if len(prompts) != len(encoded) or not prompts:
-        raise Refused(
-            422, f"{len(prompts)} prompts and {len(encoded)} images; send one image per prompt"
-        )
-    if len(prompts) > limits.batch:
-        raise Refused(413, f"{len(prompts)} images; at most {limits.batch} per request")
-    if groupwise or group_size is not None:
-        whole = type(group_size) is int and group_size > 0 and len(prompts) % group_size == 0
-        if not whole:
-            raise Refused(
-                422, f"group_size is {group_size!r:.20}; {len(prompts)} images need a divisor"
-            )
-    metadata = found.get("metadata")
-    if metadata is not None and not (
-        isinstance(metadata, list)
-        and len(metadata) == len(prompts)
-        and all(isinstance(each, dict) for each in metadata)
-    ):
-        raise Refused(422, "metadata must be a list of objects, one per prompt")
-    return Request(decode_images(encoded, limits.pixels), prompts, group_size, metadata)
-
-
-def decode_images(encoded: list[str], max_pixels: int) -> Tensor:
-    """Decode base64 PNGs of 8-bit RGB and one size to float32 [B, 3, H, W] in [0, 1].
-
-    Sizes are read from the headers and added up before anything is decompressed.
-
-    Raises:
-        Refused: See :func:`parse_request`.
-    """
-    from PIL import Image
-
-    files, sizes = [], set()
-    for index, text in enumerate(encoded):
-        try:
-            data = base64.b64decode(text, validate=True)
-        except (binascii.Error, ValueError):
-            raise Refused(400, f"image {index} is not base64") from None
-        if len(data) < 33 or not data.startswith(PNG_HEADER):
-            raise Refused(400, f"image {index} is not a PNG")
-        size = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-        depth, color = data[24], data[25]
-        if 0 in size:
-            raise Refused(400, f"image {index} has no pixels")
-        if (depth, color) != (8, 2):
-            raise Refused(422, f"image {index} is not 8-bit RGB")
-        sizes.add(size)
-        if size[0] * size[1] * len(encoded) > max_pixels:
-            raise Refused(
-                413,
-                f"image {index} has {size[0]} x {size[1]} pixels; a request may have {max_pixels} "
-                f"in all its {len(encoded)} images",
-            )
-        files.append(data)
-    if len(sizes) > 1:
-        raise Refused(422, f"images of {len(sizes)} sizes; send one size per request")
-    pixels = []
-    for index, data in enumerate(files):
-        try:
-            # Reading pixels alone would not notice that the end is missing.
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                image.verify()
-            with Image.open(io.BytesIO(data), formats=["PNG"]) as image:
-                if image.mode != "RGB" or image.size not in sizes:
-                    raise Refused(422, f"image {index} is not what its header says")
-                pixels.append(np.asarray(image))
-        except Refused:
-            raise
-        # Broken files raise many kinds of errors: OSError, SyntaxError, EOFError,
-        # struct.error, zlib.error, DecompressionBombError, ...
-        except Exception:
-            raise Refused(400, f"image {index} is a broken PNG") from None
-    stack = torch.from_numpy(np.stack(pixels))
-    return stack.permute(0, 3, 1, 2).contiguous().float() / 255
+HELD_BODIES = 3
+"""Largest bodies that may be kept in memory at once, besides the one that is scored."""
+SLOWEST_UPLOAD = 65536  # bytes a second, on average, after the first seconds
+MAX_CONNECTIONS = 512
 
 
 class Service:
@@ -198,7 +47,9 @@ class Service:
         self.secret = f"Bearer {token}".encode() if token else None
         self.worker = ThreadPoolExecutor(1, "reward")
         self.reader = ThreadPoolExecutor(2, "reader")
-        self.num_waiting = 0
+        self.num_waiting = self.held_bytes = 0
+        self.turn = asyncio.Lock()
+        self.busy_since: float | None = None
 
     def authorise(self, headers: Mapping[str, str]) -> None:
         """Check the token, where one is needed.
@@ -231,8 +82,9 @@ class Service:
         """Read a request's body and score it; a score that is not finite is None.
 
         Raises:
-            Refused: 400, 413 or 422 for what cannot be scored, 500 if the reward fails, 503 if too
-                many requests are waiting, 504 if there is no answer in time.
+            Refused: 400, 413 or 422 for what cannot be scored, also because the reward fails on it;
+                408 for one that is sent too slowly; 503 if too many requests are waiting or the
+                reward hangs; 504 if there is no answer in time.
         """
         try:
             return await asyncio.wait_for(self._answer(headers, stream), self.limits.seconds)
@@ -241,59 +93,146 @@ class Service:
         except TimeoutError:
             raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
         except RewardError as error:
-            raise Refused(500, str(error)) from None
+            raise Refused(422, one_line(str(error), 400)) from None
         except Exception as error:
-            # Whatever the reward stumbles over, the next request may be a better one.
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise Refused(500, f"reward {self.reward.name!r} failed: {reason:.300}") from None
+            # The same request would fail again, so the client must not repeat it.
+            reason = one_line(f"{type(error).__name__}: {error}", 300)
+            raise Refused(422, f"reward {self.reward.name!r} failed: {reason}") from None
 
     async def _answer(
         self, headers: Mapping[str, str], stream: AsyncIterator[bytes]
     ) -> list[float | None]:
-        if self.num_waiting >= self.limits.waiting:
-            raise Refused(503, f"{self.num_waiting} requests are waiting; try again later")
+        self.refuse_if_full()
+        body = await read_body(headers, stream, self.limits)
+        self.refuse_if_full(len(body))
         self.num_waiting += 1
+        self.held_bytes += len(body)
         try:
-            body = await read_body(headers, stream, self.limits.body)
             asked = await _within(
                 self.reader, lambda: parse_request(body, self.limits, self.groupwise)
             )
-            scores = await _within(
+            # Nothing is queued behind the reward: a request that is given up while it waits here
+            # is forgotten at once. Its images are decompressed when its turn has come.
+            await self.turn.acquire()
+            self.busy_since = time.monotonic()
+            work = _within(
                 self.worker,
                 lambda: scores_of(
                     self.reward, asked.images, asked.records(), asked.group_size
                 ).tolist(),
             )
+            work.add_done_callback(self._finished)
+            # A call cannot be stopped; its turn ends when it returns.
+            scores = await asyncio.shield(work)
         finally:
             self.num_waiting -= 1
+            self.held_bytes -= len(body)
         return [value if math.isfinite(value) else None for value in scores]
+
+    def refuse_if_full(self, size: int = 0) -> None:
+        """Refuse a request that would have to wait for too long, or to be kept among too many.
+
+        Raises:
+            Refused: 503.
+        """
+        busy = 0.0 if self.busy_since is None else time.monotonic() - self.busy_since
+        if busy > self.limits.seconds:
+            raise Refused(503, f"the reward has not returned for {busy:.0f} seconds")
+        if self.num_waiting >= self.limits.waiting:
+            raise Refused(503, f"{self.num_waiting} requests are waiting; try again later")
+        if self.num_waiting and self.held_bytes + size > HELD_BODIES * self.limits.body:
+            raise Refused(503, f"{self.held_bytes} bytes are waiting; try again later")
+
+    def _finished(self, work: asyncio.Future[Any]) -> None:
+        self.busy_since = None
+        self.turn.release()
+        if not work.cancelled():
+            work.exception()  # looked at, so that nothing is logged of a request given up
 
 
 async def read_body(
-    headers: Mapping[str, str], stream: AsyncIterator[bytes], max_bytes: int
+    headers: Mapping[str, str], stream: AsyncIterator[bytes], limits: Limits
 ) -> bytes:
-    """Read a body, and stop where it becomes too long.
+    """Read a body, and stop where it becomes too long or comes too slowly.
 
     Raises:
-        Refused: 400 for a content length that is not a number, 413 for more than ``max_bytes``.
+        Refused: 400 for a content length that is not a number, 408 for a body that stops or
+            trickles, 413 for more than ``limits.body`` bytes.
     """
+    max_bytes, started = limits.body, time.monotonic()
     try:
         announced = int(headers.get("content-length", "0"))
     except ValueError:
         raise Refused(400, "the content length is not a number") from None
     body = bytearray()
     if announced <= max_bytes:
-        async for part in stream:
-            body += part
-            if len(body) > max_bytes:
+        parts = aiter(stream)
+        while len(body) <= max_bytes:
+            try:
+                body += await asyncio.wait_for(anext(parts), limits.idle)
+            except StopAsyncIteration:
                 break
+            except TimeoutError:
+                raise Refused(408, f"nothing came for {limits.idle:g} seconds") from None
+            late = time.monotonic() - started - limits.idle
+            if late > 0 and len(body) < SLOWEST_UPLOAD * late:
+                raise Refused(408, f"less than {SLOWEST_UPLOAD} bytes a second came")
     if max(announced, len(body)) > max_bytes:
         raise Refused(413, f"the request is larger than {max_bytes} bytes")
     return bytes(body)
 
 
-async def _within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> Any:
-    return await asyncio.get_running_loop().run_in_executor(pool, call)
+def _within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().run_in_executor(pool, call)
+
+
+def guarded_protocol(idle: float) -> Any:
+    """Return uvicorn's HTTP protocol, closing connections whose request line and headers are late.
+
+    uvicorn itself waits for them without end, and each such connection counts.
+
+    Args:
+        idle: Seconds from the beginning of a request to the end of its headers.
+    """
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Guarded(H11Protocol):
+        """A connection with a time limit for headers."""
+
+        late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            """Start the clock."""
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            """Stop the clock where the headers are complete; start it for the next request."""
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            """Stop the clock."""
+            super().connection_lost(exc)
+            self._stop()
+
+        def _watch(self) -> None:
+            if self.conn.their_state is not h11.IDLE:
+                self._stop()
+            elif self.late is None:
+                self.late = self.loop.call_later(idle, self._close)
+
+        def _stop(self) -> None:
+            if self.late is not None:
+                self.late.cancel()
+                self.late = None
+
+        def _close(self) -> None:
+            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+                self.transport.close()
+
+    return Guarded
 
 
 def create_app(reward: Reward, token: str | None = None, limits: Limits | None = None) -> Any:
@@ -318,7 +257,9 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     @app.exception_handler(Refused)
     async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
         # The unread rest of a request must not be parsed as the next one.
-        headers = {"connection": "close"} if error.status in (401, 413, 503) else None
+        headers = {"connection": "close"} if error.status in (401, 408, 413, 503) else {}
+        if error.status == 503:
+            headers["retry-after"] = "5"
         return JSONResponse({"error": error.reason}, error.status, headers)
 
     @app.get("/health")
@@ -382,5 +323,13 @@ def serve(
     with listener:
         shown = f"[{host}]" if ":" in host else host
         announce(f"http://{shown}:{listener.getsockname()[1]}")
-        config = uvicorn.Config(app, log_level="error", limit_concurrency=64, server_header=False)
+        config = uvicorn.Config(
+            app,
+            log_level="error",
+            http=guarded_protocol((limits or Limits()).idle),
+            limit_concurrency=MAX_CONNECTIONS,
+            timeout_keep_alive=10,
+            server_header=False,
+            ws="none",
+        )
         uvicorn.Server(config).run(sockets=[listener])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import os
 import re
@@ -17,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from chunkgrpo.plain_text import one_line
+from chunkgrpo.rewards.http import Http, TooLong
 from chunkgrpo.rewards.images import byte_images, check_batch
 from chunkgrpo.rewards.protocol import RewardError
 
@@ -26,6 +29,7 @@ FIRST_WORD = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
 NUMBER = re.compile(r"(?<![\d.,])([1-5])(?![\d]|[.,]\d)")
 WORTH_A_RETRY = {408, 409, 429, 500, 502, 503, 504}
 LONGEST_PAUSE = 30.0  # seconds
+LARGEST_ANSWER = 1 << 20  # bytes
 
 log = logging.getLogger("chunkgrpo")
 
@@ -92,12 +96,6 @@ class VlmJudgeReward:
         max_tokens: int = 16,
         name: str = "vlm_judge",
     ) -> None:
-        try:
-            import httpx
-        except ImportError as error:
-            raise ImportError(
-                f"reward {name!r} needs httpx; install it with: pip install 'chunkgrpo[server]'"
-            ) from error
         if scale not in SCALES:
             raise ValueError(f"unknown scale {scale!r}; known: {', '.join(SCALES)}")
         if not base_url.startswith(("http://", "https://")):
@@ -121,12 +119,15 @@ class VlmJudgeReward:
         self.share = scale == "yes_no"
         self.retries, self.concurrency, self.max_tokens = retries, concurrency, max_tokens
         key = os.environ.get(api_key_env, "") if api_key_env else ""
-        self.client = httpx.Client(
-            base_url=base_url.rstrip("/") + "/",
-            timeout=timeout,
-            headers={"Authorization": f"Bearer {key}"} if key else {},
-            limits=httpx.Limits(max_connections=concurrency),
-        )
+        self.url, self.timeout = base_url.rstrip("/") + "/", timeout
+        try:
+            self._http = Http(
+                self.url, {"Authorization": f"Bearer {key}"} if key else {}, concurrency
+            )
+        except ImportError as error:
+            raise ImportError(
+                f"reward {name!r} needs httpx; install it with: pip install 'chunkgrpo[server]'"
+            ) from error
 
     def request(self, image: np.ndarray, prompt: str) -> dict[str, Any]:
         """Return the body that asks about one image [H, W, 3] of ``uint8``."""
@@ -157,41 +158,56 @@ class VlmJudgeReward:
         """
         import httpx
 
-        body = self.request(image, prompt)
+        body = json.dumps(self.request(image, prompt)).encode()
         problem = ""
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(0.5 * 2 ** (attempt - 1), LONGEST_PAUSE))
+                log.warning("reward %s: try %d failed (%s), again", self.name, attempt, problem)
             try:
-                reply = self.client.post("chat/completions", json=body)
-            except httpx.TransportError as error:
-                problem = f"{type(error).__name__}: {error}"
-                continue
-            if reply.status_code == 200:
-                return self.answer_in(reply, prompt)
-            problem = f"status {reply.status_code}: {reply.text[:200]}"
-            if reply.status_code not in WORTH_A_RETRY:
+                status, content = self.send(body)
+            except (httpx.HTTPError, TooLong) as error:
+                problem = one_line(f"{type(error).__name__}: {error}")
+                if isinstance(error, httpx.TransportError):
+                    continue
+                break
+            if status == 200:
+                return self.answer_in(content, prompt)
+            problem = f"status {status}: {one_line(content[:200].decode('utf-8', 'replace'))}"
+            if status not in WORTH_A_RETRY:
                 break
         raise RewardError(
             self.name,
-            f"has no answer from {self.client.base_url} for the prompt {prompt!r}: {problem}",
+            f"has no answer from {self.url} for the prompt {prompt!r}: {problem}",
         )
 
-    def answer_in(self, reply: Any, prompt: str) -> str:
+    def send(self, body: bytes) -> tuple[int, bytes]:
+        """Ask once, within the timeout; return status and content. Raises httpx errors, TooLong."""
+        return self._http.send(
+            "POST",
+            self.url + "chat/completions",
+            body,
+            deadline=time.monotonic() + self.timeout,
+            timeout=self.timeout,
+            connect=self.timeout,
+            largest=LARGEST_ANSWER,
+        )
+
+    def answer_in(self, content: bytes, prompt: str) -> str:
         """Return the text of a chat completion.
 
         Raises:
             RewardError: If the reply is not one.
         """
         try:
-            text = reply.json()["choices"][0]["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+            text = json.loads(content)["choices"][0]["message"]["content"]
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
             text = error
         if not isinstance(text, str):
             raise RewardError(
                 self.name,
-                f"was answered the prompt {prompt!r} by {self.client.base_url} with something else "
-                f"than a chat completion: {reply.text[:200]!r}",
+                f"was answered the prompt {prompt!r} by {self.url} with something else "
+                f"than a chat completion: {content[:200].decode('utf-8', 'replace')!r}",
             )
         return text
 

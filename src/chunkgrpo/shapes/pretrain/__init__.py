@@ -69,7 +69,7 @@ def pretrain(out: Path, settings: PretrainSettings | None = None) -> Path:
     train_vae(pipe.vae, images, work, settings.vae_steps, settings.seed)
     encoded = work / "latents.pt"
     if encoded.exists():
-        latents = torch.load(encoded)
+        latents = torch.load(encoded, weights_only=True)
     else:
         print("encoding every scene once", flush=True)
         latents = encode_all(pipe.vae, images)

@@ -221,7 +221,7 @@ def fit(model: Any, tokenizer: Any, work: Path, s: ClipSettings) -> None:
     average = Average(model, min(0.998, 1 - 8 / s.steps))
     checkpoint, start = work / "clip.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         average.values, start = state["average"], state["step"]

@@ -269,7 +269,7 @@ def fit(
     average = Average(masters, min(0.999, 1 - 8 / steps))
     checkpoint, start = folder / f"{stage}.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         masters.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         average.values = state["average"]

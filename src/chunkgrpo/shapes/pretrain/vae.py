@@ -91,7 +91,7 @@ def train_vae(
         vae.encoder.conv_out.bias[half:] = -4
     checkpoint, start = folder / "vae.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         vae.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         start = state["step"]
@@ -152,7 +152,7 @@ def train_decoder(
     optimizers = OptimizerPair(decoder.named_parameters(), 0.02, 2e-3, rounds, 24, ("conv_in",))
     checkpoint, start = folder / "decoder.pt", 0
     if checkpoint.exists():
-        state = torch.load(checkpoint)
+        state = torch.load(checkpoint, weights_only=True)
         decoder.load_state_dict(state["model"])
         optimizers.load_state_dict(state["optimizers"])
         start = state["step"]
