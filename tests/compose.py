@@ -12,6 +12,7 @@ from chunkgrpo.credit import Credit
 from chunkgrpo.rewards.scoring import Scorer
 from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.ema import Averaging
+from chunkgrpo.runtime.finite import StopNonFinite
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.loop import Budget, Trainer
@@ -78,6 +79,7 @@ def trainer(
     on_error="stop",
     quantise=False,
     on_iteration=None,
+    on_nonfinite=None,
     **options,
 ):
     """A trainer whose parts are given whole (``credit=...``) or by their fields, mixed.
@@ -106,7 +108,7 @@ def trainer(
     )
     made = Trainer(
         policy, sampler, algorithm, parts["credit"], scorer, prompts, evaluator, folder,
-        parts["budget"], parts["optimization"], parts["averaging"],
+        parts["budget"], parts["optimization"], parts["averaging"], on_nonfinite or StopNonFinite(),
     )  # fmt: skip
     if on_iteration is not None:
         made.on_iteration = on_iteration

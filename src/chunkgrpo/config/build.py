@@ -368,4 +368,5 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         ),
         optimization=config.optimizer,
         averaging=config.ema,
+        on_nonfinite=config.on_nonfinite,
     )

@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from chunkgrpo.rewards.images import eight_bit
 from chunkgrpo.rewards.protocol import RewardError
-from chunkgrpo.rewards.scoring import eight_bit
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"

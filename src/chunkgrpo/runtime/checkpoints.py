@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from chunkgrpo.runtime.finite import check_finite
+
 KEEP = 2
 
 
@@ -73,8 +75,13 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder, named by the iteration.
+
+    Raises:
+        NonFiniteError: If a number is not finite; nothing is written then.
     """
     from safetensors.torch import save_file
+
+    check_finite("checkpoint", tensors)
 
     target = folder / f"{iteration:06d}"
     partial = folder / f".{iteration:06d}.partial"
