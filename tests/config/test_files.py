@@ -220,8 +220,11 @@ def test_a_parts_own_rule_is_said_at_its_key():
         ("objective.plan=[2, 1]", r"^objective\.plan = \[2, 1\]: "),
         ("sampling=none", r"^sampling = 'none': "),
         ("rewards=[]", r"^rewards = \[\]: "),
-        ("objective.trust={kind: imported, path: 'os:getcwd'}", r"is a str without needs_div"),
-        ("objective.trust={kind: imported, path: nope}", r"must look like package\.module:factory"),
+        ("objective.trust={kind: imported, path: 'os:getcwd'}", r"belongs to Python itself"),
+        (
+            "objective.trust={kind: imported, path: nope}",
+            r"must look like package\.module:attribute",
+        ),
         ("credit.keep=nan", r"^credit.keep = 'nan': must be a number"),
         ("optimizer.learning_rate=.nan", r"^optimizer.learning_rate = nan: must be from"),
     ],

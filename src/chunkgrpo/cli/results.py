@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Score the tuned model of a run on its held-out prompts again, or from other noise."""
     with clear_errors():
-        from chunkgrpo.report.statistics import Estimate, bootstrap_interval
+        from chunkgrpo.report.statistics import Estimate, mean_estimate
         from chunkgrpo.report.tables import score_text
         from chunkgrpo.rewards.scoring import is_share
         from chunkgrpo.runs import evaluate_run, read_run
@@ -86,16 +86,21 @@ def evaluate(
         name, share = judge.name, is_share(judge)
 
         def cells(e: Estimate) -> tuple[str, str, str]:
-            span = f"{score_text(e.low, share)} to {score_text(e.high, share)}"
+            low, high = e.ends
+            span = "unknown: all scores are equal"
+            if low is not None and high is not None:
+                span = f"{score_text(low, share)} to {score_text(high, share)}"
             return score_text(e.estimate, share), span, str(e.n)
 
         table = Table("task", "score", "95 % interval", "images", title=f"{name} score")
         clusters = result.clusters()
         for task, values in result.by_group(name).items():
-            table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
+            estimate = mean_estimate(values, clusters=clusters[task], share=share)
+            table.add_row(task, *cells(estimate))
         values = result.scores[name].ravel()
-        labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
-        table.add_row("all", *cells(bootstrap_interval(values, clusters=labels)), style="bold")
+        labels = [text for text in result.prompts.texts for _ in range(result.num_seeds)]
+        overall = mean_estimate(values, clusters=labels, share=share)
+        table.add_row("all", *cells(overall), style="bold")
         display.console.print(table)
     mean = score_text(result.mean(name), share)
     typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")

@@ -185,7 +185,10 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
 
     rows = [
         AccuracyRow(
-            task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], r["images"])
+            task,
+            r["base"],
+            r["tuned"],
+            Estimate.of(r["difference"], r["low"], r["high"], r["images"], r["too_few"]),
         )
         for task, r in summary["by_task"].items()
     ]

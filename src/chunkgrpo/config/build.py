@@ -375,4 +375,5 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         averaging=config.ema,
         checkpoints=config.checkpoints,
         with_model=isinstance(config.model.adaptation, LoraAdaptation),
+        on_nonfinite=config.on_nonfinite,
     )

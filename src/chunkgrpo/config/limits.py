@@ -33,6 +33,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoints.every": LARGE_COUNT,
     "checkpoints.keep_last": COUNT,
     "checkpoints.keep_every": LARGE_COUNT,
+    "on_nonfinite.max_skipped": (1, 10**6),
     "model.adaptation.rank": (1, 65536),
     "model.adaptation.alpha": FACTOR,
     "model.guidance": (0.0, 1000.0),

@@ -26,6 +26,7 @@ from chunkgrpo.core.plans import PAPER_SIZES
 from chunkgrpo.core.schedules import MergeEntropy, Native
 from chunkgrpo.core.selection import ListedSelection
 from chunkgrpo.core.step_weights import ChunkSizeWeights, ImplicitWeights
+from chunkgrpo.core.subset import num_chosen
 from chunkgrpo.core.windows import ChunkWindow, FixedWindow
 from chunkgrpo.runtime.solvers import EulerTail
 
@@ -47,6 +48,7 @@ def check(config: Config, chunks: bool = True) -> None:
     check_sampling(config)
     check_updates(config)
     check_sources(config)
+    check_held(config)
     if not isinstance(config.objective, ChunkGRPOObjective):
         check_forward(config)
         return
@@ -143,6 +145,30 @@ def check_sources(config: Config) -> None:
         )
     if (config.model.height is None) != (config.model.width is None):
         raise ConfigError("model.height and model.width must be given together")
+
+
+def check_held(config: Config) -> None:
+    """Refuse to project out as many scores as there are degrees of freedom: nothing would be left.
+
+    The deviations of a group's images from their mean have one less than there are images.
+    """
+    held, s = config.credit.project_out, config.sampling
+    if not held:
+        return
+    if len(held) >= s.group_size - 1:
+        raise ConfigError(
+            f"credit.project_out lists {len(held)} scores, and a group of sampling.group_size = "
+            f"{s.group_size} images has {s.group_size - 1} degrees of freedom, so that nothing "
+            f"would be left to learn; raise sampling.group_size to {len(held) + 2} or more, or "
+            "list fewer"
+        )
+    trained = num_chosen(s.images, config.credit.keep, config.objective.updates)
+    if len(held) >= trained:
+        raise ConfigError(
+            f"credit.project_out lists {len(held)} scores, and credit.keep = {config.credit.keep} "
+            f"leaves {trained} samples to train on, so that nothing would be left to learn; raise "
+            "credit.keep, or list fewer"
+        )
 
 
 def check_training(model: ModelConfig) -> None:

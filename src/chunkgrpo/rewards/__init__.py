@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from chunkgrpo.imported_code import import_named
+from chunkgrpo.rewards.answers import as_scores
 from chunkgrpo.rewards.protocol import GroupwiseReward, Reward, RewardError
-from chunkgrpo.rewards.scoring import Scorer, as_scores, score
+from chunkgrpo.rewards.scoring import Scorer, score
 
 __all__ = [
     "BUILT_IN",

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from chunkgrpo.plain_text import one_line
 from chunkgrpo.rewards.http import Http, TooLong
+from chunkgrpo.rewards.images import eight_bit
 from chunkgrpo.rewards.protocol import RewardError
-from chunkgrpo.rewards.scoring import eight_bit
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"
