@@ -27,6 +27,8 @@ from chunkgrpo.types import Trajectory
 FEW = 2
 """Prompts, and images of each, that gradients are taken of."""
 
+LOST = "something between the weights and the loss is detached, or computed without gradients"
+
 MOST = 16
 """Weights without a gradient that are looked at one by one."""
 
@@ -199,7 +201,14 @@ def gradients(patient: Patient) -> Iterator[Measured]:
     """Back-propagate the loss at perturbed weights; see which weights got a gradient."""
     yield from same_weights(patient)
     with patient.perturbed():
-        found = patient.gradient(perturbed_rollout(patient), 1.0)
+        trajectory = perturbed_rollout(patient)
+        try:
+            found = patient.gradient(trajectory, 1.0)
+        except RuntimeError as error:
+            if "does not require grad" not in str(error):
+                raise
+            yield failure("the loss has no gradient at all", "one for every trained weight", LOST)
+            return
         sizes = {n: magnitude(g) for n, g in found.by_name.items()}
         idle = [n for n, size in sizes.items() if size == 0]
         missed = effective(patient, idle)
@@ -217,7 +226,7 @@ def gradients(patient: Patient) -> Iterator[Measured]:
         not missed and len(idle) < len(sizes),
         said + (f", not {missed[0]}, on which the prediction depends" if missed else ""),
         "every weight that the prediction depends on",
-        "something between these weights and the loss is detached",
+        LOST,
     )
     if found.strangers:
         yield failure(

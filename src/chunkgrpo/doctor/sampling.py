@@ -204,7 +204,7 @@ def kernels(patient: Patient) -> Iterator[Measured]:
             off = float((step.mean.double() - mean).abs().max()) / scale
             off = max(off, abs(float(step.std.double().max()) - stated.std) / max(stated.std, 1e-9))
             worst, where = worse(worst, where, off if math.isfinite(off) else math.inf, i)
-            zero += [i] if kernel.has_density and not stated.std > 0 else []
+            zero += [i] if kernel.has_density and not bool((step.std > 0).all()) else []
         if zero:
             yield failure(
                 f"steps {zero} have a spread of 0 where a density is asked for",
@@ -225,7 +225,7 @@ def kernels(patient: Patient) -> Iterator[Measured]:
 
 def noise(patient: Patient) -> Iterator[Measured]:
     """Look for noise that is shared where it should not be, and the reverse."""
-    trajectory, same = patient.trial, patient.trainer.sampler.same_noise
+    trajectory, same = patient.trial, patient.config.sampling.same_noise
     yield from first_states(patient)
     if not patient.trainer.sampler.transition.has_density:
         yield ok("the steps draw no noise")
@@ -259,7 +259,7 @@ def noise(patient: Patient) -> Iterator[Measured]:
 
 def first_states(patient: Patient) -> Iterator[Measured]:
     """Check which images begin alike."""
-    trajectory, same = patient.trial, patient.trainer.sampler.same_noise
+    trajectory, same = patient.trial, patient.config.sampling.same_noise
     start_BD = trajectory.state(slice(None), 0).double().cpu().flatten(1)
     start_PGD = start_BD.unflatten(0, (trajectory.num_prompts, -1))
     spread = float((start_PGD - start_PGD[:, :1]).abs().max())
