@@ -86,19 +86,12 @@ FAMILIES = {
     "qwen_image": (tiny_pipelines.qwen_image, 16, 64, 3.0, {}),
     "z_image": (tiny_pipelines.z_image, 16, 48, 3.0, {}),
     "lumina2": (tiny_pipelines.lumina2, 32, 64, 4.0, {"system_prompt": "Describe"}),
-    "sana": (tiny_pipelines.sana, 32, 8, 4.5, {"instruction": False}),
+    "sana": (tiny_pipelines.sana, 32, 16, 4.5, {"instruction": False}),
 }
 """Pipeline, side of images, text tokens, guidance, and other options of the policy."""
 
 FULL = {"kind": "full", "targets": None}
-METHODS = (
-    "flow-cps",
-    "diffusion-nft",
-    "awm",
-    "chunk-grpo-branching",
-    "grpo-guard",
-    "mixgrpo-flash",
-)
+METHODS = ("diffusion-nft", "awm", "chunk-grpo-branching", "mixgrpo-flash")
 """One of each kind that is sampled or trained in another way."""
 
 TINY = {

@@ -422,6 +422,7 @@ FAULTS = {
     "trained weight without gradient": Fault(
         detached_weight, "gradients", says="to_q.lora_B.default.weight, on which"
     ),
+    "loss that is detached": Fault(detached_loss, "gradients", says="reaches 0 of"),
     "optimizer of other weights": Fault(other_optimizer, "gradients", says="optimizer"),
     "average of other weights": Fault(other_average, "gradients", says="averaged"),
     "constant reward": Fault(

@@ -24,8 +24,8 @@ CHECKS = {
     "rewards": "rewards are finite, differ within groups, and none drowns another",
     "reference": "the reference is the untrained model, also after the weights have changed",
     "ratio_one": "before any update every importance ratio is 1, within the clip range",
-    "kl_gradient": "the pull to the reference has a gradient",
     "gradients": "gradients reach every trained weight and no other",
+    "kl_gradient": "the pull to the reference has a gradient",
     "overfit": "a few updates on one prompt raise its reward",
 }
 """The checks, in the order in which they are made, and what each asserts."""

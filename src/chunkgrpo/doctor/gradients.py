@@ -29,13 +29,16 @@ FEW = 2
 
 LOST = "something between the weights and the loss is detached, or computed without gradients"
 
+PERTURBED = 1
+"""Number of the rollout with perturbed weights."""
+
 MOST = 16
 """Weights without a gradient that are looked at one by one."""
 
 
 def perturbed_rollout(patient: Patient) -> Trajectory:
     """Sample a few images with the present, perturbed weights."""
-    return patient.rollout(patient.prompts[:FEW], min(FEW, patient.group_size), 7)
+    return patient.rollout(patient.prompts[:FEW], min(FEW, patient.group_size), PERTURBED)
 
 
 def uses_reference(patient: Patient) -> bool:
@@ -102,7 +105,9 @@ def kl_gradient(patient: Patient) -> Iterator[Measured]:
         return
     with patient.perturbed():
         trajectory = perturbed_rollout(patient)
-        on, off = (patient.gradient(trajectory, 0.0, **pull(patient, w)) for w in (1.0, 0.0))
+        on, off = (
+            patient.gradient(trajectory, PERTURBED, 0.0, **pull(patient, w)) for w in (1.0, 0.0)
+        )
         told, expected = told_divergence(on), expected_divergence(patient, trajectory)
     norm = difference(on, off)
     yield judged(
@@ -127,9 +132,7 @@ def pull(patient: Patient, weight: float) -> dict[str, Any]:
     """Return the changes of the loss that give its pull a weight."""
     kl = patient.config.objective.kl
     if not hasattr(kl, "weight"):
-        changes: dict[str, Any] = {"kl": weight}
-        changes |= {"ema_weight": 0.0} if hasattr(patient.config.objective, "ema_weight") else {}
-        return changes
+        return {"kl": weight}
     return {"kl": replace(kl, weight=weight) if weight else NoKl()}  # type: ignore[arg-type]
 
 
@@ -171,9 +174,7 @@ def expected_divergence(patient: Patient, trajectory: Trajectory) -> float | Non
 
 def trained_mean(patient: Patient, by_step: list[float]) -> float:
     """Average over the steps, as often as the selection trains each."""
-    algorithm = patient.chunks
-    assert algorithm is not None
-    algorithm.begin(0, patient.generator(3))
+    algorithm = patient.begun(PERTURBED)
     plan, ones = algorithm.present, torch.ones(512, len(by_step))
     chosen = algorithm.selection(plan, ones, patient.generator(8))
     counts_C = torch.bincount(chosen.flatten(), minlength=plan.num_chunks).double()
@@ -201,14 +202,7 @@ def gradients(patient: Patient) -> Iterator[Measured]:
     """Back-propagate the loss at perturbed weights; see which weights got a gradient."""
     yield from same_weights(patient)
     with patient.perturbed():
-        trajectory = perturbed_rollout(patient)
-        try:
-            found = patient.gradient(trajectory, 1.0)
-        except RuntimeError as error:
-            if "does not require grad" not in str(error):
-                raise
-            yield failure("the loss has no gradient at all", "one for every trained weight", LOST)
-            return
+        found = patient.gradient(perturbed_rollout(patient), PERTURBED, 1.0)
         sizes = {n: magnitude(g) for n, g in found.by_name.items()}
         idle = [n for n, size in sizes.items() if size == 0]
         missed = effective(patient, idle)

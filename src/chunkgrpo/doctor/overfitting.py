@@ -26,8 +26,7 @@ def overfit(patient: Patient) -> Iterator[Measured]:
     """Train copies of the weights on one prompt, ten times as fast as the run will."""
     policy, trainer = patient.policy, patient.trainer
     prompt, size = patient.prompts[:1], trainer.budget.group_size
-    algorithm = patient.algorithm()
-    if getattr(algorithm, "second", None) is not None:
+    if getattr(patient.algorithm(), "second", None) is not None:
         yield skipped("the method samples with a second policy, which this check does not move")
         return
     values = [p.detach().clone() for p in policy.parameters()]
@@ -40,7 +39,7 @@ def overfit(patient: Patient) -> Iterator[Measured]:
             trajectory = patient.rollout(prompt, size, 10 + iteration)
             scores = total(patient, policy.decode(trajectory.final), prompt, size)
             found = group_advantages(scores, 1, "group_std").values.to(trajectory.device)
-            algorithm.begin(0, patient.generator(1, 10 + iteration))
+            algorithm = patient.begun(10 + iteration)
             drawn = patient.generator(11, iteration)
             for part in algorithm.losses(policy, Experience(trajectory, found), drawn):
                 part.backward()

@@ -137,12 +137,18 @@ class Patient:
     def rollout(self, prompts: list[Prompt], group_size: int, number: int) -> Trajectory:
         """Sample as training does; velocities are stored too."""
         algorithm, generator = self.algorithm(), self.generator(1, number)
-        request = algorithm.begin(0, generator)
+        request = algorithm.begin(0, generator)  # as in begun
         sampler: Sampler = replace(
             self.trainer.sampler, window=request.window, keep_velocities=True
         )
         with algorithm.sampling(self.policy):
             return sampler.rollout(self.policy, prompts, group_size, generator=generator)
+
+    def begun(self, number: int, **changes: Any) -> Any:
+        """Return a copy of the algorithm that has chosen what a rollout of that number sampled."""
+        found = self.algorithm(**changes)
+        found.begin(0, self.generator(1, number))
+        return found
 
     def experience(self, trajectory: Trajectory, scale: float = 1.0) -> Experience:
         """Return a trajectory with random advantages, all of them different from 0."""
@@ -150,21 +156,24 @@ class Patient:
         away = torch.where(drawn < 0, drawn - 0.1, drawn + 0.1)
         return Experience(trajectory, (scale * away).to(trajectory.device))
 
-    def gradient(self, trajectory: Trajectory, scale: float, **changes: Any) -> Gradient:
+    def gradient(
+        self, trajectory: Trajectory, number: int, scale: float, **changes: Any
+    ) -> Gradient:
         """Back-propagate all pieces of the loss, without an optimizer step.
 
         Args:
             trajectory: Of the present weights.
+            number: Of its rollout.
             scale: Factor of the advantages; with 0 nothing but penalties has a gradient.
             changes: Fields of the loss.
         """
-        algorithm, generator = self.algorithm(**changes), self.generator(3)
-        algorithm.begin(0, generator)
+        algorithm, generator = self.begun(number, **changes), self.generator(3)
         parts = []
         experience = self.experience(trajectory, scale)
         with self.no_gradients():
             for part in algorithm.losses(self.policy, experience, generator):
-                part.backward()
+                if part.loss.requires_grad:  # a loss without a gradient is found by its absence
+                    part.backward()
                 parts.append({k: v.detach() for k, v in part.diagnostics.items()})
             named = self.policy.named_parameters()
             found = {n: None if p.grad is None else p.grad.clone() for n, p in named.items()}

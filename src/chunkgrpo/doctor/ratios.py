@@ -85,13 +85,12 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def ratio_one(patient: Patient) -> Iterator[Measured]:
     """Run the loss of one iteration without a step, and look at its ratios."""
-    gradient = patient.gradient(patient.trial, 1.0)
+    gradient = patient.gradient(patient.trial, 0, 1.0)
     log_ratio = gradient.column("log_ratio")
     if log_ratio is None:
         yield skipped(f"objective.kind {patient.config.objective.kind!r} has no ratios")
         return
-    algorithm = patient.chunks
-    if algorithm is None:
+    if patient.chunks is None:
         worst = largest(log_ratio)
         yield judged(
             worst <= 10 * patient.rounding,
@@ -100,7 +99,6 @@ def ratio_one(patient: Patient) -> Iterator[Measured]:
             "the loss evaluates another policy than the one before its first update",
         )
         return
-    algorithm.begin(0, patient.generator(3))
     step = gradient.column("step")
     assert step is not None
     allowed_N = rounding_bounds(patient)
@@ -116,7 +114,7 @@ def ratio_one(patient: Patient) -> Iterator[Measured]:
         "the policy in training is not the one that sampled: look for another mode, precision, "
         "noise level or prompt",
     )
-    yield against_clip(patient, algorithm, gradient)
+    yield against_clip(patient, patient.begun(0), gradient)
 
 
 def largest(values: Tensor) -> float:

@@ -45,8 +45,8 @@ BY_NAME = {
         Check(rewards, after=(modes,)),
         Check(reference, after=(modes,)),
         Check(ratio_one, after=(schedule, encoding, modes, transition, reference)),
-        Check(kl_gradient, after=(modes, transition, reference)),
         Check(gradients, after=(modes, transition, reference)),
+        Check(kl_gradient, after=(modes, transition, reference, gradients)),
         Check(overfit, after=(ratio_one, rewards, gradients), thorough=True),
     )
 }
