@@ -174,12 +174,17 @@ def against_clip(patient: Patient, algorithm: ChunkGRPO, gradient: Gradient) -> 
     width = min(getattr(trust, "low", math.inf), getattr(trust, "high", math.inf))
     if math.isinf(width):
         return ok(f"{shown}; the trust region {trust.kind!r} has no clip range")
-    shown += f", {100 * worst / width:.2g} % of the clip range {width:g}"
-    if worst <= 0.5 * width:
-        return ok(shown, "at most half of the clip range")
+    typical = largest(ratios.square().mean().sqrt())
+    shown += (
+        f", {100 * worst / width:.2g} % of the clip range {width:g}, and by {typical:.1e} in the "
+        "root mean square"
+    )
+    bound = "less than the clip range, and half of it in the root mean square"
+    if worst < width and typical < width / 2:  # beyond, one in twenty
+        return ok(shown, bound)
     return warning(
         shown,
-        "at most half of the clip range",
+        bound,
         "rounding decides what is clipped: set objective.anchor to replay, model.precision to "
         "fp32, or widen objective.trust",
     )
