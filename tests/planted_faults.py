@@ -406,7 +406,7 @@ FAULTS = {
     "another step in training": Fault(other_step_in_training, "ratio_one", says="log-ratios"),
     "clip as small as rounding": Fault(
         rounded_densities, "ratio_one", "warning", "of the clip range",
-        {"objective__trust": {"kind": "clip", "low": 5e-6, "high": 5e-6}},
+        {"objective__trust": {"kind": "clip", "low": 4e-6, "high": 4e-6}},
     ),
     "detached KL": Fault(detached_kl, "kl_gradient", says="norm 0.00e+00"),
     "weights swapped within an open autocast": Fault(
