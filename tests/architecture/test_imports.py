@@ -53,7 +53,7 @@ LAYERS: dict[str, set[str]] = {
     | {"report", "prompts", "evaluate", "train", "config", "doctor"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
     | {"methods", "estimate", "doctor", "runs", "plain_text", "imported_code"}
-    | {"runtime.interrupts"},
+    | {"runtime.interrupts", "runtime.lock"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -63,6 +63,7 @@ def doctor(
         from chunkgrpo.config.build import build_trainer
         from chunkgrpo.doctor import examine, in_words
         from chunkgrpo.estimate import make_estimate
+        from chunkgrpo.runtime.lock import FolderLock
 
         given = Overrides(model, prompts, reward, False, set_ or [])
         config = load_config(recipe or ("paper" if model else "demo"), given.assignments(), chunks)
@@ -71,6 +72,9 @@ def doctor(
             console = Console(width=1000)
         for line in geometry(make_estimate(config)):
             console.print(line, markup=False, highlight=False)
+        if (out / "config.yaml").is_file():
+            with FolderLock(out):  # refused where a process trains in it
+                pass
         trainer = build_trainer(config, out)
         begun, d = time.perf_counter(), config.doctor
         findings = examine(trainer, config, thorough=thorough or d.thorough, skip=d.skip)
