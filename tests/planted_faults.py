@@ -16,10 +16,13 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.chunk_update import Evaluator
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Gaussian, Transition
+from chunkgrpo.doctor import prompts as doctor_prompts
 from chunkgrpo.doctor import resources as doctor_resources
+from chunkgrpo.doctor.findings import Measured
+from chunkgrpo.rewards.ocr import OcrReward
 from chunkgrpo.rewards.protocol import RewardError
 from chunkgrpo.runtime.seeds import NoiseSource
-from chunkgrpo.types import Trajectory
+from chunkgrpo.types import Prompt, Trajectory
 
 FULL = {"model__adaptation": {"kind": "full"}}
 BROKEN = {"rewards": [{"name": "examined:broken"}]}
@@ -361,6 +364,18 @@ def long_prompts(trainer, patch):
     trainer.prompts = type(trainer.prompts)((first, *trainer.prompts.prompts[1:]))
 
 
+def open_quotation(trainer, patch):
+    reads = object.__new__(OcrReward)  # the recogniser itself is not asked
+    reads.name = "ocr"
+    trainer.scorer = replace(trainer.scorer, watched=[reads])
+    patch.setattr(OcrReward, "__call__", lambda self, images, prompts: images.mean((1, 2, 3)))
+    texts = ('a 5" sign that says "Hi"', 'a sign that says "Open" and "Closed')
+    trainer.prompts = type(trainer.prompts)(tuple(map(Prompt, texts)))
+    trainer.evaluator = replace(trainer.evaluator, held_out=trainer.prompts)
+    patch.setattr(doctor_prompts, "build_prompts", lambda config, which: trainer.prompts)
+    patch.setattr(doctor_prompts, "held_out_ones", lambda *_: Measured("ok", ""))
+
+
 def twice(trainer, patch):
     trainer.prompts = type(trainer.prompts)(trainer.prompts.prompts * 2)
 
@@ -447,5 +462,8 @@ FAULTS = {
     "little memory": Fault(little_memory, "resources", "warning", "GiB"),
     "held-out prompts trained on": Fault(leak, "prompts", "warning", "1 of 3 held-out"),
     "prompts that are cut": Fault(long_prompts, "prompts", "warning", "1 of 7 prompts are longer"),
+    "quotation that is left open": Fault(
+        open_quotation, "prompts", "warning", "1 of 2 prompts leave a quotation open; of 'a sign"
+    ),
     "prompts that stand twice": Fault(twice, "prompts", "warning", "4 more are repetitions"),
 }  # fmt: skip

@@ -11,10 +11,11 @@ from chunkgrpo.doctor.findings import Measured, ok, warning
 from chunkgrpo.doctor.patient import Patient
 from chunkgrpo.policies.lengths import text_readers
 from chunkgrpo.rewards.clip_features import num_cut
-from chunkgrpo.rewards.ocr import OcrReward, quoted_text
+from chunkgrpo.rewards.ocr import OcrReward, quoted_text, quoted_texts
 from chunkgrpo.types import Prompt
 
-QUOTES = '"“”„«»'
+DOUBLE = '"“”„«»'
+"""Marks that are quotation marks, unless an inch stands behind a digit."""
 
 
 def prompts(patient: Patient) -> Iterator[Measured]:
@@ -128,12 +129,9 @@ def quotes(patient: Patient, texts: list[str]) -> Iterator[Measured]:
         return
     strange, missing = [], []
     for text in texts:
-        try:
-            quoted_text(text)
-        except ValueError:
+        if not quoted_texts(text):
             missing.append(text)
-            continue
-        if text.count('"') % 2:
+        elif left_open(text):
             strange.append(text)
     if missing:
         yield warning(
@@ -144,10 +142,20 @@ def quotes(patient: Patient, texts: list[str]) -> Iterator[Measured]:
     if strange:
         shown = min(strange, key=len)
         yield warning(
-            f"{share(len(strange), len(texts))} have an odd number of quotation marks; of "
-            f"{shown!r:.100} the text {quoted_text(shown)!r:.60} is taken",
-            "pairs of quotation marks",
-            "write inches as in., and close every quotation",
+            f"{share(len(strange), len(texts))} leave a quotation open; of {shown!r:.100} the text "
+            f"{quoted_text(shown)!r:.60} is taken",
+            "quotation marks in pairs",
+            "close every quotation",
         )
     if not missing and not strange:
         yield ok(f"each of {len(texts):,} prompts quotes a text")
+
+
+def left_open(text: str) -> bool:
+    """Whether a quotation mark stands beside the quotations of a prompt."""
+    rest = text
+    for quoted in quoted_texts(text):
+        at = rest.index(quoted)
+        rest = rest[: at - 1] + rest[at + len(quoted) + 1 :]
+    marks = [i for i, letter in enumerate(rest) if letter in DOUBLE]
+    return any(not (i and rest[i - 1].isalnum()) for i in marks)
