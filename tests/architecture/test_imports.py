@@ -47,10 +47,13 @@ LAYERS: dict[str, set[str]] = {
     | {"config"},
     "methods": {"config", "cost", "recipes"},
     "estimate": {"config", "cost", "policies"},
+    "doctor": {"core", "types", "runtime", "policies", "rewards", "algorithms", "rollout"}
+    | {"train", "config", "estimate"},
     "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
-    | {"report", "prompts", "evaluate", "config"},
+    | {"report", "prompts", "evaluate", "train", "config", "doctor"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
-    | {"methods", "estimate", "runs", "plain_text", "imported_code", "runtime.interrupts"},
+    | {"methods", "estimate", "doctor", "runs", "plain_text", "imported_code"}
+    | {"runtime.interrupts", "runtime.lock"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -418,6 +418,8 @@ def test_every_flag_is_known() -> None:
     assert flags == {
         "train": ["--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
                   "--reward", "--set"],
+        "doctor": ["--allow-code", "--chunks", "--model", "--out", "--prompts", "--reward", "--set",
+                   "--thorough"],
         "sample": ["--images", "--out", "--seed"],
         "evaluate": ["--base", "--seed", "--split"],
         "export": ["--dtype", "--out"],

@@ -12,6 +12,7 @@ import typer
 
 # Importing a module registers its commands, in this order.
 from chunkgrpo.cli import training  # noqa: F401  # isort: skip
+from chunkgrpo.cli import examining  # noqa: F401  # isort: skip
 from chunkgrpo.cli import results  # noqa: F401  # isort: skip
 from chunkgrpo.cli import telling  # noqa: F401  # isort: skip
 from chunkgrpo.cli import cutting  # noqa: F401  # isort: skip

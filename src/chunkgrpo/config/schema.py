@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from chunkgrpo.config.doctor import DoctorConfig
 from chunkgrpo.config.model import (
     CompileBlocks,
     FullAdaptation,
@@ -260,6 +261,9 @@ class Config(Section):
     )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="Evaluations before, during and after training."
+    )
+    doctor: DoctorConfig = Field(
+        default=DoctorConfig(), description="The examination before training."
     )
 
 

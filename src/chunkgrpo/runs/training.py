@@ -10,6 +10,7 @@ from typing import Any
 
 from chunkgrpo.config import Config, dump_config
 from chunkgrpo.config.build import build_prompts, build_trainer
+from chunkgrpo.doctor import examine_as_set, lines_of, refuse
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.runs.evaluations import save_evaluation
@@ -23,6 +24,7 @@ from chunkgrpo.runtime.files import (
     settle_folders,
 )
 from chunkgrpo.runtime.lock import FolderLock
+from chunkgrpo.train.loop import Trainer
 from chunkgrpo.types import ProgressHook, Prompt
 
 
@@ -53,6 +55,7 @@ def train_run(
         LockError: If another process owns the folder; nothing was loaded then.
         CheckpointError: If all checkpoints are damaged, or one cannot be written.
         OSError: If the folder cannot be written.
+        DoctorError: If a check of the doctor failed.
     """
     try:
         with FolderLock(folder) as lock:
@@ -86,8 +89,10 @@ def train_owned(
     e = config.evaluation
     final = build_prompts(config, "final")
     if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
-        encode_ahead(trainer.policy, [*trainer.every_prompt(), *final], on_phase)
+        wanted = [*trainer.every_prompt(), *final]
+        encode_ahead(trainer.policy, wanted, on_phase, release=False)
     base_file = folder / "evaluation" / "base.npz"
+    examine_first(trainer, config, say, resumed=base_file.exists())
     if not base_file.exists():
         hook = on_phase(f"evaluating the base on {len(final)} held-out prompts")
         base = trainer.evaluate(final, e.final_seeds, e.seed, progress=hook)
@@ -105,12 +110,39 @@ def train_owned(
     return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)
 
 
+def examine_first(
+    trainer: Trainer,
+    config: Config,
+    say: Callable[[str], None],
+    resumed: bool,
+) -> None:
+    """Have the doctor examine a run; of one that goes on, only what needs no network.
+
+    Text encoders whose results are on the disk are released as soon as the doctor needs them no
+    more.
+
+    Raises:
+        DoctorError: If a check failed.
+    """
+    policy, begun = trainer.policy, time.perf_counter()
+
+    def release() -> None:
+        if isinstance(policy, PipelinePolicy) and policy.embeddings:
+            policy.release_text_encoders()
+
+    findings = examine_as_set(trainer, config, quick=resumed, release=release)
+    for line in lines_of(findings, time.perf_counter() - begun):
+        say(line)
+    refuse(findings)
+
+
 def encode_ahead(
     policy: PipelinePolicy,
     prompts: Sequence[Prompt | str],
     on_phase: Callable[[str], ProgressHook],
+    release: bool = True,
 ) -> None:
-    """Encode every prompt of a run to disk, and release the text encoders.
+    """Encode every prompt of a run to disk, and release the text encoders unless told otherwise.
 
     One line is printed: how many were encoded, and how many were found.
     """
@@ -129,4 +161,5 @@ def encode_ahead(
         unloaded = "" if policy.has_text_encoders else ", text encoders not loaded"
         hook = on_phase(f"found {found} encoded prompts in {cache.folder}{unloaded}")
         hook(found, found)
-    policy.release_text_encoders()
+    if release:
+        policy.release_text_encoders()
