@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -83,7 +83,7 @@ def stopping_when_told() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            typer.echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
+            echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
             raise typer.Exit(EXIT_CODE) from None
 
 
