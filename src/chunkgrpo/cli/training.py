@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -73,7 +73,20 @@ def train(
             config, folder = read_run(resume), resume
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
-        run(config, folder)
+        with no_folder_if_nothing_begins(folder):
+            run(config, folder)
+
+
+@contextmanager
+def no_folder_if_nothing_begins(folder: Path) -> Iterator[None]:
+    """Remove a run's folder where it is still empty when a mistake ends the command."""
+    try:
+        yield
+    except BaseException:
+        for each in (folder, folder.parent):
+            with suppress(OSError):
+                each.rmdir()  # refuses a folder that holds anything
+        raise
 
 
 @contextmanager

@@ -35,6 +35,8 @@ from chunkgrpo.shapes.grammar import TASKS
 
 LEAST_WEIGHT = 1e-6
 """The largest weight of the rewards must not be smaller."""
+LEAST_NOISE = 1e-4
+"""Noise levels above 0 must not be smaller."""
 DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,3})?)\Z")
 MAX_IMAGES = 10_000_000
 """Images of one rollout, and of one evaluation."""
@@ -79,13 +81,19 @@ def at(key: str) -> Iterator[None]:
 
 
 def check_sampling(config: Config) -> None:
-    """Refuse merged steps that do not fit the schedule."""
+    """Refuse noise that is none, and merged steps that do not fit the schedule."""
     s = config.sampling
     if isinstance(s.schedule, Native) and isinstance(s.merge, MergeEntropy):
         raise ConfigError(
             "sampling.merge of kind 'entropy' is worked out before the model is loaded, which "
             "sampling.schedule 'native' comes from; use schedule 'shifted', or list the merged "
             "steps: sampling.merge.kind sizes"
+        )
+    eta = getattr(s.transition, "eta", 0)
+    if 0 < eta < LEAST_NOISE:
+        raise ConfigError(
+            f"sampling.transition.eta = {eta} is noise whose densities float32 cannot hold; "
+            f"raise it to {LEAST_NOISE} at least; 0 is the ODE"
         )
     if not isinstance(s.schedule, Native):
         with at("sampling.schedule"):

@@ -188,10 +188,6 @@ class Diffusion(Protocol):
         ...
 
 
-LEAST_NOISE = 1e-4
-"""A noise level below this, and above 0, has densities that float32 cannot hold."""
-
-
 class _NoiseLevel:
     """What coefficients with a noise level share."""
 
@@ -202,11 +198,6 @@ class _NoiseLevel:
         if not (math.isfinite(self.eta) and self.eta >= 0):
             raise ValueError(
                 f"eta is {self.eta}; a noise level must be finite and >= 0; 0 is the ODE"
-            )
-        if 0 < self.eta < LEAST_NOISE:
-            raise ValueError(
-                f"eta is {self.eta}; a noise level is 0, the ODE, or at least {LEAST_NOISE}, or "
-                "densities are beyond float32"
             )
 
     @property
@@ -426,8 +417,7 @@ class CpsTransition(_NoiseLevel):
     kind: Literal["cps"] = field(default="cps", kw_only=True, repr=False)
 
     def __post_init__(self) -> None:
-        """Refuse a mixing angle outside [0, 90] degrees, and one too small for a density."""
-        super().__post_init__()
+        """Refuse a mixing angle outside [0, 90] degrees."""
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}; Flow-CPS mixes noise with eta in [0, 1]; try 0.9")
 
