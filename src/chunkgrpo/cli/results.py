@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 
 
@@ -31,13 +31,13 @@ def sample(
         config, drawn = draw_both(run, prompt, seeds)
         marks = judge_marks(prompt, drawn) if config.model.path == "shapes" else None
         words = "-".join("".join(c if c.isalnum() else " " for c in prompt).split())[:60]
-        path = out or run / "drawn" / f"{words}.png"
+        path = out or run / "drawn" / f"{words or 'prompt'}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_comparison(path, drawn, [f"{prompt} (seed {s})" for s in seeds], marks=marks)
     if marks:
         for name, right in marks.items():
-            typer.echo(f"{name}: {sum(right)} of {images} right")
-    typer.echo(f"The picture is {path}")
+            echo(f"{name}: {sum(right)} of {images} right")
+    echo(f"The picture is {path}")
 
 
 def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] | None:
@@ -48,7 +48,7 @@ def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] 
     try:
         ask = parse(prompt).ask
     except ValueError as error:
-        typer.echo(f"not judged: {error}", err=True)
+        echo(f"not judged: {error}", err=True)
         return None
     arrays = {name: images.permute(0, 2, 3, 1).numpy() for name, images in drawn.items()}
     return {
@@ -103,7 +103,7 @@ def evaluate(
         table.add_row("all", *cells(overall), style="bold")
         display.console.print(table)
     mean = score_text(result.mean(name), share)
-    typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")
+    echo(f"{mean} over {len(result.prompts)} prompts of {run}")
 
 
 @app.command()
@@ -126,4 +126,4 @@ def export(
 
         folder = out or run / "pipeline"
         export_run(run, folder, dtype)
-    typer.echo(f"The pipeline is in {folder}")
+    echo(f"The pipeline is in {folder}")

@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -73,7 +73,20 @@ def train(
             config, folder = read_run(resume), resume
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
-        run(config, folder)
+        with no_folder_if_nothing_begins(folder):
+            run(config, folder)
+
+
+@contextmanager
+def no_folder_if_nothing_begins(folder: Path) -> Iterator[None]:
+    """Remove a run's folder where it is still empty when a mistake ends the command."""
+    try:
+        yield
+    except BaseException:
+        for each in (folder, folder.parent):
+            with suppress(OSError):
+                each.rmdir()  # refuses a folder that holds anything
+        raise
 
 
 @contextmanager
@@ -83,7 +96,7 @@ def stopping_when_told() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            typer.echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
+            echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
             raise typer.Exit(EXIT_CODE) from None
 
 

@@ -94,7 +94,7 @@ def saved_image(image: Tensor, folder: Path | None, name: str) -> Path | None:
         return None
     from PIL import Image
 
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)[-150:]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / plain
     bad = ~image.isfinite().all(dim=0)

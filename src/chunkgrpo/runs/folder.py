@@ -7,13 +7,19 @@ from pathlib import Path
 
 from chunkgrpo.config import Config, ConfigError, parse_config
 from chunkgrpo.config.files import read_yaml
+from chunkgrpo.config.limits import check_run_name
+from chunkgrpo.config.rules import check
 
 
 def new_folder(root: Path, name: str) -> Path:
     """Make a folder that did not exist: ``root/name``, or with a number behind.
 
     Two processes that ask at once get two folders.
+
+    Raises:
+        ConfigError: If the name would lead out of the root.
     """
+    check_run_name(name)
     root.mkdir(parents=True, exist_ok=True)
     number, folder = 1, root / name
     while True:
@@ -29,9 +35,11 @@ def read_run(folder: Path) -> Config:
     """Read the configuration of a run folder.
 
     Raises:
-        ConfigError: If the folder holds no run.
+        ConfigError: If the folder holds no run, or its settings were changed to what cannot be one.
     """
     path = folder / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
-    return parse_config(read_yaml(path))
+    config = parse_config(read_yaml(path))
+    check(config)
+    return config
