@@ -24,7 +24,9 @@ NAMES = {key.name for key in every_key()}
 # Written out, so that a new setting is judged by a person and not by the section it is in.
 ALLOWED = {
     "name", "iterations", "threads", "async_rewards", "scoring.on_error",
-    "checkpoints", "checkpoints.every", "checkpoints.keep_last", "checkpoints.keep_every",
+    "on_nonfinite", "on_nonfinite.kind", "on_nonfinite.max_skipped", "doctor", "doctor.skip",
+    "doctor.thorough", "checkpoints", "checkpoints.every", "checkpoints.keep_last",
+    "checkpoints.keep_every",
     "checkpoints.keep_best", "evaluation.every", "optimizer.learning_rate", "optimizer.warmup",
     "optimizer.fall", "optimizer.weight_decay", "optimizer.max_grad_norm", "sampling.batch_size",
     "sampling.store.place", "objective.micro_batch", "model.device", "model.offload",

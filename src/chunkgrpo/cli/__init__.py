@@ -8,16 +8,15 @@ import sys
 import threading
 from pathlib import Path
 
-import typer
-
 # Importing a module registers its commands, in this order.
 from chunkgrpo.cli import training  # noqa: F401  # isort: skip
+from chunkgrpo.cli import examining  # noqa: F401  # isort: skip
 from chunkgrpo.cli import results  # noqa: F401  # isort: skip
 from chunkgrpo.cli import telling  # noqa: F401  # isort: skip
 from chunkgrpo.cli import cutting  # noqa: F401  # isort: skip
 from chunkgrpo.cli import serving  # noqa: F401  # isort: skip
 from chunkgrpo.cli import embedded  # noqa: F401  # isort: skip
-from chunkgrpo.cli.common import app
+from chunkgrpo.cli.common import app, echo
 from chunkgrpo.runtime.interrupts import EXIT_CODE
 
 __all__ = ["app", "main"]
@@ -35,7 +34,7 @@ def main() -> None:
             leave_at_once()
         raise
     except KeyboardInterrupt:
-        typer.echo("chunkgrpo: interrupted", err=True)
+        echo("chunkgrpo: interrupted", err=True)
         sys.exit(130)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, RunArgument, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 from chunkgrpo.plain_text import one_line
 
@@ -53,8 +53,8 @@ def sample(
         save_comparison(path, drawn, [f"{prompt} (seed {s})" for s in seeds], marks=marks)
     if marks:
         for name, right in marks.items():
-            typer.echo(f"{name}: {sum(right)} of {images} right")
-    typer.echo(f"The picture is {path}")
+            echo(f"{name}: {sum(right)} of {images} right")
+    echo(f"The picture is {path}")
 
 
 def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] | None:
@@ -65,7 +65,7 @@ def judge_marks(prompt: str, drawn: Mapping[str, Any]) -> dict[str, list[bool]] 
     try:
         ask = parse(prompt).ask
     except ValueError as error:
-        typer.echo(f"not judged: {error}", err=True)
+        echo(f"not judged: {error}", err=True)
         return None
     arrays = {name: images.permute(0, 2, 3, 1).numpy() for name, images in drawn.items()}
     return {
@@ -90,7 +90,7 @@ def evaluate(
 ) -> None:
     """Score the tuned model of a run on its held-out prompts again, or from other noise."""
     with clear_errors():
-        from chunkgrpo.report.statistics import Estimate, bootstrap_interval
+        from chunkgrpo.report.statistics import Estimate, mean_estimate
         from chunkgrpo.report.tables import score_text
         from chunkgrpo.rewards.scoring import is_share
         from chunkgrpo.runs import evaluate_run, find_base, find_tuned
@@ -106,19 +106,24 @@ def evaluate(
         name, share = judge.name, is_share(judge)
 
         def cells(e: Estimate) -> tuple[str, str, str]:
-            span = f"{score_text(e.low, share)} to {score_text(e.high, share)}"
+            low, high = e.ends
+            span = "unknown: all scores are equal"
+            if low is not None and high is not None:
+                span = f"{score_text(low, share)} to {score_text(high, share)}"
             return score_text(e.estimate, share), span, str(e.n)
 
         table = Table("task", "score", "95 % interval", "images", title=f"{name} score")
         clusters = result.clusters()
         for task, values in result.by_group(name).items():
-            table.add_row(task, *cells(bootstrap_interval(values, clusters=clusters[task])))
+            estimate = mean_estimate(values, clusters=clusters[task], share=share)
+            table.add_row(task, *cells(estimate))
         values = result.scores[name].ravel()
-        labels = [i for i in range(len(result.prompts)) for _ in range(result.num_seeds)]
-        table.add_row("all", *cells(bootstrap_interval(values, clusters=labels)), style="bold")
+        labels = [text for text in result.prompts.texts for _ in range(result.num_seeds)]
+        overall = mean_estimate(values, clusters=labels, share=share)
+        table.add_row("all", *cells(overall), style="bold")
         display.console.print(table)
     mean = score_text(result.mean(name), share)
-    typer.echo(f"{mean} over {len(result.prompts)} prompts of {run}")
+    echo(f"{mean} over {len(result.prompts)} prompts of {run}")
 
 
 @app.command()
@@ -141,4 +146,4 @@ def export(
         from chunkgrpo.runs import export_run
 
         folder = export_run(run, out, dtype, checkpoint, tell)
-    typer.echo(f"The pipeline is in {folder}")
+    echo(f"The pipeline is in {folder}")

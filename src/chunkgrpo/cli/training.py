@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -69,7 +69,20 @@ def train(
             config, folder = old_run(resume, recipe, given, chunks, out), resume
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
-        run(config, folder)
+        with no_folder_if_nothing_begins(folder):
+            run(config, folder)
+
+
+@contextmanager
+def no_folder_if_nothing_begins(folder: Path) -> Iterator[None]:
+    """Remove a run's folder where it is still empty when a mistake ends the command."""
+    try:
+        yield
+    except BaseException:
+        for each in (folder, folder.parent):
+            with suppress(OSError):
+                each.rmdir()  # refuses a folder that holds anything
+        raise
 
 
 @contextmanager
@@ -79,7 +92,7 @@ def stopping_when_told() -> Iterator[None]:
         try:
             yield
         except KeyboardInterrupt:
-            typer.echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
+            echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
             raise typer.Exit(EXIT_CODE) from None
 
 
@@ -193,7 +206,10 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
 
     rows = [
         AccuracyRow(
-            task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], r["images"])
+            task,
+            r["base"],
+            r["tuned"],
+            Estimate.of(r["difference"], r["low"], r["high"], r["images"], r["too_few"]),
         )
         for task, r in summary["by_task"].items()
     ]

@@ -18,6 +18,8 @@ CHANGEABLE: Mapping[str, str] = {
     "checkpoints": "what is kept",
     "evaluation.every": "what is measured on the way",
     "scoring.on_error": "what happens to a score that is missing",
+    "on_nonfinite": "what happens to an update that is not finite",
+    "doctor": "what is examined beforehand",
     "optimizer.learning_rate": "holds from the next optimizer step on",
     "optimizer.warmup": "holds from the next optimizer step on",
     "optimizer.fall": "holds from the next optimizer step on",

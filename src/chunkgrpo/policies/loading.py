@@ -19,6 +19,7 @@ from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.embeddings import text_encoder_names
 from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.policies.quiet import quiet_diffusers
+from chunkgrpo.runtime.finite import check_finite
 from chunkgrpo.runtime.sources import local_path
 
 FAMILIES = {
@@ -233,8 +234,10 @@ def export_fused(
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
+        NonFiniteError: If a weight is not finite; nothing is written then.
     """
     family(model)
     pipe = load_pipeline(model, lora, weights=weights).to(dtype)
+    check_finite("weights", dict(pipe.transformer.named_parameters()))
     with quiet_diffusers():
         pipe.save_pretrained(str(folder))

@@ -21,6 +21,7 @@ from chunkgrpo.report.tables import (
     accuracy_cells,
     accuracy_rows,
     change_text,
+    interval_text,
     score_text,
 )
 from chunkgrpo.rewards.protocol import Reward
@@ -74,16 +75,18 @@ def scores_of_summary(base: Evaluation, rows: Sequence[AccuracyRow]) -> dict[str
         "base": overall.base,
         "tuned": overall.tuned,
         "difference": overall.difference.estimate,
-        "difference_low": overall.difference.low,
-        "difference_high": overall.difference.high,
+        "difference_low": overall.difference.ends[0],
+        "difference_high": overall.difference.ends[1],
+        "too_few": overall.difference.too_few,
         "by_task": {
             row.task: {
                 "base": row.base,
                 "tuned": row.tuned,
                 "difference": row.difference.estimate,
-                "low": row.difference.low,
-                "high": row.difference.high,
+                "low": row.difference.ends[0],
+                "high": row.difference.ends[1],
                 "images": row.difference.n,
+                "too_few": row.difference.too_few,
             }
             for row in rows
         },
@@ -137,8 +140,7 @@ def page(
             {
                 "label": "difference",
                 "value": change_text(s["difference"], share) + (" points" if share else ""),
-                "note": f"95 % interval {change_text(s['difference_low'], share)} to "
-                f"{change_text(s['difference_high'], share)}",
+                "note": f"95 % interval: {interval_text(rows[-1].difference, share)}",
             },
         ],
         "tables": [

@@ -42,13 +42,15 @@ def read_run(folder: Path) -> Config:
     """Read the configuration of a run folder, as ``config.yaml`` has it.
 
     Raises:
-        ConfigError: If the folder holds no run, or the file is damaged.
+        ConfigError: If the folder holds no run, or its settings are damaged or cannot be a run's.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(f"{folder} is no run folder: it has no {CONFIG}")
     try:
-        return parse_config(read_yaml(path))
+        config = parse_config(read_yaml(path))
+        check(config)
+        return config
     except ConfigError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(str(path)) else f"{path}: {text}") from None

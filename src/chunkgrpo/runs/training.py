@@ -11,6 +11,7 @@ from typing import Any
 from chunkgrpo.config import Config, dump_config
 from chunkgrpo.config.build import build_prompts, build_trainer
 from chunkgrpo.config.paths import with_absolute_paths
+from chunkgrpo.doctor import examine_as_set, lines_of, refuse
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards.protocol import Reward
@@ -62,6 +63,7 @@ def train_run(
         LockError: If another process owns the folder; nothing was loaded then.
         CheckpointError: If all checkpoints are damaged, or one cannot be written.
         OSError: If the folder cannot be written.
+        DoctorError: If a check of the doctor failed.
     """
     try:
         with FolderLock(folder) as lock:
@@ -97,7 +99,9 @@ def train_owned(
         atomic_write(folder / CONFIG, dump_config(config))
     e, final = config.evaluation, prompts["final"]
     if isinstance(trainer.policy, PipelinePolicy) and trainer.policy.embeddings:
-        encode_ahead(trainer.policy, [*trainer.every_prompt(), *final], on_phase)
+        wanted = [*trainer.every_prompt(), *final]
+        encode_ahead(trainer.policy, wanted, on_phase, release=False)
+    examine_first(trainer, config, say, resumed=not arrival.begins)
     identity = evaluation_identity(config, final)
     evaluate_base(trainer, folder, final, config, identity, on_phase, say)
     trainer.resume(arrival.checkpoint)
@@ -115,6 +119,32 @@ def train_owned(
     save_evaluation(folder / "evaluation" / "tuned.npz", tuned, identity)
     minutes = (time.perf_counter() - started) / 60
     return write_report(config, folder, trainer.evaluator.judge, trainer.seconds, minutes)
+
+
+def examine_first(
+    trainer: Trainer,
+    config: Config,
+    say: Callable[[str], None],
+    resumed: bool,
+) -> None:
+    """Have the doctor examine a run; of one that goes on, only what needs no network.
+
+    Text encoders whose results are on the disk are released as soon as the doctor needs them no
+    more.
+
+    Raises:
+        DoctorError: If a check failed.
+    """
+    policy, begun = trainer.policy, time.perf_counter()
+
+    def release() -> None:
+        if isinstance(policy, PipelinePolicy) and policy.embeddings:
+            policy.release_text_encoders()
+
+    findings = examine_as_set(trainer, config, quick=resumed, release=release)
+    for line in lines_of(findings, time.perf_counter() - begun):
+        say(line)
+    refuse(findings)
 
 
 def described(prompts: Mapping[str, PromptSet]) -> dict[str, Any]:
@@ -152,8 +182,9 @@ def encode_ahead(
     policy: PipelinePolicy,
     prompts: Sequence[Prompt | str],
     on_phase: Callable[[str], ProgressHook],
+    release: bool = True,
 ) -> None:
-    """Encode every prompt of a run to disk, and release the text encoders.
+    """Encode every prompt of a run to disk, and release the text encoders unless told otherwise.
 
     One line is printed: how many were encoded, and how many were found.
     """
@@ -172,4 +203,5 @@ def encode_ahead(
         unloaded = "" if policy.has_text_encoders else ", text encoders not loaded"
         hook = on_phase(f"found {found} encoded prompts in {cache.folder}{unloaded}")
         hook(found, found)
-    policy.release_text_encoders()
+    if release:
+        policy.release_text_encoders()

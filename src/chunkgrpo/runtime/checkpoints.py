@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.runtime.files import atomic_folder, atomic_write, disk_problem, remove_folder
+from chunkgrpo.runtime.finite import check_finite
 
 MANIFEST = "manifest.json"
 
@@ -143,13 +144,14 @@ def save_checkpoint(
         The checkpoint's folder, named by the iteration.
 
     Raises:
-        CheckpointError: If a tensor is not finite (nothing was written then), or the disk refuses;
-            the older checkpoints stay.
+        NonFiniteError: If a number is not finite; nothing is written then.
+        CheckpointError: If the disk refuses; the older checkpoints stay.
     """
     from safetensors.torch import save_file
 
+    check_finite("checkpoint", tensors)
+
     target = folder / f"{iteration:06d}"
-    check_finite(tensors, target)
     try:
         folder.mkdir(exist_ok=True)
         with atomic_folder(target) as partial:
@@ -167,20 +169,6 @@ def save_checkpoint(
         ) from error
     prune(folder, iteration, rules or Checkpointing())
     return target
-
-
-def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Refuse to save what is NaN or infinite.
-
-    Raises:
-        CheckpointError: With the first tensor.
-    """
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(
-                f"{name} has elements that are NaN or infinite, so the checkpoint {target} is not "
-                f"written; {_left(target.parent)}; lower optimizer.learning_rate"
-            )
 
 
 def _number(value: Any) -> Any:
