@@ -418,21 +418,21 @@ def test_every_flag_is_known() -> None:
         if name != "shapes"
     }
     assert flags == {
-        "train": ["--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
+        "train": ["--allow-code", "--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
                   "--reward", "--set"],
         "doctor": ["--allow-code", "--chunks", "--model", "--out", "--prompts", "--reward", "--set",
                    "--thorough"],
         "sample": ["--allow-code", "--checkpoint", "--images", "--out", "--seed"],
         "evaluate": ["--allow-code", "--base", "--checkpoint", "--seed", "--split"],
         "export": ["--allow-code", "--checkpoint", "--dtype", "--out"],
-        "chunks": ["--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
+        "chunks": ["--allow-code", "--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],
-        "serve-reward": ["--host", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
+        "serve-reward": ["--allow-code", "--host", "--idle", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
                          "--port", "--timeout", "--token"],
-        "config": ["--schema", "--set"],
-        "estimate": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
-        "plan": ["--chunks", "--gpus", "--price", "--set", "--utilisation"],
+        "config": ["--allow-code", "--schema", "--set"],
+        "estimate": ["--allow-code", "--chunks", "--gpus", "--price", "--set", "--utilisation"],
+        "plan": ["--allow-code", "--chunks", "--gpus", "--price", "--set", "--utilisation"],
     }  # fmt: skip
 
 
