@@ -418,8 +418,8 @@ def test_every_flag_is_known() -> None:
         if name != "shapes"
     }
     assert flags == {
-        "train": ["--allow-code", "--async-rewards", "--chunks", "--model", "--out", "--prompts", "--resume",
-                  "--reward", "--set"],
+        "train": ["--allow-code", "--async-rewards", "--chunks", "--model", "--out", "--prompts",
+                  "--resume", "--reward", "--set"],
         "doctor": ["--allow-code", "--chunks", "--model", "--out", "--prompts", "--reward", "--set",
                    "--thorough"],
         "sample": ["--allow-code", "--checkpoint", "--images", "--out", "--seed"],
@@ -428,8 +428,8 @@ def test_every_flag_is_known() -> None:
         "chunks": ["--allow-code", "--out", "--prompts", "--recipe", "--rule", "--seeds", "--set"],
         "recipes": [],
         "methods": [],
-        "serve-reward": ["--allow-code", "--host", "--idle", "--max-batch", "--max-megabytes", "--max-pixels", "--option",
-                         "--port", "--timeout", "--token"],
+        "serve-reward": ["--allow-code", "--host", "--idle", "--max-batch", "--max-megabytes",
+                         "--max-pixels", "--option", "--port", "--timeout", "--token"],
         "config": ["--allow-code", "--schema", "--set"],
         "estimate": ["--allow-code", "--chunks", "--gpus", "--price", "--set", "--utilisation"],
         "plan": ["--allow-code", "--chunks", "--gpus", "--price", "--set", "--utilisation"],
