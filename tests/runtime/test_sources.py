@@ -52,9 +52,7 @@ def test_the_home_is_expanded(tmp_path, monkeypatch) -> None:
     assert local_path("~/here") == tmp_path / "here"
 
 
-@pytest.mark.parametrize(
-    "name", [each for each in PATHS if each and "\0" not in each]
-)
+@pytest.mark.parametrize("name", [each for each in PATHS if each and "\0" not in each])
 @pytest.mark.parametrize(
     "reader",
     [
