@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.training import Overrides
 
 if TYPE_CHECKING:
@@ -56,9 +56,8 @@ def doctor(
     bound, and what to do. `train` makes the same checks by itself.
     """
     with clear_errors():
-        from rich.console import Console
-
         from chunkgrpo.cli.estimates import geometry
+        from chunkgrpo.cli.terminal import PlainConsole
         from chunkgrpo.config import load_config
         from chunkgrpo.config.build import build_trainer
         from chunkgrpo.doctor import examine, in_words
@@ -67,11 +66,11 @@ def doctor(
 
         given = Overrides(model, prompts, reward, False, set_ or [])
         config = load_config(recipe or ("paper" if model else "demo"), given.assignments(), chunks)
-        console = Console()
+        console = PlainConsole()
         if not console.is_terminal:  # a file or a pipe: a line each
-            console = Console(width=1000)
+            console = PlainConsole(width=1000)
         for line in geometry(make_estimate(config)):
-            console.print(line, markup=False, highlight=False)
+            console.print(line)
         if (out / "config.yaml").is_file():
             with FolderLock(out):  # refused where a process trains in it
                 pass
@@ -79,7 +78,7 @@ def doctor(
         begun, d = time.perf_counter(), config.doctor
         findings = examine(trainer, config, thorough=thorough or d.thorough, skip=d.skip)
         console.print(table_of(findings))
-        typer.echo(f"{in_words(findings, time.perf_counter() - begun)}.")
+        echo(f"{in_words(findings, time.perf_counter() - begun)}.")
         if any(each.status == "failure" for each in findings):
             raise typer.Exit(2)
 
