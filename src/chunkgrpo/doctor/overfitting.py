@@ -14,6 +14,7 @@ from chunkgrpo.core.advantages import group_advantages
 from chunkgrpo.core.sde import OdeDiffusion, Transition
 from chunkgrpo.doctor.findings import Measured, ok, skipped, warning
 from chunkgrpo.doctor.patient import Patient
+from chunkgrpo.rewards.images import quantised
 from chunkgrpo.rewards.scoring import scores_of
 from chunkgrpo.runtime.optimizers import make_optimizer
 from chunkgrpo.runtime.weights import swapped
@@ -84,6 +85,7 @@ def evaluated(patient: Patient, prompt: list[Prompt], size: int) -> Tensor:
 def total(patient: Patient, images: Tensor, prompt: list[Prompt], size: int) -> Tensor:
     """Return the combined reward of images of one prompt, [B]."""
     scorer = patient.trainer.scorer
-    prepared, prompts = scorer.prepare(images), prompt * len(images)
+    prepared = quantised(images) if scorer.quantise else images
+    prompts = prompt * len(images)
     columns = {r.name: scores_of(r, prepared, prompts, size) for r in scorer.everything}
     return scorer.combined(columns).total

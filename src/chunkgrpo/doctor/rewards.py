@@ -15,6 +15,7 @@ from torch import Tensor
 from chunkgrpo.core.combination import reward_shares
 from chunkgrpo.doctor.findings import Measured, failure, ok, warning
 from chunkgrpo.doctor.patient import Patient
+from chunkgrpo.rewards.images import quantised
 from chunkgrpo.rewards.monitor import DROWNED
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import is_groupwise, usable_scores
@@ -26,7 +27,15 @@ FLAT = 1e-6
 def rewards(patient: Patient) -> Iterator[Measured]:
     """Score the images of the trial with every reward, and look at the scores."""
     scorer = patient.trainer.scorer
-    images = scorer.prepare(patient.images)
+    images = quantised(patient.images) if scorer.quantise else patient.images
+    if not images.isfinite().all():
+        wrong = int((~images.flatten(1).isfinite().all(1)).sum())
+        yield failure(
+            f"{wrong} of {len(images)} images have pixels that are not finite",
+            "finite pixels, the only ones that are scored",
+            "set model.precision to fp32, or see what the model's decoder does",
+        )
+        return
     texts = [prompt for prompt in patient.prompts for _ in range(patient.group_size)]
     trained = {id(reward) for reward, _ in scorer.rewards}
     columns: list[Tensor] = []

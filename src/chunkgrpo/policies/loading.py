@@ -33,6 +33,7 @@ FAMILIES = {
     "Flux2Pipeline": ("chunkgrpo.policies.flux2", "Flux2Policy"),
 }
 """Pipeline class -> (module, class) of its policy."""
+LIBRARIES = ("diffusers", "transformers")
 GENERAL = {"generation", "precision", "gradient_checkpointing", "execution", "device"}
 """Options of every policy that settings of their own stand for."""
 
@@ -162,6 +163,24 @@ def model_folder(model: str | Path) -> Path | None:
         raise ValueError(f"model folder {error}; give a folder or a hub id owner/name") from None
 
 
+def check_components(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline whose parts name code that is neither of diffusers nor of transformers.
+
+    Former versions of diffusers import whatever module its ``model_index.json`` names, so that a
+    model of someone else could choose what runs; newer ones take any that is imported already.
+
+    Raises:
+        ValueError: With the part and what it names.
+    """
+    for part, value in index.items():
+        named = value[0] if isinstance(value, list | tuple) and value else None
+        if named is not None and named not in LIBRARIES:
+            raise ValueError(
+                f"model {model}: its model_index.json takes {part} from {named!r}; only parts of "
+                f"{' and '.join(LIBRARIES)} are loaded, as a model must not choose code to run"
+            )
+
+
 def load_pipeline(
     model: str | Path,
     lora: str | Path | None = None,
@@ -177,14 +196,14 @@ def load_pipeline(
         weights: Of the transformer, by name; they replace those of the model.
 
     Raises:
-        ValueError: If a weight has another name or shape than the transformer's.
+        ValueError: If a weight has another name or shape than the transformer's, or a part of the
+            model would be code of another library.
     """
     from diffusers import DiffusionPipeline
 
-    absent: dict[str, Any] = {}
-    if without_text:
-        index: Any = DiffusionPipeline.load_config(str(model))
-        absent = dict.fromkeys(text_encoder_names(index))
+    index: Any = DiffusionPipeline.load_config(str(model))
+    check_components(model, index)
+    absent = dict.fromkeys(text_encoder_names(index)) if without_text else {}
     with quiet_diffusers():
         pipe = DiffusionPipeline.from_pretrained(str(model), **absent)
         if lora is not None:
