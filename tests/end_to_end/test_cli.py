@@ -284,7 +284,7 @@ def test_chunks_of_a_window_are_trained_as_the_last_line_says(
     *_, last = output.strip().splitlines()
     said, _, command = last.partition(": chunkgrpo ")
     assert said == "Train with"
-    few = ["iterations=1", "sampling.prompts=2", "sampling.group_size=2", "evaluation.every=0"]
+    few = ["iterations=1", "sampling.prompts=2", "sampling.group_size=3", "evaluation.every=0"]
     few += ["evaluation.final_prompts=2", "evaluation.final_seeds=1"]
     settings = [part for each in few for part in ("--set", each)]
     call(*shlex.split(command), *settings, "--out", str(tmp_path / "run"))

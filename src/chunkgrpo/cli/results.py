@@ -24,7 +24,7 @@ CheckpointOption = Annotated[
 
 def tell(text: str) -> None:
     """Print a line beside the results."""
-    typer.echo(one_line(text), err=True)
+    echo(one_line(text), err=True)
 
 
 @app.command()
