@@ -31,6 +31,7 @@ SETTINGS = (
     "evaluation.reward={name: brightness}", "rewards=[{name: brightness}]", "checkpoints.every=1",
     "model.adaptation=lora", "model.max_sequence_length=4", "model.precision=fp32",
     "optimizer.learning_rate=1e-2", "threads=1",
+    "doctor.skip=[resources]",  # a disk that fills up is one of the attacks here
 )  # fmt: skip
 
 
