@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "chunkgrpo"
 # A run of seconds: two iterations, and next to no images.
 SMALL = [
-    "iterations=2", "sampling.prompts=2", "sampling.group_size=2", "evaluation.every=0",
+    "iterations=2", "sampling.prompts=2", "sampling.group_size=3", "evaluation.every=0",
     "evaluation.prompts=6", "evaluation.final_prompts=6", "threads=1",
 ]  # fmt: skip
 
