@@ -26,7 +26,7 @@ endif
 endif
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test attack lint format docs docs-serve wheel bench clean
+.PHONY: help install demo test attack lint format docs docs-serve wheel bench audit sbom clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -90,7 +90,18 @@ bench: $(STAMP) ## Run the benchmarks of speed; each prints one table
 		echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
+# pip-audit has an environment of its own: what it needs must not change what is audited. Without
+# a network it cannot be installed or cannot ask; then the check says that it did not run.
+audit: $(STAMP) ## Look up known vulnerabilities of constraints.txt; says so where it could not
+	@[ -x $(VENV)-audit/bin/pip-audit ] || { "$(PYTHON)" -m venv $(VENV)-audit && \
+		$(VENV)-audit/bin/python -m pip install --quiet --disable-pip-version-check pip-audit; } \
+		|| true
+	@$(BIN)/python .ci/audit.py $(VENV)-audit/bin/pip-audit
+
+sbom: $(STAMP) ## Write dist/sbom.json, the bill of materials (CycloneDX) of constraints.txt
+	@$(BIN)/python .ci/sbom.py dist/sbom.json
+
 clean: ## Remove the environment, caches and builds (runs/ stays)
-	rm -rf $(VENV) dist build site .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-audit dist build site .coverage .coverage.* .hypothesis .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 	find . -name '*.egg-info' -type d -prune -exec rm -rf {} +

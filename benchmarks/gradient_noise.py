@@ -35,6 +35,7 @@ from torch import Tensor
 
 from chunkgrpo.config import load_config
 from chunkgrpo.config.build import build_trainer
+from chunkgrpo.train.metrics import UpdateLog
 
 CASES = (
     "demo",
@@ -74,12 +75,12 @@ def measure(name: str, settings: Sequence[str], rollouts: int, seed: int) -> Cas
         trainer = build_trainer(config, Path(folder))
         gradients: list[Tensor] = []
 
-        def taken() -> Tensor:
+        def taken(log: UpdateLog) -> None:
             # Where no image of a rollout pulls, there are no gradients.
             parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trainer.parameters]
             gradients.append(torch.cat([part.flatten() for part in parts]).float())
             trainer.optimizer.zero_grad(set_to_none=True)
-            return gradients[-1].norm()
+            log.ended(gradients[-1].norm())
 
         trainer.update = taken  # type: ignore[method-assign] # nothing moves
         trainer.train_once()  # the first pays for loading

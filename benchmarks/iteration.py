@@ -59,6 +59,7 @@ from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.loop import Budget, Trainer
+from chunkgrpo.train.metrics import UpdateLog
 from chunkgrpo.types import Conditioning, Experience, LossPart, Prompt, as_prompts
 
 NUM_STEPS, ETA, CLIP, FRACTION, NUM_UPDATES = 17, 0.7, 5e-5, 0.5, 2
@@ -298,15 +299,14 @@ class WatchedTrainer(Trainer):
         self.gradients: list[list[Tensor | None]] = []
         self.norms: list[float] = []
 
-    def update(self) -> Tensor:
+    def update(self, log: UpdateLog) -> None:
         """Take the step; gradients are clipped in place, so what is kept is clipped."""
         clock: Clock = self.policy.clock  # type: ignore[attr-defined]
         clock.end_backward()
         self.gradients.append([p.grad for p in self.parameters])
         with clock.measure("optimizer"):
-            norm = super().update()
-        self.norms.append(float(norm))
-        return norm
+            super().update(log)
+        self.norms.append(float(log.norms[-1]))
 
 
 @dataclass

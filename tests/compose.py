@@ -13,6 +13,7 @@ from chunkgrpo.rewards.scoring import Scorer
 from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.checkpoints import Checkpointing
 from chunkgrpo.runtime.ema import Averaging
+from chunkgrpo.runtime.finite import StopNonFinite
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.loop import Budget, Trainer
@@ -83,6 +84,7 @@ def trainer(
     on_error="stop",
     quantise=False,
     on_iteration=None,
+    on_nonfinite=None,
     **options,
 ):
     """A trainer whose parts are given whole (``credit=...``) or by their fields, mixed.
@@ -112,6 +114,7 @@ def trainer(
     made = Trainer(
         policy, sampler, algorithm, parts["credit"], scorer, prompts, evaluator, folder,
         parts["budget"], parts["optimization"], parts["averaging"], parts["checkpoints"],
+        on_nonfinite=on_nonfinite or StopNonFinite(),
     )  # fmt: skip
     if on_iteration is not None:
         made.on_iteration = on_iteration

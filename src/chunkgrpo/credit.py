@@ -15,8 +15,16 @@ from torch import Tensor
 
 from chunkgrpo.core.advantages import CONVENTIONS, Advantages
 from chunkgrpo.core.combination import combined_advantages, combined_chunk_advantages
+from chunkgrpo.core.finite import NonFiniteError, all_finite
 from chunkgrpo.core.names import OneOf, check_name
-from chunkgrpo.core.subset import largest_advantages, num_chosen, project_out
+from chunkgrpo.core.subset import (
+    expressive_groups,
+    largest_advantages,
+    num_chosen,
+    project_out,
+    scaled_within,
+)
+from chunkgrpo.rewards.protocol import RewardError
 from chunkgrpo.rewards.scoring import jointly_kept
 from chunkgrpo.types import RewardBatch
 
@@ -35,9 +43,10 @@ class Credit:
             chunk with what it added to the reward of the predicted clean image.
         keep: Share of a rollout's samples that is trained on, in (0, 1]: those of largest absolute
             advantage.
-        project_out: Names of watched rewards. The advantages of the samples trained on are
-            projected orthogonally to their scores, so that at first order no update changes their
-            mean.
+        project_out: Names of watched rewards, fewer than a group has degrees of freedom (its images
+            less one). The advantages of the samples trained on are projected orthogonally to their
+            scores, so that at first order no update changes their mean; where one is then larger
+            than ``clip``, all are made smaller alike.
     """
 
     convention: Annotated[str, OneOf(CONVENTIONS)] = "group_std"
@@ -53,6 +62,9 @@ class Credit:
         if not self.clip > 0:
             raise ValueError(f"clip is {self.clip}; the largest absolute advantage must be above 0")
         num_chosen(1, self.keep)
+        for name in self.project_out:
+            if self.project_out.count(name) > 1:
+                raise ValueError(f"project_out names {name!r} twice; once is enough: take one out")
 
     @property
     def by_chunk(self) -> bool:
@@ -75,7 +87,10 @@ class Credit:
             samples are trained on.
 
         Raises:
-            RewardError: If no sample has a usable score at every boundary.
+            RewardError: If no sample has a usable score at every boundary, or if the dropped ones
+                leave every group as few degrees of freedom as scores are projected out.
+            NonFiniteError: If an advantage is not finite.
+            ValueError: If rewards are so large that their sum overflows.
         """
         final, kept_B = scores[-1], jointly_kept(scores)
         shared = (final.weights, num_prompts, final.combine, self.convention, self.clip, kept_B)
@@ -85,11 +100,16 @@ class Credit:
             rewards_RBE = torch.stack([each.stacked for each in scores], dim=2)
             totals_BE = torch.stack([each.total for each in scores], dim=1)
             values = combined_chunk_advantages(rewards_RBE, *shared, totals_BE)
+        if not all_finite([values]):
+            raise NonFiniteError("reward", "an advantage", "lower the weights of the rewards")
         chosen = None
         if self.keep < 1:
             chosen = largest_advantages(values, num_chosen(len(values), self.keep, updates))
         if self.project_out:
-            values = self.projected(values, final, num_prompts, chosen, kept_B)
+            values, able_P = self.projected(values, final, num_prompts, chosen, kept_B)
+            lost_P = ~able_P & (advantages.spread.nan_to_num(0.0) > 0)
+            silent = advantages.num_zero_spread + lost_P.sum()
+            advantages = replace(advantages, num_zero_spread=silent)
         return replace(advantages, values=values, chosen=chosen)
 
     def projected(
@@ -99,10 +119,25 @@ class Credit:
         num_prompts: int,
         chosen: Tensor | None,
         kept_B: Tensor | None,
-    ) -> Tensor:
-        """Return the advantages, orthogonal to the watched scores over the samples trained on."""
+    ) -> tuple[Tensor, Tensor]:
+        """Return the advantages, orthogonal to the watched scores over the samples trained on.
+
+        And which groups they are of, [P]: one that has too few images left for that has advantage
+        0, and counts among those without spread.
+        """
+        present_B = torch.ones(len(values), dtype=torch.bool) if kept_B is None else kept_B
+        able_P = expressive_groups(len(self.project_out), num_prompts, present_B)
+        if not able_P.any():
+            most = int(present_B.reshape(num_prompts, -1).sum(dim=1).max())
+            raise RewardError(
+                self.project_out[0],
+                f"is projected out, {len(self.project_out)} in all, and no group has more than "
+                f"{most} images with a score, {most - 1} degrees of freedom: nothing would be left "
+                "to learn; raise sampling.group_size, or shorten credit.project_out",
+            )
+        able_B = able_P.repeat_interleave(len(values) // num_prompts)
         among = torch.arange(len(values)) if chosen is None else chosen
-        if kept_B is not None:  # a dropped sample keeps the advantage 0
-            among = among[kept_B[among]]
+        among = among[(present_B & able_B)[among]]  # the others have the advantage 0
         watched_RB = torch.stack([final.watched[name] for name in self.project_out])
-        return project_out(values, watched_RB, num_prompts, among)
+        left = project_out(values, watched_RB, num_prompts, among)
+        return scaled_within(left, self.clip), able_P

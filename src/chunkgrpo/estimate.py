@@ -90,6 +90,7 @@ class Estimate:
         evaluation: Operations of all evaluations of the run together.
         memory: Bytes at the peak of each phase.
         resident: Bytes that stay allocated, by what they hold.
+        disk: What the run writes to disk.
     """
 
     config: Config
@@ -101,6 +102,7 @@ class Estimate:
     evaluation: float
     memory: dict[str, float]
     resident: dict[str, float]
+    disk: Space
 
     @property
     def iteration_flops(self) -> float:
@@ -133,6 +135,61 @@ class Estimate:
         seconds = self.seconds(accelerator, utilisation, gpus) * self.config.iterations * gpus
         rate = accelerator.rate(self.config.model.precision) * utilisation
         return (seconds + self.evaluation / rate) / 3600
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a run writes to disk, in bytes.
+
+    Attributes:
+        each: One checkpoint.
+        kept: Checkpoints that are there at once, the one that is being written among them.
+        model: The tuned model at the end.
+    """
+
+    each: float
+    kept: int
+    model: float
+
+    @property
+    def in_all(self) -> float:
+        """All of it together."""
+        return self.each * self.kept + self.model
+
+
+def moment_bytes(config: Config) -> float:
+    """Return the bytes of the optimizer's two moments of a weight."""
+    # In 8 bits two bytes, and two float32 scales for each block of 256.
+    return 8 if config.optimizer.name == "adamw" else 2 + 8 / 256
+
+
+def disk_space(config: Config, trainable: float, pipeline: float) -> Space:
+    """Return what a run writes to disk.
+
+    A checkpoint holds the trained weights, their average and the optimizer's moments; of a LoRA
+    also a copy for diffusers, and of methods with a second policy its weights.
+
+    Args:
+        config: The run.
+        trainable: Number of trained weights.
+        pipeline: Bytes of the whole pipeline, which full fine-tuning saves; a LoRA is saved alone.
+    """
+    o = config.objective
+    second = getattr(o, "old", None) or getattr(o, "average", None)
+    full = config.model.adaptation.kind == "full"
+    model = pipeline if full else 4 * trainable
+    each = (4 + 4 + moment_bytes(config) + (4 if second else 0)) * trainable
+    each += 0 if full else model
+    return Space(each, kept_checkpoints(config) + 1, model)
+
+
+def kept_checkpoints(config: Config) -> int:
+    """Return how many finished checkpoints there are at once, at most."""
+    c, iterations = config.checkpoints, config.iterations
+    written = math.ceil(iterations / c.every)
+    steady = iterations // c.keep_every if c.keep_every else 0
+    best = int(c.keep_best and bool(config.evaluation.every))
+    return min(c.keep_last + best, written + best) + steady
 
 
 def make_estimate(config: Config) -> Estimate:
@@ -188,7 +245,9 @@ def make_estimate(config: Config) -> Estimate:
     weights = Weights(network, decoding, 4 * vae_parameters, counting.text_encoder_parameters(a))
     kept = images * elements * cost.stored
     resident, memory = _memory(config, weights, kept, prompts)
-    return Estimate(config, size, text, network, cost, phases, evaluation, memory, resident)
+    whole = 4 * (network.parameters + weights.text) + weights.vae
+    disk = disk_space(config, network.trainable, whole)
+    return Estimate(config, size, text, network, cost, phases, evaluation, memory, resident, disk)
 
 
 def trained_modules(config: Config, pipeline: str) -> tuple[str, ...] | None:
@@ -236,8 +295,7 @@ def _memory(
     )
     encoders = (2 if low_texts else 4) * weights.text
     vae, copy = weights.vae, 4 * network.trainable if m.adaptation.kind == "full" else 0
-    # Two bytes a weight, and two float32 scales for each block of 256.
-    moments = 8 if config.optimizer.name == "adamw" else 2 + 8 / 256
+    moments = moment_bytes(config)
     resident: dict[str, float] = {
         "transformer": network.nbytes,
         "VAE": 0 if "vae" in away else vae,

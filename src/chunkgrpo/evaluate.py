@@ -12,10 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from chunkgrpo.core.finite import finite_rows
 from chunkgrpo.core.sde import OdeDiffusion, Transition
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.report.health import image_health
+from chunkgrpo.rewards.images import eight_bit, refuse_nonfinite
 from chunkgrpo.rewards.protocol import Reward, RewardError
 from chunkgrpo.rewards.scoring import described_problem, usable_scores
 from chunkgrpo.rollout import Sampler
@@ -92,6 +94,8 @@ def sample_images(
     seeds: Sequence[int],
     batch_size: int = 128,
     progress: ProgressHook | None = None,
+    folder: Path | None = None,
+    label: str = "",
 ) -> Tensor:
     """Sample one image per prompt with the deterministic (ODE) sampler.
 
@@ -102,9 +106,14 @@ def sample_images(
         seeds: One per prompt; an image depends on its prompt and seed only.
         batch_size: Largest number of images at once.
         progress: Called with (done, total) images.
+        folder: Where an image that is not finite is saved; None: nowhere.
+        label: Prefix of its name.
 
     Returns:
         uint8 [P, 3, H, W].
+
+    Raises:
+        NonFiniteError: If a latent or a pixel is not finite, naming the image and its prompt.
     """
     images = []
     # No state of the later steps is stored.
@@ -112,8 +121,12 @@ def sample_images(
     for start in range(0, len(prompts), batch_size):
         part = slice(start, start + batch_size)
         trajectory = sampler.rollout(policy, prompts[part], seeds=seeds[part])
+        good = finite_rows(trajectory.final)
         decoded = policy.decode(trajectory.final)
-        images.append((decoded * 255).round().to(torch.uint8).cpu())
+        # Whatever a decoder makes of a latent that is not finite, it is no image.
+        decoded = decoded.masked_fill(~good.to(decoded.device)[:, None, None, None], float("nan"))
+        refuse_nonfinite(decoded, prompts[part], folder, f"{label}{start}-", "evaluation")
+        images.append(eight_bit(decoded).cpu())
         if progress:
             progress(min(start + batch_size, len(prompts)), len(prompts))
     return torch.cat(images)
@@ -140,11 +153,14 @@ def evaluate(
     Raises:
         RewardError: If a reward that is not lenient gives no usable score; it names the reward, the
             prompt and the saved image.
+        NonFiniteError: As :func:`sample_images`.
     """
     s = settings or EvaluationSettings()
     repeated = [prompt for prompt in prompts for _ in range(s.num_seeds)]
     seeds = [derive_seed(s.seed, p, i) for p in range(len(prompts)) for i in range(s.num_seeds)]
-    images = sample_images(policy, repeated, sigmas, seeds, s.batch_size, progress)
+    images = sample_images(
+        policy, repeated, sigmas, seeds, s.batch_size, progress, s.folder, s.label
+    )
     scores = {reward.name: [] for reward in rewards}
     # Whole groups, few enough to be held as floats. A remote reward sends them in smaller requests,
     # each with its own deadline, so this size has no effect there.

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from chunkgrpo.runtime.seeds import derive_seed
+from chunkgrpo.runtime.sources import local_path
 from chunkgrpo.types import Prompt
 
 
@@ -124,7 +125,7 @@ def read_prompts(source: str | Path, column: str | None = None) -> PromptSet:
             no prompt or a negative prompt that is no text; the message names the line (of a
             dataset, the row).
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix in READERS:
         if not path.is_file():
             raise ValueError(f"prompt file {path} does not exist")
@@ -293,17 +294,24 @@ def _csv_records(path: Path) -> Iterator[NumberedRecord]:
         yield reader.line_num, row
 
 
+def dataset_and_split(source: str) -> tuple[str, str | None]:
+    """Return a dataset's folder or name, and its split where ``:split`` names one."""
+    if Path(source).expanduser().exists() or ":" not in source:
+        return source, None
+    name, _, split = source.rpartition(":")
+    return name, split
+
+
 def _dataset_records(source: str) -> Iterator[NumberedRecord]:
     """Read a dataset's rows, without image and audio columns."""
-    path, split = Path(source), None
-    if not path.exists() and ":" in source:
-        name, _, split = source.rpartition(":")
-        path = Path(name)
-    if not path.exists() and not (len(path.parts) == 2 and not path.is_absolute()):
+    name, split = dataset_and_split(source)
+    try:
+        path = local_path(name) or Path(name)
+    except FileNotFoundError as error:
         raise ValueError(
-            f"prompt file {source} does not exist; give a {', '.join(READERS)} file, a folder that "
-            "datasets can read, or a dataset's name on the hub, owner/name"
-        )
+            f"prompt file {error}; give a {', '.join(READERS)} file, a folder that datasets can "
+            "read, or a dataset's name on the hub, owner/name"
+        ) from None
     if path.is_file():
         raise ValueError(f"prompt file {source} must end in {', '.join(READERS)}")
     try:

@@ -102,6 +102,8 @@ class Trajectory:
         velocities: [B, N, *latent] float32, the old policy's predictions at ``states[:, :-1]``;
             stored only where an algorithm compares means or clean predictions with them, and in
             the same place as the states: read them with :meth:`velocity`.
+        lost: True for samples of which a number was not finite, [B]: their rows hold another
+            sample's numbers, and they must not be trained on. None where there are none.
     """
 
     states: Tensor
@@ -114,6 +116,7 @@ class Trajectory:
     offset: int = 0
     shared_start: bool = False
     velocities: Tensor | None = None
+    lost: Tensor | None = None
 
     @property
     def trained_sigmas(self) -> Tensor:

@@ -24,20 +24,20 @@ LAYERS: dict[str, set[str]] = {
     "plain_text": set(),
     "imported_code": set(),
     "types": {"core.dynamics", "core.precision"},
-    "runtime": {"core.names", "core.precision"},
+    "runtime": {"core.finite", "core.names", "core.precision"},
     "report": {"runtime.files"},
     "shapes": {"runtime.attention"},
     "recipes": set(),
     "policies": {"core", "types", "runtime"},
-    "rewards": {"core", "types", "imported_code", "plain_text"},
+    "rewards": {"core", "types", "imported_code", "plain_text", "runtime.sources"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
     "algorithms": {"core", "types", "runtime", "policies.protocol", "imported_code"},
-    "prompts": {"types", "runtime.seeds", "shapes.grammar"},
+    "prompts": {"types", "runtime.seeds", "runtime.sources", "shapes.grammar"},
     "rollout": {"core", "types", "runtime.seeds", "policies.protocol"},
-    "credit": {"core", "types", "rewards.scoring"},
+    "credit": {"core", "types", "rewards.protocol", "rewards.scoring"},
     "evaluate": {"core", "types", "runtime.seeds", "policies.protocol", "report.health"}
-    | {"rewards.protocol", "rewards.scoring", "prompts", "rollout"},
+    | {"rewards.images", "rewards.protocol", "rewards.scoring", "prompts", "rollout"},
     "train": {"core", "types", "runtime", "policies.protocol", "algorithms.protocol", "rewards"}
     | {"report.metrics", "report.statistics", "prompts", "rollout", "credit", "evaluate"},
     "profile": {"core", "types", "runtime", "policies.protocol", "report.curves", "rollout"},
@@ -47,10 +47,13 @@ LAYERS: dict[str, set[str]] = {
     | {"config"},
     "methods": {"config", "cost", "recipes"},
     "estimate": {"config", "cost", "policies"},
-    "runs": {"types", "runtime.files", "policies", "rewards", "report", "prompts", "evaluate"}
-    | {"config"},
+    "doctor": {"core", "types", "runtime", "policies", "rewards", "algorithms", "rollout"}
+    | {"train", "config", "estimate"},
+    "runs": {"types", "runtime.checkpoints", "runtime.files", "runtime.lock", "policies", "rewards"}
+    | {"report", "prompts", "evaluate", "train", "config", "doctor"},
     "cli": {"core", "rewards", "report", "shapes", "recipes", "profile", "config", "cost"}
-    | {"methods", "estimate", "runs", "plain_text", "imported_code"},
+    | {"methods", "estimate", "doctor", "runs", "plain_text", "imported_code"}
+    | {"runtime.interrupts", "runtime.lock"},
     "__main__": {"cli"},
     "": set(),
 }

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,7 @@ from attack.conftest import Attempt
 from chunkgrpo.cli import app
 from chunkgrpo.config import ConfigError, load_config
 from chunkgrpo.imported_code import code_allowed, import_named
+from chunkgrpo.policies.loading import load_policy
 from chunkgrpo.rewards import make_reward
 
 SOURCE = Path(__file__).resolve().parents[2] / "src" / "chunkgrpo"
@@ -134,6 +137,25 @@ def test_permission_ends_with_the_command(elsewhere: Path) -> None:
     sys.modules.pop("strange")
     refused = CliRunner().invoke(app, arguments)
     assert "--allow-code" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    "named", [["strange", "bright"], ["strangepack.inner", "bright"], ["os", "system"], ["", "x"]]
+)
+def test_a_model_does_not_choose_what_is_imported(
+    named: list[str], elsewhere: Path, tiny_pipeline_path: Path, attempt: Attempt
+) -> None:
+    """Of a pipeline of someone else diffusers would import any module that the index names."""
+    model = elsewhere.parent / "model"
+    shutil.copytree(tiny_pipeline_path, model)
+    index = json.loads((model / "model_index.json").read_text())
+    (model / "model_index.json").write_text(json.dumps({**index, "scheduler": named}))
+    with attempt("code", "a model that names code"):
+        with pytest.raises(ValueError, match=r"takes scheduler from .* must not choose code"):
+            load_policy(model)
+        assert not list(elsewhere.rglob("ran"))
+    with code_allowed(), pytest.raises(ValueError, match="must not choose code"):
+        load_policy(model)  # a permission for settings is none for models
 
 
 FORBIDDEN = {"pickle", "cloudpickle", "dill", "marshal", "shelve", "joblib"}

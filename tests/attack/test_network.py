@@ -275,7 +275,7 @@ def test_a_hung_reward_holds_no_memory(tmp_path: Path, attempt: Attempt) -> None
             assert reply.status_code == 503
             assert "has not returned for" in reply.json()["error"]
             assert reply.headers["retry-after"]
-            assert httpx.get(address + "/health", timeout=5, trust_env=False).status_code == 200
+            assert httpx.get(address + "/health", timeout=5, trust_env=False).status_code == 503
     finally:
         child.kill()
         child.wait()

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -13,18 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import chunkgrpo.cli
 from attack.conftest import Attempt
 from chunkgrpo.cli import app
-from chunkgrpo.config import ConfigError, load_config, parse_config
+from chunkgrpo.cli.common import PlainLog
+from chunkgrpo.config import ConfigError, build, dump_config, load_config, parse_config
+from chunkgrpo.config.describe import json_schema
 from chunkgrpo.config.files import Assignment
 from chunkgrpo.config.keys import every_key
 from chunkgrpo.config.limits import LIMITS, check_run_name, is_number
 from chunkgrpo.config.schema import Config
+from chunkgrpo.core.windows import SlidingWindow
 
 PART = "settings"
 NUMBERS: list[Any] = [
@@ -86,8 +93,11 @@ def assert_sane(config: Config) -> None:
 
 
 def tried(key: str, value: Any) -> str | None:
-    """Load the demo with one setting changed; return the message, or None where it is valid."""
-    started = time.perf_counter()
+    """Load the demo with one setting changed; return the message, or None where it is valid.
+
+    Seconds are those of this process, so that others on the machine do not count.
+    """
+    started = time.process_time()
     try:
         config = load_config("demo", [Assignment(key, value, "test")])
     except ConfigError as error:
@@ -96,13 +106,14 @@ def tried(key: str, value: Any) -> str | None:
     else:
         message = None
         assert_sane(config)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     return message
 
 
 def test_every_key_with_every_nasty_value(attempt: Attempt, full: bool) -> None:
-    """Several thousand configurations; a third of them where time is short."""
-    cases = CASES if full else CASES[::3]
+    """Several thousand configurations; a quarter of them where time is short."""
+    load_config("demo")  # what Python imports at the first time is not what is measured
+    cases = CASES if full else CASES[::4]
     assert len(CASES) > 3000
     refused = 0
     for key, value in cases:
@@ -144,6 +155,20 @@ REFUSED = [
     ("sampling.steps", "{a: &a [*a]}"), ("sampling.steps", "!!python/name:os.system"),
     ("sampling.steps", "9" * 5000), ("sampling.steps", ""), ("sampling.steps", "{"),
     ("sampling.prompts", "1000000"), ("model.negative_prompt", "\x1b]0;title\x07"),
+    ("seed", "-1"), ("evaluation.seed", "-1"), ("rewards.0.weight", "1e-300"),
+    ("rewards.0.weight", "-1e-9"), ("sampling.transition.eta", "1e-300"),
+    ("sampling.transition", "{kind: cps, eta: 1e-9}"), ("credit.clip", "1e-300"),
+    ("objective.kl", "{kind: rate, weight: 1e-300}"), ("objective.trust.low", "1e-300"),
+    ("objective.trust.high", "1e-300"), ("ema.warmup", "1e-300"), ("async_rewards", "1"),
+    ("model.lower_frozen", "0.0"), ("model.lower_frozen", "'yes'"), ("model.vae_tiling", "no"),
+    ("objective.selection", "{kind: weighted, softmax: 1}"), ("model.adaptation.targets", "[]"),
+    ("prompts.tasks", "[]"), ("prompts.tasks", "[foo]"), ("evaluation.tasks", "[foo]"),
+    ("optimizer", "{learning_rate: 100, weight_decay: 100}"), ("scoring.combine", "foo"),
+    ("rewards", "[{name: shapes, weight: -1}, {name: brightness, weight: 0, options: {a: 1}}]"),
+    ("rewards", "[{name: brightness, weight: 0}, {name: shapes, weight: 0}]"),
+    ("rewards.0.name", "nothing"), ("rewards.0.options.nothing", "1"),
+    ("watched_rewards", "[{name: nothing}]"), ("evaluation.reward.name", "nothing"),
+    ("evaluation.reward.options.nothing", "1"), ("sampling.schedule.shift", "0"),
 ]  # fmt: skip
 
 
@@ -197,12 +222,12 @@ FILES = {
 def test_broken_files_are_refused_at_once(kind: str, attempt: Attempt, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(FILES[kind].replace("FILE", str(path)), encoding="utf-8")
-    started = time.perf_counter()
+    started = time.process_time()
     with attempt(PART, "broken files"):
         with pytest.raises(ConfigError) as caught:
             load_config(path)
         assert_one_line(str(caught.value))
-        assert time.perf_counter() - started < 2
+        assert time.process_time() - started < 2
 
 
 def test_a_chain_of_recipes_ends(attempt: Attempt, tmp_path: Path) -> None:
@@ -285,8 +310,22 @@ COMMANDS += [
 
 def assert_refused(code: int, stderr: str, args: list[str]) -> None:
     assert code == 2, (args, code, stderr)
-    assert "Traceback" not in stderr
-    assert "\x1b" not in stderr
+    (line,) = stderr.splitlines()
+    assert line.startswith("chunkgrpo: ")
+    assert_one_line(line)
+
+
+def test_nothing_prints_past_the_one_function() -> None:
+    """All output of commands is printed by ``echo`` or by the display, which spell out codes."""
+    folder = Path(chunkgrpo.cli.__file__).parent
+    wrong = [
+        path.name
+        for path in folder.glob("*.py")
+        if path.name != "common.py" and ("typer.echo" in path.read_text() or
+                                         re.search(r"\bprint\(|[^n]Console\(",
+                                                   path.read_text().replace("console.print(", "")))
+    ]  # fmt: skip
+    assert not wrong, "print by chunkgrpo.cli.common.echo"
 
 
 def test_commands_end_with_one_line(
@@ -298,10 +337,29 @@ def test_commands_end_with_one_line(
         with attempt("command line", "wrong arguments, within the process"):
             result = runner.invoke(app, args)
             assert_refused(result.exit_code, result.stderr, args)
-            own = [line for line in result.stderr.splitlines() if line.startswith("chunkgrpo: ")]
-            usage = "Usage:" in result.stderr
-            assert usage or own == result.stderr.splitlines(), result.stderr
             assert not list(tmp_path.iterdir()), args
+
+
+def test_warnings_are_one_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """What a server or a prompt says reaches the log of a command without its escape codes."""
+    log = logging.getLogger("chunkgrpo")
+    said = PlainLog(logging.WARNING)
+    log.addHandler(said)
+    try:
+        log.warning("reward %r %s", "a", "failed: \x1b[2J\x9b2J\n\rgone\u202e")
+    finally:
+        log.removeHandler(said)
+    assert capsys.readouterr().err == "reward 'a' failed: \\x1b[2J\\x9b2J gone\\u202e\n"
+
+
+def test_prompts_are_echoed_without_their_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    from chunkgrpo.cli.results import judge_marks
+
+    assert judge_marks("a \x1b[31mred\x07 thing", {}) is None
+    error = capsys.readouterr().err
+    assert error.startswith("not judged: ")
+    assert "\x1b" not in error
+    assert "\x07" not in error
 
 
 def test_real_commands_end_with_one_line(attempt: Attempt, full: bool, tmp_path: Path) -> None:
@@ -318,6 +376,85 @@ def test_real_commands_end_with_one_line(attempt: Attempt, full: bool, tmp_path:
                 cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False,
             )  # fmt: skip
             assert_refused(done.returncode, done.stderr, args)
+
+
+def test_every_reward_is_looked_at_before_the_first_is_made(monkeypatch) -> None:
+    """Making one may load a model for minutes; a slip in the second is known before."""
+    made: list[str] = []
+    monkeypatch.setattr(build, "make_reward", lambda name, options: made.append(name))
+    with pytest.raises(ConfigError, match=r"^rewards\.1: unknown reward 'nothing'"):
+        load_config("demo", ["rewards=[{name: shapes}, {name: nothing}]"])
+    with pytest.raises(ConfigError, match=r"^watched_rewards\.0: .*options: foo; it takes"):
+        load_config("demo", ["watched_rewards=[{name: shapes, options: {foo: 1}}]"])
+    with pytest.raises(ConfigError, match=r"scoring\.combine 'product' needs positive weights"):
+        load_config("demo", ["scoring.combine=product", "rewards.0.weight=-1"])
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.device=cuda:99", r"model\.device is 'cuda:99', and torch finds .* devices? here"),
+        ("model.device=mps", r"model\.device is 'mps', and torch finds no such devices here"),
+        ("model.compile={kind: blocks, backend: foo}", r"unknown model\.compile\.backend 'foo'"),
+    ],
+)
+def test_what_this_machine_lacks_is_said_before_anything_is_made(
+    setting: str, message: str, monkeypatch: pytest.MonkeyPatch, attempt: Attempt, tmp_path: Path
+) -> None:
+    """Torch answers a missing device with an AssertionError, while the model is moved there."""
+    monkeypatch.setattr(torch.mps, "is_available", lambda: False)
+    monkeypatch.setattr(build, "build_rewards", lambda config: pytest.fail("a reward was made"))
+    config = load_config("demo", [setting])
+    with attempt(PART, "a device or compiler that is not there"):
+        with pytest.raises(ValueError, match=message):
+            build.build_trainer(config, tmp_path)
+        with pytest.raises(ValueError, match=message):
+            build.policy_options(config.model)
+
+
+def test_a_folder_with_another_name_is_refused_everywhere(tmp_path: Path) -> None:
+    from chunkgrpo.runs import new_folder
+
+    for name in ("../x", "..", "", "a/b", "/x", "a\x00", "x" * 300):
+        with pytest.raises(ConfigError):
+            new_folder(tmp_path / "runs", name)
+    assert new_folder(tmp_path / "runs", "x") == tmp_path / "runs" / "x"
+
+
+def test_the_settings_of_a_run_are_checked_as_a_recipe_is(tmp_path: Path) -> None:
+    from chunkgrpo.runs import read_run
+
+    text = dump_config(load_config("demo"))
+    (tmp_path / "config.yaml").write_text(text)
+    assert read_run(tmp_path) == load_config("demo")
+    (tmp_path / "config.yaml").write_text(text.replace("updates: 2", "updates: 1000"))
+    with pytest.raises(ConfigError, match=r"objective\.updates = 1000 share"):
+        read_run(tmp_path)
+
+
+def test_a_window_that_stays_for_long_takes_no_memory() -> None:
+    longest = int(LIMITS["objective.window.every"][1])
+    window = SlidingWindow(4, longest)
+    starts = [window.start_at(i, 20, torch.Generator()) for i in (0, longest - 1, longest)]
+    assert starts == [0, 0, 1]
+    assert SlidingWindow(4, 3, decay="exponential", rate=1e3, after=0).stays(16, 20) == 1
+
+
+def test_the_schema_says_the_bounds() -> None:
+    schema = json_schema()
+    shown = schema["properties"]["iterations"]
+    assert (shown["minimum"], shown["maximum"]) == LIMITS["iterations"]
+    clip = schema["$defs"]["Clip"]["properties"]["low"]
+    assert (clip["minimum"], clip["maximum"]) == LIMITS["objective.trust.low"]
+    sizes = schema["$defs"]["ExplicitPlan"]["properties"]["sizes"]["items"]
+    assert (sizes["minimum"], sizes["maximum"]) == LIMITS["objective.plan.sizes"]
+    betas = schema["$defs"]["Optimization"]["properties"]["betas"]["prefixItems"]
+    assert all((e["minimum"], e["maximum"]) == LIMITS["optimizer.betas"] for e in betas)
+    weight = schema["$defs"]["RewardConfig"]["properties"]["weight"]
+    assert (weight["minimum"], weight["maximum"]) == LIMITS["rewards.0.weight"]
+    rate = schema["$defs"]["SlidingWindow"]["properties"]["rate"]["anyOf"][0]
+    assert (rate["minimum"], rate["maximum"]) == LIMITS["objective.window.rate"]
 
 
 def test_what_is_written_is_read_again() -> None:

@@ -35,6 +35,8 @@ def test_descriptions_are_sentences():
 ELSEWHERE = {
     "name": "names the run's folder, outside of what is trained",
     "threads": "is a setting of torch",
+    "doctor.skip": "is read before the trainer runs, tests/doctor",
+    "doctor.thorough": "is read before the trainer runs, tests/doctor",
 }
 """Settings that are not in the trainer, and where they are."""
 

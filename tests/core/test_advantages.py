@@ -278,3 +278,72 @@ def test_correlation_is_within_groups():
     broken[2] = NAN
     assert group_correlation(broken, a, 2, kept).item() == pytest.approx(1)
     assert group_correlation(a, torch.full((6,), 0.1), 2).isnan()
+
+
+# --- rounding is not signal ---------------------------------------------------------------------
+
+LAST_BIT = 1 - 2**-24  # the largest float32 below 1
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+@pytest.mark.parametrize("scale", [1.0, -1.0, 1e-30, 1e30, 3.7])
+def test_the_last_bit_of_a_reward_is_no_advantage(convention, scale):
+    """1, 1, 1, 1 - 6e-8 had an advantage of -1.34, and 0 is right in any unit."""
+    rewards = scale * torch.tensor([1.0, 1.0, 1.0, LAST_BIT])
+    assert len(rewards.unique()) == 2
+    found = group_advantages(rewards, 1, convention)
+    assert found.values.tolist() == [0.0] * 4
+    assert int(found.num_zero_spread) == 1 and found.spread.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_differences_above_rounding_count_in_full(convention):
+    """A millionth of the size is the border, on whichever side of 0 the rewards lie."""
+    for offset in (1.0, -1.0):
+        above = offset + torch.tensor([0.0, 0.0, 0.0, 2.1e-6])
+        assert int(group_advantages(above, 1, convention).num_zero_spread) == 0
+        assert group_advantages(above, 1, convention).values.abs().max() > 0
+        below = offset + torch.tensor([0.0, 0.0, 0.0, 0.9e-6])
+        assert int(group_advantages(below, 1, convention).num_zero_spread) == 1
+        assert group_advantages(below, 1, convention).values.tolist() == [0.0] * 4
+
+
+def test_small_rewards_around_zero_are_no_rounding():
+    """The rule is one of the reward's own size: it does not know what unit 1e-9 is of."""
+    rewards = torch.tensor([0.0, 1e-9, -1e-9, 2e-9])
+    found = group_advantages(rewards, 1, "mean_only", clip=None)
+    torch.testing.assert_close(found.values, rewards - rewards.mean(), rtol=1e-5, atol=0)
+    assert int(found.num_zero_spread) == 0
+
+
+def test_each_group_has_its_own_size():
+    """Rewards of size 1e-4 beside others of size 1000."""
+    rewards = torch.tensor([1000.0, 1000.0001, 1e-4, 2e-4])
+    found = group_advantages(rewards, 2)
+    assert found.values[:2].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(found.values[2:].abs(), torch.full((2,), 0.7070), rtol=1e-3, atol=0)
+    assert int(found.num_zero_spread) == 1
+
+
+def test_without_groups_the_whole_batch_is_one():
+    """Two prompts of which one scores 1 and the other 1 - 6e-8 do not differ; 1 and 0.5 do."""
+    alike = torch.tensor([1.0, 1.0, LAST_BIT, LAST_BIT])
+    assert group_advantages(alike, 2, "ungrouped").values.tolist() == [0.0] * 4
+    different = torch.tensor([1.0, 1.0, 0.5, 0.5])
+    assert group_advantages(different, 2, "ungrouped").values.abs().min() > 0.8
+
+
+def test_a_dropped_sample_has_no_size():
+    rewards = torch.tensor([1e-4, 2e-4, 1e9, 3e-4])
+    kept = torch.tensor([True, True, False, True])
+    found = group_advantages(rewards, 1, kept_B=kept)
+    assert int(found.num_zero_spread) == 0 and found.values[2] == 0
+    assert found.values[0] == -1.0 or abs(found.values[0] + 1) < 1e-3
+
+
+def test_rewards_that_differ_by_rounding_have_no_correlation():
+    """Their last bits would otherwise count like any difference."""
+    noisy, plain = torch.tensor([1.0, LAST_BIT, 1.0, LAST_BIT]), torch.tensor([1.0, 2.0, 1.0, 2.0])
+    assert group_correlation(noisy, plain, 1).isnan()
+    both = torch.cat([noisy, plain]), torch.cat([plain, plain])
+    assert group_correlation(*both, 2).item() == pytest.approx(1 / 2**0.5)

@@ -101,7 +101,7 @@ def test_by_reward_a_group_teaches_while_one_reward_differs():
     # Two rewards that disagree cancel in the sum, and have spread nonetheless.
     opposed = torch.tensor([[1.0, 2.0], [2.0, 1.0]])
     found = combined_advantages(opposed, torch.ones(2), 1, "gdpo")
-    assert int(found.num_zero_spread) == 0 and found.values.abs().max() < 1e-3
+    assert int(found.num_zero_spread) == 0 and found.values.tolist() == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -226,3 +226,52 @@ def test_totals_that_are_known_need_not_be_computed_again(combination, dropped):
 def test_combinations_refuse_what_makes_no_sense(rewards, weights, combination, message):
     with pytest.raises(ValueError, match=message):
         combined_rewards(rewards, weights, combination)
+
+
+# --- rounding is not signal ---------------------------------------------------------------------
+
+LAST_BIT = 1 - 2**-24  # the largest float32 below 1
+
+
+def test_what_is_left_of_large_terms_that_cancel_is_rounding():
+    """0.1 r - 0.1 r, summed in float32 with rewards of size 1000, is not zero; it is no signal."""
+    generator = torch.Generator().manual_seed(0)
+    first = 1000 + 100 * torch.rand(8, generator=generator)
+    rewards, weights = torch.stack([first, 3 * first]), torch.tensor([0.3, -0.1])
+    total = combined_rewards(rewards, weights)
+    assert 0 < total.abs().max() < 1e-4
+    for combination in ("sum", "advantage", "gdpo"):
+        found = combined_advantages(rewards, weights, 2, combination)
+        if combination == "sum":
+            assert found.values.tolist() == [0.0] * 8 and int(found.num_zero_spread) == 2
+    opposed = torch.tensor([1.0, -1.0])
+    for combination in ("advantage", "gdpo"):
+        found = combined_advantages(rewards, opposed, 2, combination)
+        assert found.values.tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_every_combination_takes_the_last_bit_for_nothing(combination):
+    first = torch.tensor([1.0, 1.0, 1.0, LAST_BIT, 0.5, 0.7, 0.1, 0.2])
+    second = torch.tensor([LAST_BIT, 1.0, 1.0, 1.0, 0.5, 0.9, 0.1, 0.3])
+    rewards = torch.stack([first, second])
+    found = combined_advantages(rewards, torch.ones(2), 2, combination)
+    assert found.values[:4].tolist() == [0.0] * 4
+    assert int(found.num_zero_spread) == 1
+    assert (found.values[4:] != 0).any()
+    shares = reward_shares(rewards, torch.ones(2), 2, combination)
+    assert shares.sum().item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("combination", ["sum", "advantage", "gdpo", "product"])
+def test_a_gain_has_the_rounding_of_the_rewards_at_its_ends(combination):
+    """A prediction that does not change scores 1 and 1 - 6e-8: a gain of 6e-8 is no gain."""
+    one = [1.0, LAST_BIT, 1.0, 1.0]
+    boundaries = torch.tensor([[1.0, 1.0, 1.0, 1.0], one, [1.5, 1.2, 1.4, 1.0]]).T
+    rewards = torch.stack([boundaries, boundaries])
+    found = combined_chunk_advantages(rewards, torch.ones(2), 1, combination)
+    assert found[:, 0].tolist() == [0.0] * 4
+    assert found[:, 1].abs().max() > 0.5
+    # The unit of the rewards does not matter.
+    small = combined_chunk_advantages(1e-2 * rewards, torch.ones(2), 1, combination)
+    torch.testing.assert_close(small, found, rtol=1e-3, atol=1e-3)

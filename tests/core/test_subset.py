@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate, stats
 
-from chunkgrpo.core.subset import largest_advantages, num_chosen, project_out
+from chunkgrpo.core.subset import (
+    expressive_groups,
+    largest_advantages,
+    num_chosen,
+    project_out,
+    scaled_within,
+)
 from closed_forms import drawn
 
 
@@ -154,6 +160,51 @@ def test_a_score_that_is_missing_counts_as_its_groups_mean():
     every = torch.arange(8)
     left = project_out(advantages, held, 2, every)
     assert torch.allclose(left, project_out(advantages, filled, 2, every), atol=1e-6)
+
+
+def test_rounding_of_a_held_score_takes_nothing_out():
+    """One direction in twelve would be lost, for the last bit of a constant score."""
+    advantages, every = drawn(12), torch.arange(12)
+    noisy = torch.ones(1, 12)
+    noisy[0, [2, 5, 7]] = 1 - 2**-24
+    assert torch.allclose(project_out(advantages, noisy, 3, every).double(), advantages, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(24,), (24, 3)])
+def test_within_a_clip_everything_is_smaller_alike(shape):
+    """So that a sum that was 0 stays 0, which cutting the largest alone would not do."""
+    advantages, held = 10 * drawn(*shape), drawn(2, 24, seed=1)
+    left = project_out(advantages, held, 4, torch.arange(24))
+    within = scaled_within(left, 5.0)
+    largest = within.reshape(24, -1).abs().amax(0)
+    torch.testing.assert_close(largest, torch.full_like(largest, 5.0))
+    assert (within.abs() <= 5.0).all()
+    x = centred(held, 4).numpy()
+    assert np.abs(x @ within.double().numpy()).max() < 1e-4
+    assert np.abs(x @ left.clamp(-5.0, 5.0).double().numpy()).max() > 1.0
+    # Each chunk has a factor of its own, and what is within already keeps its size.
+    ratio = (within / left).reshape(24, -1)
+    assert ratio.std(0).max() < 1e-6
+    assert torch.equal(scaled_within(left, 1e3), left)
+    assert scaled_within(torch.zeros(4), 5.0).tolist() == [0.0] * 4
+
+
+def test_groups_with_as_few_degrees_of_freedom_as_held_scores_express_nothing():
+    kept = torch.tensor([True] * 4 + [True, True, True, False] + [True, True, False, False])
+    assert expressive_groups(1, 3, kept).tolist() == [True, True, False]
+    assert expressive_groups(2, 3, kept).tolist() == [True, False, False]
+    assert expressive_groups(3, 3, kept).tolist() == [False, False, False]
+
+
+def test_the_order_of_size_is_exact_at_any_scale():
+    """Advantages of size 1e-5 that four decimals would make equal, or all zero."""
+    sizes = torch.tensor([1.0, 1.2, 1.1, 1.4, 1.3, 0.9])
+    for scale in (1e-30, 1e-5, 1.0, 1e30):
+        signed = scale * sizes * torch.tensor([1, -1, 1, -1, 1, -1])
+        assert largest_advantages(signed, 3).tolist() == [1, 3, 4]
+        # Equal ones in the order in which they come, up to rounding.
+        tied = scale * torch.tensor([1.0, 1 - 2**-24, -1.0, 1.0, 2.0])
+        assert largest_advantages(tied, 3).tolist() == [0, 1, 4]
 
 
 def test_a_score_twice_is_a_score_once():

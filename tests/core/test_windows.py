@@ -316,7 +316,10 @@ TWO_CHUNKS = ChunkPlan((2, 2))
             lambda: ChunkWindow((0, 2)).places(TWO_CHUNKS, 4),
             r"branching at chunk 2, but the plan \[2, 2\] has chunks 0 to 1",
         ),
-        (lambda: ChunkWindow((-1,)).choose(0, TWO_CHUNKS, 4, seeded()), "branching at chunk -1"),
+        (
+            lambda: ChunkWindow((-1,)).choose(0, TWO_CHUNKS, 4, seeded()),
+            r"indices are \(-1,\); they must be",
+        ),
         (
             lambda: ChunkWindow("merged").choose(0, TWO_CHUNKS, 4, seeded()),
             "indices 'merged' must be replaced by the merged steps before a window is drawn",

@@ -39,8 +39,8 @@ SETTINGS = {
 KEYS = (
     "iteration", "seconds", "phase_seconds", "images_per_second", "reward_mean", "reward_std",
     "rewards", "advantage_spread", "zero_spread_groups", "loss", "grad_norm", "l1_rel",
-    "rollout_evaluations", "trained_pairs", "idle_pairs", "ratio_mean", "ratio_std", "kl",
-    "step_ratio_mean",
+    "rollout_evaluations", "trained_pairs", "idle_pairs", "skipped_updates", "ratio_mean",
+    "ratio_std", "kl", "step_ratio_mean",
     "step_ratio_std", "clip_fraction", "chunk_ratio_mean", "chunk_clip_fraction",
     "window", "chunks",
 )  # fmt: skip

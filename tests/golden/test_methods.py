@@ -147,10 +147,9 @@ def run(name, folder, patch):
     start = [p.detach().clone() for p in trainer.parameters]
     step = trainer.update
 
-    def update():
-        norm = step()
-        updates[-1]["grad_norm"] = float(norm)
-        return norm
+    def update(log):
+        step(log)
+        updates[-1]["grad_norm"] = float(log.norms[-1])
 
     def finished(record):
         moved = [

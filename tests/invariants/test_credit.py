@@ -20,8 +20,11 @@ from chunkgrpo.core import (
     num_chosen,
     step_plan,
 )
+from chunkgrpo.core.advantages import CONVENTIONS
+from chunkgrpo.core.finite import NonFiniteError
 from chunkgrpo.credit import Credit
 from chunkgrpo.policies.toy import GaussianPolicy
+from chunkgrpo.rewards import RewardError
 from chunkgrpo.types import Experience, RewardBatch
 from compose import awm, chunk_grpo, diffusion_nft, rollout
 from oracles import FLOW, PLAN, PROMPTS, SIGMAS, close, collect, samples_of, seeded, shift, toy
@@ -369,3 +372,104 @@ def test_fewer_chosen_samples_than_updates_are_refused(algorithm):
     algorithm = replace(algorithm, loss=replace(algorithm.loss, updates=3))
     with pytest.raises(ValueError, match="3 updates need as many samples, and 2 samples are tr"):
         trained(algorithm, CHOSEN[:2])
+
+
+# --- what holding costs -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+@pytest.mark.parametrize("correlation", [0.3, 0.9, 0.99])
+def test_a_held_score_that_is_correlated_leaves_the_residual_of_a_regression(correlation, keep):
+    """Not collinear with the reward: of its advantages the share 1 - r^2 is left, direction known.
+
+    By hand: the advantages of the samples trained on, less their regression on the held score.
+    """
+    generator = seeded(5)
+    reward, noise = torch.randn(2, B, generator=generator)
+    held = correlation * reward + (1 - correlation**2) ** 0.5 * noise
+    batch = RewardBatch({"reward": reward}, reward, torch.ones(1), watched={"held": held})
+    plain, left = (Credit(keep=keep, project_out=names)([batch], P) for names in ((), ("held",)))
+    rows = torch.arange(B) if left.chosen is None else left.chosen
+    a, x = plain.values.double()[rows], centred(held)[rows]
+    expected = a - x * (x @ a) / (x @ x)
+    torch.testing.assert_close(left.values.double()[rows], expected, rtol=1e-5, atol=1e-6)
+    assert abs(float(x @ left.values.double()[rows])) < 1e-5
+    # Something is left, and it still says which image is better.
+    r = float(x @ a / (x.norm() * a.norm()))
+    assert 0.1 < abs(r) < 1
+    assert float(expected.norm() / a.norm()) == pytest.approx((1 - r**2) ** 0.5, rel=1e-5)
+    assert float(expected @ a) > 0
+
+
+def test_the_clip_holds_after_the_projection_too():
+    """Both at once: no advantage above the clip, and no drift of the held score."""
+    reward = torch.zeros(B)
+    reward[0], reward[8:16] = 1.0, torch.linspace(0, 1, 8)
+    held = reward + 0.3 * torch.randn(B, generator=seeded(2))
+    held[0] = -1.0
+    batch = RewardBatch({"reward": reward}, reward, torch.ones(1), watched={"held": held})
+    loose = Credit(clip=50.0, project_out=("held",))([batch], P)
+    clip = 0.9 * float(loose.values.abs().max())
+    plain = Credit(clip=clip)([batch], P)
+    tight = Credit(clip=clip, project_out=("held",))([batch], P)
+    assert plain.values.abs().max() == pytest.approx(clip)
+    assert tight.values.abs().max() <= clip
+    assert drift(tight.values, held, torch.arange(B)).max() < 1e-5
+
+
+def test_a_group_that_lost_too_many_images_is_left_out_of_what_is_held():
+    """Two scores explain any advantages of three images; those of the other groups are held."""
+    kept = torch.ones(B, dtype=torch.bool)
+    kept[:5] = False  # group 0 has three images left, two degrees of freedom
+    batch = scores(kept=kept, names=("a", "b"))
+    held = Credit(project_out=("a", "b"))([batch], P)
+    assert held.values[:8].tolist() == [0.0] * 8
+    assert (held.values[8:] != 0).all()
+    for name in ("a", "b"):
+        assert drift(held.values, batch.watched[name], torch.arange(8, B)).max() < 1e-5
+    assert int(held.num_zero_spread) == 1
+    assert int(Credit()([batch], P).num_zero_spread) == 0
+    one = Credit(project_out=("a",))([batch], P)
+    assert (one.values[5:8] != 0).all() and int(one.num_zero_spread) == 0
+
+
+@pytest.mark.parametrize("left", [3, 8])
+def test_nothing_left_to_learn_is_refused(left):
+    kept = torch.zeros(B, dtype=torch.bool)
+    kept.view(P, -1)[:, :left] = True
+    names = tuple("abcdefg"[: left - 1])
+    batch = scores(kept=None if left == 8 else kept, names=names)
+    with pytest.raises(RewardError, match=rf"no group has more than {left} images with a score"):
+        Credit(project_out=names)([batch], P)
+    assert Credit(project_out=names[1:])([batch], P).values.abs().max() > 0.01
+
+
+def test_a_score_is_held_once():
+    with pytest.raises(ValueError, match="project_out names 'a' twice"):
+        Credit(project_out=("a", "b", "a"))
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("size", [1e-20, 1e20, 3e36])
+def test_rewards_of_any_size_that_float32_holds_are_told_apart(size, dropped):
+    kept = torch.arange(B) % 8 > 0 if dropped else None
+    found = Credit()([scores(scale=size, kept=kept)], P).values
+    unit = Credit(convention="group_std")([scores(scale=1e3, kept=kept)], P).values
+    torch.testing.assert_close(found, unit if size > 1 else torch.zeros(B), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_rewards_whose_sum_overflows_are_refused(convention):
+    """Their mean would be infinite, and every advantage the lowest there is, in silence."""
+    reward = torch.tensor([3e38, 3.1e38]).repeat(B // 2)
+    batch = RewardBatch({"reward": reward}, reward, torch.ones(1))
+    with pytest.raises(ValueError, match=r"as large as 3\.1e\+38, and the sum of 24 overflows"):
+        Credit(convention=convention)([batch], P)
+
+
+def test_advantages_that_cancel_at_infinity_are_refused():
+    reward = torch.randn(B, generator=seeded(0))
+    weights = torch.tensor([3e38, -3e38])
+    batch = RewardBatch({"a": reward, "b": reward + 0.1}, reward, weights, "advantage")
+    with pytest.raises(NonFiniteError, match="reward: an advantage is not finite; lower the weig"):
+        Credit()([batch], P)

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from chunkgrpo.report.metrics import MetricsWriter, read_metrics, truncate_metrics
+from chunkgrpo.report.metrics import (
+    MetricsWriter,
+    irregular_iterations,
+    lost_metrics,
+    read_metrics,
+    torn_line,
+    truncate_metrics,
+)
 
 
 def test_records_come_back_in_order(tmp_path: Path) -> None:
@@ -96,7 +103,7 @@ def test_a_file_of_one_torn_line_becomes_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("line", ["{broken", "[1, 2]"])
 def test_damage_before_the_last_line_is_an_error(tmp_path: Path, line: str) -> None:
     (tmp_path / "m").write_text('{"a": 1}\n' + line + '\n{"a": 2}\n')
-    with pytest.raises(ValueError, match="line 2"):
+    with pytest.raises(ValueError, match="m:2: "):
         read_metrics(tmp_path / "m")
 
 
@@ -117,3 +124,55 @@ def test_truncation_drops_what_came_after(tmp_path: Path) -> None:
     assert path.read_bytes() == before
     assert truncate_metrics(path, 3) == 2
     assert read_metrics(path) == [{"event": "start"}, *({"iteration": i} for i in (1, 2, 3))]
+    assert lost_metrics(path) == tmp_path / "m.lost.jsonl"
+    assert read_metrics(lost_metrics(path)) == [{"iteration": 4}, {"iteration": 5}]
+    with MetricsWriter(path) as writer:
+        writer.write({"iteration": 4, "again": True})
+    assert truncate_metrics(path, 3) == 1
+    assert read_metrics(lost_metrics(path))[2:] == [{"iteration": 4, "again": True}]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"iteration": 0}', "iteration is 0, no whole number from 1 on"),
+        ('{"iteration": "2"}', "iteration is '2'"),
+        ('{"iteration": true}', "iteration is True"),
+        ('{"iteration": 2.0}', "iteration is 2.0"),
+        ('{"iteration": null}', "iteration is None"),
+        ('{"iteration": 2, "reward_mean": "x"}', "reward_mean is 'x', and a number in line 1"),
+        ('{"iteration": 2, "reward_mean": [1]}', "a number in line 1"),
+        ('{"iteration": 2, "reward_mean": NaN}', "NaN is no JSON"),
+        ("[" * 100_000, "nested too deeply"),
+        ("\x00", "not JSON"),
+    ],
+)
+def test_an_edited_line_is_named(tmp_path: Path, line: str, says: str) -> None:
+    path = tmp_path / "m"
+    path.write_text('{"iteration": 1, "reward_mean": 0.5}\n' + line + "\n")
+    with pytest.raises(ValueError, match="m:2: ") as error:
+        read_metrics(path)
+    assert says in str(error.value)
+
+
+def test_a_torn_line_is_told_from_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    assert not torn_line(path)
+    for content, torn in (("", False), ("{}\n", False), ("{}", True), ("{}\n{", True)):
+        path.write_text(content)
+        assert torn_line(path) is torn
+
+
+@pytest.mark.parametrize(
+    ("numbers", "last", "found"),
+    [
+        ([1, 2, 3], 3, []),
+        ([], 0, []),
+        ([1, 3, 6], 7, ["iterations 2, 4 to 5, 7 are missing"]),
+        ([1, 2, 2, 3], 3, ["iterations 2 stand there more than once"]),
+        ([2, 1], 2, ["iterations are not in order"]),
+    ],
+)
+def test_lost_and_repeated_iterations_are_found(numbers, last, found) -> None:
+    records = [{"event": "start"}, *({"iteration": i} for i in numbers)]
+    assert irregular_iterations(records, last) == found

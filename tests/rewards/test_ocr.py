@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,21 @@ def test_every_quoted_text_is_found_and_no_inch_or_apostrophe(
     prompt: str, texts: list[str]
 ) -> None:
     assert quoted_texts(prompt) == texts
+
+
+@pytest.mark.parametrize("marks", ["«", "„", "‘", "“", '"', "‘a’b", "「『"])
+def test_a_prompt_of_quotation_marks_takes_no_time(marks: str) -> None:
+    """Served to strangers: looked for anew behind each mark, the ends would take minutes."""
+    begun = time.perf_counter()
+    quoted_texts(marks * 20_000)
+    quoted_texts(marks * 20_000 + "»”’")
+    assert time.perf_counter() - begun < 5
+
+
+def test_nested_quotations_belong_to_the_outer_one() -> None:
+    assert quoted_texts("“a “b” c” “d”") == ["a “b” c", "d"]
+    assert quoted_texts("„a „b“ c") == ["b"]  # the first one does not end
+    assert quoted_texts("”a” „b”") == ["a", "b"]
 
 
 def test_quoted_text() -> None:

@@ -24,10 +24,11 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from chunkgrpo.core.finite import NonFiniteError
 from chunkgrpo.rewards import FunctionReward, RewardError, Scorer, make_reward
+from chunkgrpo.rewards.images import eight_bit, quantised
 from chunkgrpo.rewards.remote import RemoteReward, png_base64
 from chunkgrpo.rewards.requests import Limits, Refused, parse_request
-from chunkgrpo.rewards.scoring import eight_bit, quantised
 from chunkgrpo.rewards.server import create_app, serve
 from chunkgrpo.types import Prompt
 
@@ -330,7 +331,7 @@ def test_the_deadline_is_that_of_a_request_however_many_there_are(liar) -> None:
         ("list", r"answered \[0.5, 0.7\] instead of scores"),
         ("refusing", "answered status 422, not like that"),
         ("moved", "answered status 302"),
-        ("broken", r"no answer in \d+ tries .*status 500, out of memory"),
+        ("broken", "answered status 500, out of memory"),
         ("cut", r"no answer in \d+ tries .*RemoteProtocolError"),
     ],
 )
@@ -515,8 +516,10 @@ def test_requests_are_checked_before_they_are_believed() -> None:
 
 
 def test_png_and_back_is_rounding() -> None:
-    images = torch.tensor([-0.1, 0.0, 0.001, 0.0019, 0.5, 0.999, 1.0, 1.7, float("nan")])
-    assert eight_bit(images).tolist() == [0, 0, 0, 0, 128, 255, 255, 255, 0]
+    images = torch.tensor([-0.1, 0.0, 0.001, 0.0019, 0.5, 0.999, 1.0, 1.7])
+    assert eight_bit(images).tolist() == [0, 0, 0, 0, 128, 255, 255, 255]
+    with pytest.raises(NonFiniteError, match="a pixel is not finite"):
+        eight_bit(torch.tensor([0.5, float("nan")]))
     images = some_images(3, seed=1)
     body = json.dumps({"prompts": ["a"] * 3, "images": [png_base64(i) for i in images]}).encode()
     assert torch.equal(parse_request(body, Limits()).images, quantised(images))

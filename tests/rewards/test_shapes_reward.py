@@ -13,6 +13,7 @@ from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.rewards.shapes import ShapesReward
 from chunkgrpo.shapes.grammar import parse, sample_prompts
 from chunkgrpo.shapes.scenes import COLORS, Scene, Thing, render, sample_scene
+from chunkgrpo.shapes.verifier import verify_batch
 
 WHITE = (246, 246, 246)
 
@@ -73,13 +74,22 @@ def test_each_image_is_scored_alone_and_left_as_it_is() -> None:
     assert torch.equal(images, before)
 
 
-def test_half_precision_gradients_and_odd_values_are_taken() -> None:
+def test_half_precision_with_gradients_is_taken() -> None:
     images = _tensor(_circles("red"))
     reward = ShapesReward()
     assert reward(images.to(torch.bfloat16), ["a red circle"]) == 1
     assert not reward(images.clone().requires_grad_(), ["a red circle"]).requires_grad
-    broken = torch.full((1, 3, 64, 64), float("nan"))
-    assert reward(broken, ["a red circle"]) == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_an_image_that_is_not_finite_gets_no_score(value: float) -> None:
+    """Not 0: a diverged model would look like a bad one, and one white pixel like a good one."""
+    images = _tensor(_circles("red"))
+    images[0, 1, 3, 5] = value
+    with pytest.raises(ValueError, match=r"reward: image 0, of prompt 'a red circle', is not"):
+        ShapesReward()(images, ["a red circle"])
+    with pytest.raises(ValueError, match="image 0 has a pixel that is not finite"):
+        verify_batch(images.permute(0, 2, 3, 1).numpy(), [parse("a red circle").ask])
 
 
 def test_mistakes_are_named() -> None:

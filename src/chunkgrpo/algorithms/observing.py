@@ -82,7 +82,7 @@ class ChunkObserver:
                 for held in self.sums
             ]
             squared_C = torch.stack(norms) / self.weights_C.double().cpu() ** 2
-            return gradient_usefulness(squared_C, self.rows)
+            return known(gradient_usefulness(squared_C, self.rows))
         if not self.gains:
             return torch.full((number,), float("nan"))
         chunk = torch.cat([d["chunk"] for d in self.gains]).cpu()
@@ -91,4 +91,9 @@ class ChunkObserver:
             for name in ("chunk_log_ratio", "chunk_advantage")
         )
         mask = torch.nn.functional.one_hot(chunk, number).bool()
-        return reward_usefulness(gain[:, None].expand(-1, number), credit, mask)
+        return known(reward_usefulness(gain[:, None].expand(-1, number), credit, mask))
+
+
+def known(usefulness_C: Tensor) -> Tensor:
+    """Return NaN, "not measured", where an update that was left out made a value infinite."""
+    return usefulness_C.masked_fill(usefulness_C.isinf(), float("nan"))

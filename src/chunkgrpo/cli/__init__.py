@@ -3,19 +3,21 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
 from pathlib import Path
-
-import typer
 
 # Importing a module registers its commands, in this order.
 from chunkgrpo.cli import training  # noqa: F401  # isort: skip
+from chunkgrpo.cli import examining  # noqa: F401  # isort: skip
 from chunkgrpo.cli import results  # noqa: F401  # isort: skip
 from chunkgrpo.cli import telling  # noqa: F401  # isort: skip
 from chunkgrpo.cli import cutting  # noqa: F401  # isort: skip
 from chunkgrpo.cli import serving  # noqa: F401  # isort: skip
 from chunkgrpo.cli import embedded  # noqa: F401  # isort: skip
-from chunkgrpo.cli.common import app
+from chunkgrpo.cli.common import app, echo
+from chunkgrpo.runtime.interrupts import EXIT_CODE
 
 __all__ = ["app", "main"]
 
@@ -27,6 +29,22 @@ def main() -> None:
         sys.path.append(str(Path.cwd()))
     try:
         app()
+    except SystemExit as ending:
+        if ending.code == EXIT_CODE:
+            leave_at_once()
+        raise
     except KeyboardInterrupt:
-        typer.echo("chunkgrpo: interrupted", err=True)
+        echo("chunkgrpo: interrupted", err=True)
         sys.exit(130)
+
+
+def leave_at_once() -> None:
+    """End the program where a thread is still at work: Python would wait for it.
+
+    A reward that hangs in a thread of its own must not keep a run that was told to stop.
+    """
+    others = [each for each in threading.enumerate() if each is not threading.main_thread()]
+    if any(not each.daemon for each in others):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_CODE)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
 
 if TYPE_CHECKING:
@@ -72,26 +72,26 @@ def chunks(
         cut = measure(config, prompts, seeds, rule, out)
     say_where(cut)
     if cut.unlisted:
-        typer.echo(
+        echo(
             f"The chunks that the recipe lists, {list(cut.unlisted)}, do not refer to the new "
             "plan; the selection is uniform now."
         )
-    typer.echo(f"The curves are drawn in {cut.file.parent}/dynamics.png")
+    echo(f"The curves are drawn in {cut.file.parent}/dynamics.png")
     command = ["chunkgrpo", "train", recipe, "--chunks", str(cut.file)]
     command += ["--model", model] if model else []
     decided = ("objective.plan", "objective.selection")
     again = [each for each in set_ or [] if not each.startswith(decided)]
     command += [part for setting in again for part in ("--set", setting)]
-    typer.echo(f"Train with: {shlex.join(command)}")
+    echo(f"Train with: {shlex.join(command)}")
 
 
 def say_where(cut: Cut) -> None:
     """Say what the speed depends on, and of which steps chunks are cut."""
     for profile in cut.profiles:
-        typer.echo(f"{profile.name}: {profile.shares.sentence}.")
+        echo(f"{profile.name}: {profile.shares.sentence}.")
     if cut.window:
         moves = len(cut.window.places) > 1
-        typer.echo(
+        echo(
             f"The recipe trains {cut.window}; chunks are cut from its speed there, "
             + ("their sizes count from where it begins." if moves else "of these steps alone.")
         )

@@ -3,8 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
+
+
+def shown(value: float | None, form: str) -> str:
+    """Return a number as text; a dash where it is missing or not finite."""
+    return "-" if value is None or not math.isfinite(value) else format(value, form)
 
 
 class Display:
@@ -80,12 +86,16 @@ class Display:
         number = record["iteration"]
         if "accuracy" in record:
             value = record["accuracy"]
-            shown = f"{100 * value:.0f} %" if self.share else f"{value:.4g}"
-            self.accuracy = f"  held out {shown}"
+            scale, form, unit = (100, ".0f", " %") if self.share else (1, ".4g", "")
+            held_out = shown(value if value is None else scale * value, form)
+            self.accuracy = f"  held out {held_out}{unit}"
         text = (
-            f"reward {record['reward_mean']:.3f}{self.accuracy}  "
-            f"{record['images_per_second']:.0f} images/s"
+            f"reward {shown(record.get('reward_mean'), '.3f')}{self.accuracy}  "
+            f"{shown(record.get('images_per_second'), '.0f')} images/s"
         )
+        skipped = record.get("skipped_updates", 0)
+        if skipped:
+            text += f"  {skipped} update{'s' * (skipped > 1)} skipped"
         if self.console.is_terminal:
             if self.training is None:
                 self.training = self._start(text, self.iterations)
@@ -93,7 +103,8 @@ class Display:
             return
         left = record["seconds"] / number * (self.iterations - number) / 60
         self.console.print(
-            f"{number:4}/{self.iterations}  {text}  clip {record.get('clip_fraction', 0):.2f}  "
-            f"grad {record['grad_norm']:.3f}  {left:.1f} min left",
+            f"{number:4}/{self.iterations}  {text}  "
+            f"clip {shown(record.get('clip_fraction', 0), '.2f')}  "
+            f"grad {shown(record.get('grad_norm'), '.3f')}  {left:.1f} min left",
             soft_wrap=True,
         )

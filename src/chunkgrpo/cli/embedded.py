@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import clear_errors, shapes_app
+from chunkgrpo.cli.common import clear_errors, echo, shapes_app
 
 
 @shapes_app.command("pretrain")
@@ -43,7 +43,7 @@ def shapes_pretrain(
         }
         settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
         folder = pretrain(out, settings)
-    typer.echo(f"The pipeline is in {folder}")
+    echo(f"The pipeline is in {folder}")
 
 
 @shapes_app.command("train-clip")
@@ -58,4 +58,4 @@ def shapes_train_clip(
 
         settings = ClipSettings(seed=seed)
         folder = train_clip(out, replace(settings, steps=steps) if steps else settings)
-    typer.echo(f"The CLIP is in {folder}")
+    echo(f"The CLIP is in {folder}")

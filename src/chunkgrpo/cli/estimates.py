@@ -95,6 +95,7 @@ def print_estimate(
     print_words(console, estimate)
     print_batch(console, estimate, gpus)
     print_memory(console, estimate)
+    console.print(disk(estimate), highlight=False)
     print_time(console, estimate, utilisation, price, gpus)
 
 
@@ -134,6 +135,15 @@ def print_memory(console: Console, estimate: Estimate) -> None:
     for name, size in estimate.memory.items():
         table.add_row(name, _gib(size), held if name == "train" else "")
     console.print(table)
+
+
+def disk(estimate: Estimate) -> str:
+    """Return what the run writes to disk, in words."""
+    space = estimate.disk
+    return (
+        f"Disk: {_bytes(space.each)} a checkpoint, {_count(space.kept, 'of them', '')} at once at "
+        f"most, and {_bytes(space.model)} for the tuned model: {_bytes(space.in_all)} in all."
+    )
 
 
 def print_time(
@@ -194,6 +204,13 @@ def _big(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {unit}"
     return f"{value:,.0f}"
+
+
+def _bytes(value: float) -> str:
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if value >= size:
+            return f"{value / size:.3g} {unit}"
+    return f"{value / 1e3:.3g} kB"
 
 
 def _gib(value: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, app, clear_errors, echo
 
 
 @app.command("serve-reward")
@@ -63,6 +63,6 @@ def serve_reward(
         reward = make_reward(name, options)
 
         def announce(address: str) -> None:
-            typer.echo(f"Serving {reward.name} at {address}; Ctrl-C ends it.")
+            echo(f"Serving {reward.name} at {address}; Ctrl-C ends it.")
 
         serve(reward, host, port, token, limits, announce)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 
 
 @app.command("plan", hidden=True)
@@ -62,14 +62,14 @@ def config(
 
             from chunkgrpo.config.describe import json_schema
 
-            typer.echo(json.dumps(json_schema(), indent=1))
+            echo(json.dumps(json_schema(), indent=1))
             return
         from chunkgrpo.config import load_config
         from chunkgrpo.config.describe import described_yaml
         from chunkgrpo.config.files import load_tree
 
         found = load_config(recipe, set_ or [])
-        typer.echo(described_yaml(found, load_tree(recipe, set_ or [])), nl=False)
+        echo(described_yaml(found, load_tree(recipe, set_ or [])), nl=False)
 
 
 @app.command()
@@ -82,13 +82,13 @@ def recipes(
 
         if name is None:
             for each in recipe_names():
-                typer.echo(f"{each:24} {recipe_summary(each)}")
+                echo(f"{each:24} {recipe_summary(each)}")
             return
         from chunkgrpo.config import dump_config, load_config
 
         config = load_config(name)
-        typer.echo(f"# {recipe_summary(name)}")
-        typer.echo(dump_config(config))
+        echo(f"# {recipe_summary(name)}")
+        echo(dump_config(config))
 
 
 @app.command()
@@ -108,9 +108,9 @@ def methods(
             if name not in method_names():
                 raise ValueError(unknown_name("method", name, method_names()))
             method = read_method(name)
-            typer.echo(recipe_path(name).read_text().rstrip())
+            echo(recipe_path(name).read_text().rstrip())
             cost = method.cost
-            typer.echo(
+            echo(
                 f"# costs: {cost.forwards} network rows per iteration: {cost.rollout:.0f} sampled, "
                 f"{cost.measured:.0f} measured, {cost.trained:.0f} trained (forward and backward); "
                 f"{cost.rewards:.0f} images scored"
@@ -130,7 +130,7 @@ def methods(
         if not console.is_terminal:  # a file or a pipe: a line each
             console = PlainConsole(width=1000)
         console.print(table)
-        typer.echo(
+        echo(
             "rows: network forwards per iteration; trained: how many of them go backward too; "
             "scored: images that are scored. `chunkgrpo methods NAME` prints a recipe."
         )

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors
+from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
 from chunkgrpo.cli.display import Display
+from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
 if TYPE_CHECKING:
     from chunkgrpo.config.files import Assignment
@@ -43,7 +45,10 @@ def train(
     chunks: ChunksOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the interrupted run in this folder.")
+        Path | None,
+        typer.Option(
+            help="Continue the run in this folder, with its settings; --set changes some of them."
+        ),
     ] = None,
     async_rewards: Annotated[
         bool,
@@ -55,22 +60,40 @@ def train(
 ) -> None:
     """Post-train a model; without arguments, the embedded one, in about five minutes.
 
-    Ctrl-C ends the run after the iteration, saves it, and prints how to continue.
+    Ctrl-C, SIGTERM and SIGUSR1 end the run after the iteration, save it, and print how to continue;
+    the exit code is 75 then. A second one ends it at once.
     """
-    with clear_errors():
+    with clear_errors(), stopping_when_told():
         given = Overrides(model, prompts, reward, async_rewards, set_ or [])
         if resume is not None:
-            if out or chunks or given.any:
-                raise ValueError(
-                    "--resume takes no --set, --chunks, --out, --model, --prompts, --reward or "
-                    "--async-rewards: a run keeps its settings"
-                )
-            from chunkgrpo.runs import read_run
-
-            config, folder = read_run(resume), resume
+            config, folder = old_run(resume, recipe, given, chunks, out), resume
         else:
             config, folder = new_run(recipe or ("paper" if model else "demo"), given, chunks, out)
-        run(config, folder)
+        with no_folder_if_nothing_begins(folder):
+            run(config, folder)
+
+
+@contextmanager
+def no_folder_if_nothing_begins(folder: Path) -> Iterator[None]:
+    """Remove a run's folder where it is still empty when a mistake ends the command."""
+    try:
+        yield
+    except BaseException:
+        for each in (folder, folder.parent):
+            with suppress(OSError):
+                each.rmdir()  # refuses a folder that holds anything
+        raise
+
+
+@contextmanager
+def stopping_when_told() -> Iterator[None]:
+    """End with one line where a signal comes before there is a run."""
+    with raising_on_signals():
+        try:
+            yield
+        except KeyboardInterrupt:
+            echo("chunkgrpo: stopped while starting; nothing was begun", err=True)
+            raise typer.Exit(EXIT_CODE) from None
 
 
 @dataclass(frozen=True)
@@ -87,12 +110,6 @@ class Overrides:
     rewards: Sequence[str] | None
     async_rewards: bool
     settings: Sequence[str]
-
-    @property
-    def any(self) -> bool:
-        """Whether one was given."""
-        options = (self.model, self.prompts, self.rewards, self.async_rewards, self.settings)
-        return any(bool(each) for each in options)
 
     def assignments(self) -> list[Assignment | str]:
         """Return the settings; paths and names are taken literally, not read as YAML."""
@@ -131,6 +148,24 @@ def new_run(
     return config, folder
 
 
+def old_run(
+    folder: Path, recipe: str | None, given: Overrides, chunks: Path | None, out: Path | None
+) -> Config:
+    """Return the settings that a run goes on with, its own and those that may change."""
+    from chunkgrpo.config import ConfigError
+    from chunkgrpo.config.files import read_chunks
+    from chunkgrpo.runs import resumed_config
+
+    for option, value in (("the recipe", recipe), ("--out", out)):
+        if value is not None:
+            raise ConfigError(
+                f"--resume goes on in {folder} with that run's own settings, and {option} "
+                f"{value} says otherwise; leave it out, or leave --resume out for a new run"
+            )
+    between = [] if chunks is None else read_chunks(chunks)
+    return resumed_config(folder, [*between, *given.assignments()])
+
+
 def run(config: Config, folder: Path) -> None:
     """Train, and print the results."""
     from chunkgrpo.rewards.scoring import is_share
@@ -143,11 +178,25 @@ def run(config: Config, folder: Path) -> None:
         display.say((config.name, "bold"), f", seed {config.seed}, into {folder}")
 
     with display:
-        summary = train_run(config, folder, display.iteration, display.phase, start)
-        if summary is None:
-            display.say(f"Stopped and saved. Go on with: chunkgrpo train --resume {folder}")
-            return
-        show_summary(display, summary, folder)
+        try:
+            summary = train_run(
+                config, folder, display.iteration, display.phase, start, display.say
+            )
+            if summary is not None:
+                show_summary(display, summary, folder)
+                return
+        except KeyboardInterrupt:
+            stopped(display, folder, "Stopped at once")
+        stopped(display, folder, "Stopped and saved")
+
+
+def stopped(display: Display, folder: Path, how: str) -> NoReturn:
+    """Say how to go on with a run that was told to stop, and end the program."""
+    if (folder / "config.yaml").exists():
+        display.say(f"{how}. Go on with: chunkgrpo train --resume {folder}")
+    else:
+        display.say(f"{how}, before anything was begun.")
+    raise typer.Exit(EXIT_CODE)
 
 
 def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> None:
@@ -157,7 +206,10 @@ def show_summary(display: Display, summary: Mapping[str, Any], folder: Path) -> 
 
     rows = [
         AccuracyRow(
-            task, r["base"], r["tuned"], Estimate(r["difference"], r["low"], r["high"], r["images"])
+            task,
+            r["base"],
+            r["tuned"],
+            Estimate.of(r["difference"], r["low"], r["high"], r["images"], r["too_few"]),
         )
         for task, r in summary["by_task"].items()
     ]

@@ -20,6 +20,7 @@ from chunkgrpo.algorithms.chunk_grpo import ChunkGRPO
 from chunkgrpo.algorithms.nft import DiffusionNFT
 from chunkgrpo.algorithms.protocol import Algorithm
 from chunkgrpo.config.derived import merge_sizes, merged_steps, num_planned, num_trained
+from chunkgrpo.config.paths import check_paths
 from chunkgrpo.config.rules import check_training
 from chunkgrpo.config.schema import (
     AWMObjective,
@@ -34,6 +35,7 @@ from chunkgrpo.config.schema import (
 )
 from chunkgrpo.core.dynamics import mean_curve
 from chunkgrpo.core.learned import Learned
+from chunkgrpo.core.names import check_name
 from chunkgrpo.core.plan_rules import Curve
 from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS, Native, merge_sigmas
 from chunkgrpo.core.sde import kernel_of
@@ -60,9 +62,9 @@ PROBED = 64
 
 
 def resolve_model(path: str) -> str:
-    """Return the folder or hub id of a model name."""
+    """Return the folder or hub id of a model name; ``~`` is the user's home."""
     if path != "shapes":
-        return path
+        return os.path.expanduser(path)
     from chunkgrpo.shapes import pipeline_path
 
     return str(pipeline_path())
@@ -88,6 +90,29 @@ def device_of(model: ModelConfig) -> str:
     if model.device != "auto":
         return model.device
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_machine(model: ModelConfig) -> None:
+    """Refuse a device that this machine lacks, and a compiler that this torch lacks.
+
+    Torch says the first while a model is moved there, and the second at its first call.
+
+    Raises:
+        ConfigError: With what there is.
+    """
+    kind, _, index = device_of(model).partition(":")
+    module = getattr(torch, kind)
+    count = module.device_count() if module.is_available() else 0
+    if int(index or 0) >= count:
+        raise ConfigError(
+            f"model.device is {model.device!r}, and torch finds {count or 'no'} such "
+            f"device{'s' * (count != 1)} here; use 'auto'"
+        )
+    if model.compile.kind == "blocks":
+        from torch._dynamo import list_backends
+
+        known = list_backends(exclude_tags=())
+        check_name("model.compile.backend", model.compile.backend, known)
 
 
 def text_encoder_dtype(model: ModelConfig) -> torch.dtype:
@@ -126,6 +151,7 @@ def policy_options(model: ModelConfig, training: bool = False) -> dict[str, Any]
     """Return the options of a policy, for sampling unless told otherwise."""
     from chunkgrpo.policies.loading import check_options, family
 
+    check_machine(model)
     if training:
         check_training(model)
     if model.options:
@@ -334,8 +360,10 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
     Raises:
         ConfigError: Or another ValueError, with one clear line.
     """
+    check_machine(config.model)
     if config.threads:
         torch.set_num_threads(config.threads)
+    check_paths(config)
     rewards = build_rewards(config)
     config.optimizer.make([torch.zeros(1)])  # refuses what is not installed
     train, watch = build_prompts(config, "train"), build_prompts(config, "watch")
@@ -375,4 +403,5 @@ def build_trainer(config: Config, folder: Path) -> Trainer:
         averaging=config.ema,
         checkpoints=config.checkpoints,
         with_model=isinstance(config.model.adaptation, LoraAdaptation),
+        on_nonfinite=config.on_nonfinite,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
 
@@ -18,7 +18,9 @@ from chunkgrpo.config.keys import (
     kind_of,
     members,
 )
+from chunkgrpo.config.limits import LIMITS
 from chunkgrpo.config.schema import Config
+from chunkgrpo.config.yaml_files import yaml_text
 
 
 def described_yaml(config: Config, tree: Tree) -> str:
@@ -57,9 +59,7 @@ def _lines(
 
 
 def _inline(value: Any) -> str:
-    import yaml
-
-    text = yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True)
+    text = yaml_text(value, default_flow_style=True, width=10**6)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -124,6 +124,7 @@ def json_schema() -> dict[str, Any]:
         "type": "string",
         "description": "A recipe whose settings lie underneath these.",
     }
+    _say_limits(schema)
     for name, section in _classes().items():
         part = schema["$defs"].get(name)
         if part is None:
@@ -134,6 +135,34 @@ def json_schema() -> dict[str, Any]:
         part["description"] = (section.__doc__ or "").strip().split("\n")[0]
     _partial(schema)
     return schema
+
+
+def _say_limits(schema: dict[str, Any]) -> None:
+    """Add the bounds of every number, so that an editor marks what would be refused."""
+    for key, low, high in ((key, *LIMITS[key.name]) for key in every_key() if key.name in LIMITS):
+        parents, _, field = key.name.rpartition(".")
+        owners = [Config] if not parents else _owners(parents)
+        for owner in owners:
+            part = schema if owner is Config else schema["$defs"].get(owner.__name__, {})
+            _bound(part.get("properties", {}).get(field, {}), low, high)
+
+
+def _owners(name: str) -> list[type]:
+    """Return the classes of the sections that a key names, an entry of a list by ``0``."""
+    found = [m for key in keys_named(name.removesuffix(".0")) for m in members(key.annotation)]
+    entries = [inner for each in found for inner in get_args(each)] if name.endswith(".0") else []
+    return [each for each in (*found, *entries) if is_section(each)]
+
+
+def _bound(node: dict[str, Any], low: float, high: float) -> None:
+    """Add bounds to the numbers of a schema: itself, its alternatives, and entries of its lists."""
+    if node.get("type") in ("integer", "number"):
+        for name in ("exclusiveMinimum", "exclusiveMaximum"):
+            node.pop(name, None)
+        node.update(minimum=low, maximum=high)
+    inner = [*node.get("anyOf", []), *node.get("prefixItems", [])]
+    for each in (*inner, *([node["items"]] if isinstance(node.get("items"), dict) else [])):
+        _bound(each, low, high)
 
 
 def _partial(node: Any) -> None:

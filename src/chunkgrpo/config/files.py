@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from chunkgrpo.config.keys import is_known, is_options, is_text, unknown_key
 from chunkgrpo.config.limits import check_limits, shown
 from chunkgrpo.config.schema import Config, ConfigError
-from chunkgrpo.config.yaml_files import MAX_BYTES, YamlError, read_yaml_text
+from chunkgrpo.config.yaml_files import MAX_BYTES, YamlError, read_yaml_text, yaml_text
 from chunkgrpo.core.names import unknown_name
 
 MAX_KEY = 300
@@ -329,6 +329,4 @@ def dotted(location: Sequence[int | str]) -> str:
 
 def dump_config(config: Config) -> str:
     """Return a configuration as YAML, every key resolved."""
-    import yaml
-
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml_text(config.model_dump(mode="json"))

@@ -21,10 +21,11 @@ from chunkgrpo.plain_text import CONTROLS, printable
 
 COUNT = (0, 10**6)
 LARGE_COUNT = (0, 10**9)
-SEED = (-(2**63), 2**63 - 1)
+SEED = (0, 2**63 - 1)
 SHARE = (0.0, 1.0)
 WEIGHT = (-1e6, 1e6)
 FACTOR = (0.0, 1e6)
+DIVISOR = (1e-3, 1e6)
 
 LIMITS: dict[str, tuple[float, float]] = {
     "iterations": LARGE_COUNT,
@@ -33,8 +34,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "checkpoints.every": LARGE_COUNT,
     "checkpoints.keep_last": COUNT,
     "checkpoints.keep_every": LARGE_COUNT,
+    "on_nonfinite.max_skipped": (1, 10**6),
     "model.adaptation.rank": (1, 65536),
-    "model.adaptation.alpha": FACTOR,
+    "model.adaptation.alpha": DIVISOR,
     "model.guidance": (0.0, 1000.0),
     "model.height": (1, 65536),
     "model.width": (1, 65536),
@@ -50,12 +52,12 @@ LIMITS: dict[str, tuple[float, float]] = {
     "sampling.prompts": (1, 10**6),
     "sampling.group_size": (2, 10**5),
     "sampling.batch_size": (1, 10**6),
-    "credit.clip": FACTOR,
+    "credit.clip": DIVISOR,
     "credit.keep": (1e-6, 1.0),
-    "objective.trust.low": (0.0, 1e6),
-    "objective.trust.high": (0.0, 1e6),
-    "objective.trust.threshold": FACTOR,
-    "objective.kl.weight": FACTOR,
+    "objective.trust.low": (1e-8, 1.0),
+    "objective.trust.high": (1e-8, 1e6),
+    "objective.trust.threshold": (1e-12, 1e6),
+    "objective.kl.weight": (1e-9, 1e6),
     "objective.old_kl": FACTOR,
     "objective.consistency": FACTOR,
     "objective.updates": (1, 10**5),
@@ -80,9 +82,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "objective.window.rate": (0.0, 1000.0),
     "objective.window.after": LARGE_COUNT,
     "objective.window.indices": (0, 10000),
-    "objective.beta": (1e-6, 1e6),
-    "objective.advantage_clip": FACTOR,
-    "objective.advantage_max": FACTOR,
+    "objective.beta": DIVISOR,
+    "objective.advantage_clip": DIVISOR,
+    "objective.advantage_max": DIVISOR,
     "objective.fraction": SHARE,
     "objective.kl": FACTOR,
     "objective.log_prob.power": (1e-3, 10.0),
@@ -98,7 +100,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "optimizer.fall": SHARE,
     "optimizer.max_grad_norm": (1e-12, 1e12),
     "ema.decay": (0.0, 0.99999999),
-    "ema.warmup": (0.0, 1e9),
+    "ema.warmup": (1e-3, 1e9),
     "evaluation.every": LARGE_COUNT,
     "evaluation.prompts": (1, 10**7),
     "evaluation.final_prompts": (1, 10**7),
@@ -186,10 +188,14 @@ def _check_value(key: str, value: Any) -> None:
             _check_text(key, entry)
             if kinds and not _takes_text(key):
                 raise ConfigError(f"{key} = {shown(entry)}: must be a number, written plainly")
+            if _is_switch(key):
+                raise ConfigError(f"{key} = {shown(entry)}: must be true or false")
         elif isinstance(entry, bool):
             if kinds and not _takes(key, bool):
                 raise ConfigError(f"{key} = {str(entry).lower()}: must be a number, not true/false")
         elif isinstance(entry, int | float):
+            if _is_switch(key):
+                raise ConfigError(f"{key} = {shown(entry)}: must be true or false")
             if kinds:
                 _check_number(key, entry)
             else:
@@ -213,7 +219,7 @@ def _check_number(key: str, value: int | float) -> None:
 def _check_finite(key: str, value: int | float) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{key} = {value}: must be finite")
-    if isinstance(value, int) and not SEED[0] <= value <= SEED[1]:
+    if isinstance(value, int) and abs(value) >= 2**63:
         raise ConfigError(f"{key} = {shown(value)}: must fit into 64 bits")
 
 
@@ -276,6 +282,11 @@ def _alternatives(key: str) -> tuple[Any, ...]:
 @cache
 def _number_kinds(key: str) -> frozenset[type]:
     return frozenset(m for m in _alternatives(key) if m in (int, float))
+
+
+def _is_switch(key: str) -> bool:
+    """Whether a setting is on or off, and nothing else."""
+    return set(_alternatives(key)) == {bool}
 
 
 def _takes(key: str, kind: type) -> bool:

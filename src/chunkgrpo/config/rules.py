@@ -20,15 +20,24 @@ from chunkgrpo.config.schema import (
     FullAdaptation,
     ModelConfig,
 )
+from chunkgrpo.core.combination import COMBINATIONS
 from chunkgrpo.core.learned import Learned
+from chunkgrpo.core.names import check_name
 from chunkgrpo.core.plan_rules import AdaptivePlan, ExplicitPlan, OptimalPlan, PaperPlan
 from chunkgrpo.core.plans import PAPER_SIZES
 from chunkgrpo.core.schedules import MergeEntropy, Native
 from chunkgrpo.core.selection import ListedSelection
 from chunkgrpo.core.step_weights import ChunkSizeWeights, ImplicitWeights
+from chunkgrpo.core.subset import num_chosen
 from chunkgrpo.core.windows import ChunkWindow, FixedWindow
+from chunkgrpo.rewards import check_reward
 from chunkgrpo.runtime.solvers import EulerTail
+from chunkgrpo.shapes.grammar import TASKS
 
+LEAST_WEIGHT = 1e-6
+"""The largest weight of the rewards must not be smaller."""
+LEAST_NOISE = 1e-4
+"""Noise levels above 0 must not be smaller."""
 DEVICE = re.compile(r"(auto|cpu|mps|(cuda|xpu)(:\d{1,3})?)\Z")
 MAX_IMAGES = 10_000_000
 """Images of one rollout, and of one evaluation."""
@@ -47,6 +56,8 @@ def check(config: Config, chunks: bool = True) -> None:
     check_sampling(config)
     check_updates(config)
     check_sources(config)
+    check_held(config)
+    check_rewards(config)
     if not isinstance(config.objective, ChunkGRPOObjective):
         check_forward(config)
         return
@@ -72,7 +83,7 @@ def at(key: str) -> Iterator[None]:
 
 
 def check_sampling(config: Config) -> None:
-    """Refuse merged steps that do not fit the schedule."""
+    """Refuse noise that is none, and merged steps that do not fit the schedule."""
     s = config.sampling
     if isinstance(s.schedule, Native) and isinstance(s.merge, MergeEntropy):
         raise ConfigError(
@@ -80,6 +91,15 @@ def check_sampling(config: Config) -> None:
             "sampling.schedule 'native' comes from; use schedule 'shifted', or list the merged "
             "steps: sampling.merge.kind sizes"
         )
+    eta = getattr(s.transition, "eta", 0)
+    if 0 < eta < LEAST_NOISE:
+        raise ConfigError(
+            f"sampling.transition.eta = {eta} is noise whose densities float32 cannot hold; "
+            f"raise it to {LEAST_NOISE} at least; 0 is the ODE"
+        )
+    if not isinstance(s.schedule, Native):
+        with at("sampling.schedule"):
+            s.schedule.sigmas(s.steps)
     with at("sampling.merge"):
         num_trained(config)
 
@@ -109,14 +129,32 @@ def check_updates(config: Config) -> None:
         )
 
 
+def check_rewards(config: Config) -> None:
+    """Refuse rewards that do not exist or do not take their options, and weights without effect.
+
+    All of them are looked at before the first is made, which may load a model.
+    """
+    listed = {f"rewards.{n}": each for n, each in enumerate(config.rewards)}
+    watched = {f"watched_rewards.{n}": each for n, each in enumerate(config.watched_rewards)}
+    for key, each in (listed | watched | {"evaluation.reward": config.evaluation.reward}).items():
+        with at(key):
+            check_reward(each.name, each.options)
+    weights, combine = [reward.weight for reward in config.rewards], config.scoring.combine
+    if max(abs(weight) for weight in weights) < LEAST_WEIGHT:
+        raise ConfigError(
+            f"the weight of {'each' if len(weights) > 1 else 'the only'} reward is 0 or next to "
+            f"it, {weights[:5]}, so that nothing is trained; set a weight to another number"
+        )
+    if COMBINATIONS[combine].positive and min(weights) <= 0:
+        raise ConfigError(
+            f"scoring.combine {combine!r} needs positive weights of rewards, and they are "
+            f"{weights[:5]}; use 'sum' to subtract a reward"
+        )
+
+
 def check_sources(config: Config) -> None:
     """Refuse settings of the embedded world for other prompts, and the reverse."""
     p, e = config.prompts, config.evaluation
-    if not any(reward.weight for reward in config.rewards):
-        raise ConfigError(
-            f"the weight of {'each' if len(config.rewards) > 1 else 'the only'} reward is 0, so "
-            "that nothing is trained; set a weight of rewards to another number"
-        )
     if not DEVICE.match(config.model.device):
         raise ConfigError(
             f"model.device = {config.model.device!r} is no device; use auto, cpu, cuda, cuda:1, "
@@ -131,6 +169,11 @@ def check_sources(config: Config) -> None:
         ("prompts.tasks", p.tasks, "prompts.train", p.train),
         ("evaluation.tasks", e.tasks, "prompts.held_out", p.held_out),
     ):
+        if tasks is not None and not tasks:
+            raise ConfigError(f"{key} is an empty list; set it to null for all tasks")
+        with at(key):
+            for task in tasks or ():
+                check_name("task", task, TASKS)
         if tasks is not None and source != "shapes":
             raise ConfigError(
                 f"{key} = {list(tasks)} are tasks of the embedded world, and {which} is "
@@ -141,8 +184,37 @@ def check_sources(config: Config) -> None:
             f"prompts.column = {p.column!r} names a field of records, and all prompts are those of "
             "the embedded world; set it to null, or name a file"
         )
+    if config.model.adaptation.targets == ():
+        raise ConfigError(
+            "model.adaptation.targets is an empty list, which trains nothing; set it to null for "
+            "the default, or name modules"
+        )
     if (config.model.height is None) != (config.model.width is None):
         raise ConfigError("model.height and model.width must be given together")
+
+
+def check_held(config: Config) -> None:
+    """Refuse to project out as many scores as there are degrees of freedom: nothing would be left.
+
+    The deviations of a group's images from their mean have one less than there are images.
+    """
+    held, s = config.credit.project_out, config.sampling
+    if not held:
+        return
+    if len(held) >= s.group_size - 1:
+        raise ConfigError(
+            f"credit.project_out lists {len(held)} scores, and a group of sampling.group_size = "
+            f"{s.group_size} images has {s.group_size - 1} degrees of freedom, so that nothing "
+            f"would be left to learn; raise sampling.group_size to {len(held) + 2} or more, or "
+            "list fewer"
+        )
+    trained = num_chosen(s.images, config.credit.keep, config.objective.updates)
+    if len(held) >= trained:
+        raise ConfigError(
+            f"credit.project_out lists {len(held)} scores, and credit.keep = {config.credit.keep} "
+            f"leaves {trained} samples to train on, so that nothing would be left to learn; raise "
+            "credit.keep, or list fewer"
+        )
 
 
 def check_training(model: ModelConfig) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from chunkgrpo.config.doctor import DoctorConfig
 from chunkgrpo.config.model import (
     CompileBlocks,
     FullAdaptation,
@@ -35,6 +36,7 @@ from chunkgrpo.rewards.scoring import ON_ERROR
 from chunkgrpo.rollout import PREFIXES, Store
 from chunkgrpo.runtime.checkpoints import Checkpointing
 from chunkgrpo.runtime.ema import Averaging
+from chunkgrpo.runtime.finite import AnyNonFiniteRule, StopNonFinite
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.solvers import EulerTail, MultistepTail
 
@@ -252,8 +254,16 @@ class Config(Section):
     ema: Averaging = Field(
         default=Averaging(), description="The average of the weights that is evaluated and saved."
     )
+    on_nonfinite: AnyNonFiniteRule = Field(
+        default=StopNonFinite(),
+        description="What an update does of which a number is NaN or infinite: 'stop' ends the run "
+        "before the step, 'skip' leaves the update out.",
+    )
     evaluation: EvaluationConfig = Field(
         default=EvaluationConfig(), description="Evaluations before, during and after training."
+    )
+    doctor: DoctorConfig = Field(
+        default=DoctorConfig(), description="The examination before training."
     )
 
 

@@ -66,6 +66,43 @@ def read_yaml_text(text: str) -> Any:
         raise YamlError(" ".join(str(error).split())) from None
 
 
+def yaml_text(value: Any, **options: Any) -> str:
+    """Return values as YAML that :func:`read_yaml_text` reads as the same.
+
+    A text that looks like a number to it, such as ``1e-4``, is quoted.
+
+    Args:
+        value: Texts, numbers, truth values, None, lists and dictionaries.
+        options: Of ``yaml.dump``.
+    """
+    import yaml
+
+    return yaml.dump(
+        value, Dumper=_dumper_class(), **{"sort_keys": False, "allow_unicode": True, **options}
+    )
+
+
+@cache
+def _dumper_class() -> Any:
+    """Return the dumper that knows which plain texts the loader makes numbers of.
+
+    Those of YAML 1.1 stay quoted, too, so that other programs read the same.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        """The safe dumper with our rules for numbers."""
+
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+            first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
+        }
+
+    Dumper.add_implicit_resolver(
+        "tag:yaml.org,2002:float", _NUMBERS["float"], list("-+.0123456789")
+    )
+    return Dumper
+
+
 def _check_extent(events: Iterator[Any]) -> None:
     """Refuse what is too deep or too large, without building it."""
     import yaml

@@ -146,7 +146,13 @@ from .step_weights import (
     inverse_dt_weights,
     noise_level_weights,
 )
-from .subset import largest_advantages, num_chosen, project_out
+from .subset import (
+    expressive_groups,
+    largest_advantages,
+    num_chosen,
+    project_out,
+    scaled_within,
+)
 from .trust import (
     Clip,
     KlMask,
@@ -275,6 +281,8 @@ __all__ = [
     "predict_clean",
     "predict_noise",
     "project_out",
+    "expressive_groups",
+    "scaled_within",
     "quadratic_log_prob",
     "ratio_scale",
     "reference_kl",

@@ -5,6 +5,10 @@ G images of one prompt form a group; an image's advantage is its reward relative
 Published code differs in what the difference is divided by, and each variant is one function
 here, registered by name in ``CONVENTIONS``.
 
+Rounding is not signal: rewards that differ by less than a millionth of their size count as equal,
+in every convention (:func:`~.rounding.settled`). Divided by their own deviation, the last bits of a
+float32 would otherwise become advantages as large as any.
+
 An image without a usable reward is dropped: inside the conventions its reward is NaN, which no
 mean and no deviation counts, and its advantage is 0.
 
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .precision import at_least_float32
+from .rounding import settled, without_spread
 
 # The two guards against division by zero found in published code.
 TINY = 1e-8
@@ -35,8 +40,9 @@ class Advantages:
     Attributes:
         values: One advantage per sample, [B], or [B, C] where credit differs by chunk.
         spread: Unbiased standard deviation of the raw rewards within each group, [P].
-        num_zero_spread: Number of groups whose rewards are all equal, or of which fewer than two
-            images are left, and which therefore teach nothing (0-dim integer tensor).
+        num_zero_spread: Number of groups whose rewards are all equal up to rounding, or of which
+            fewer than two images are left, and which therefore teach nothing (0-dim integer
+            tensor).
         chosen: Indices of the samples that are trained on, ascending; all where None.
     """
 
@@ -75,9 +81,10 @@ def group_spread(rewards_PG: Tensor, correction: int = 1) -> Tensor:
     """Standard deviation of each group [P, 1]; NaN of groups with ``correction`` images or less."""
     if not rewards_PG.isnan().any():
         return rewards_PG.std(dim=1, keepdim=True, correction=correction)
-    squares_P1 = group_centred(rewards_PG).square().nansum(dim=1, keepdim=True)
+    # In float64, as std does, so that the square of no float32 overflows.
+    squares_P1 = group_centred(rewards_PG).double().square().nansum(dim=1, keepdim=True)
     freedom_P1 = (~rewards_PG.isnan()).sum(dim=1, keepdim=True) - correction
-    return (squares_P1 / freedom_P1.clamp(min=0)).sqrt()
+    return (squares_P1 / freedom_P1.clamp(min=0)).sqrt().to(rewards_PG.dtype)
 
 
 def _batch_spread(rewards_PG: Tensor, correction: int = 1) -> Tensor:
@@ -262,15 +269,13 @@ def validated_groups(rewards_B: Tensor, num_prompts: int, kept_B: Tensor | None)
     rewards_B = at_least_float32(rewards_B)
     if kept_B is not None:
         rewards_B = rewards_B.masked_fill(~kept_B, float("nan"))
+    if not rewards_B.abs().nansum().isfinite():
+        largest = rewards_B.abs().nan_to_num(0.0).max().item()
+        raise ValueError(
+            f"rewards are as large as {largest:.3g}, and the sum of {num_samples} overflows; scale "
+            "the reward down"
+        )
     return rewards_B.reshape(num_prompts, group_size)
-
-
-def without_spread(rewards_PG: Tensor) -> Tensor:
-    """Say which groups teach nothing, [P]: all rewards equal, or fewer than two left."""
-    dropped_PG = rewards_PG.isnan()
-    highest_P = rewards_PG.masked_fill(dropped_PG, -torch.inf).amax(dim=1)
-    lowest_P = rewards_PG.masked_fill(dropped_PG, torch.inf).amin(dim=1)
-    return (highest_P == lowest_P) | ((~dropped_PG).sum(dim=1) < 2)
 
 
 def validated_clip(clip: float | None) -> None:
@@ -288,9 +293,10 @@ def group_advantages(
     """Group-relative advantages of one reward.
 
     Rewards come prompt after prompt: samples ``p * G`` to ``p * G + G - 1`` belong to prompt p.
-    A group whose rewards are all equal gets exactly 0 under every convention that centres groups:
-    the mean of equal float32 numbers may miss them by one rounding, and dividing that by 1e-8
-    would make an advantage out of nothing.
+    A group whose rewards are equal up to rounding (:func:`~.rounding.settled`) gets exactly 0 under
+    every convention that centres groups: the mean of equal float32 numbers may miss them by one
+    rounding, and dividing that by 1e-8 would make an advantage out of nothing. Under one that does
+    not, the whole batch gets 0 where all its rewards are equal in this sense.
 
     Args:
         rewards_B: [B], finite where kept, any unit.
@@ -306,8 +312,8 @@ def group_advantages(
         Advantages [B] with the groups' spread [P] and the number of groups without any.
 
     Raises:
-        ValueError: If the shapes do not form groups of at least two, a kept reward is not finite,
-            the convention is unknown, or ``clip`` is not positive.
+        ValueError: If the shapes do not form groups of at least two, a kept reward is not finite or
+            so large that their sum is not, the convention is unknown, or ``clip`` is not positive.
 
     Reference: Chunk-GRPO, arXiv:2510.21583, eq. 4; GRPO, arXiv:2402.03300.
     """
@@ -317,12 +323,13 @@ def group_advantages(
             f"{sorted(CONVENTIONS)}; choose one of these"
         )
     validated_clip(clip)
-    rewards_PG = validated_groups(rewards_B, num_prompts, kept_B)
+    rewards_PG = settled(validated_groups(rewards_B, num_prompts, kept_B))
     rule = CONVENTIONS[convention]
     advantages_PG = rule.normalise(rewards_PG)
     flat_P = without_spread(rewards_PG)
-    if rule.centres_groups:
-        advantages_PG = advantages_PG.masked_fill(flat_P[:, None], 0.0)
+    # A group whose rewards are all equal, or all of them where groups are not told apart.
+    silent_P = flat_P if rule.centres_groups else without_spread(rewards_PG.reshape(1, -1))
+    advantages_PG = advantages_PG.masked_fill(silent_P[:, None], 0.0)
     dropped_PG = rewards_PG.isnan()
     # One sample has no deviation, not even under a convention that ignores groups.
     too_few = (~dropped_PG).sum() < 2
@@ -416,10 +423,9 @@ def group_correlation(
     Returns:
         0-dim, in [-1, 1]; NaN where either has no spread.
     """
+    groups = [settled(validated_groups(v, num_prompts, kept_B)) for v in (first_B, second_B)]
     c, d = (
-        group_centred(validated_groups(values_B, num_prompts, kept_B)).double()
-        for values_B in (first_B, second_B)
+        group_centred(each_PG).double().masked_fill(without_spread(each_PG)[:, None], 0.0)
+        for each_PG in groups
     )
-    flat = [without_spread(validated_groups(v, num_prompts, kept_B)) for v in (first_B, second_B)]
-    c, d = (x.masked_fill(f[:, None], 0.0) for x, f in zip((c, d), flat, strict=True))
     return (c * d).nansum() / (c.square().nansum() * d.square().nansum()).sqrt()

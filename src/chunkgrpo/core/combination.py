@@ -23,9 +23,9 @@ from .advantages import (
     group_mean,
     group_spread,
     validated_groups,
-    without_spread,
 )
-from .precision import host_values
+from .precision import ROUNDING, host_values
+from .rounding import settled, without_spread
 
 
 def weighted_sum(rewards_RB: Tensor, weights_R: Tensor) -> Tensor:
@@ -172,6 +172,30 @@ def _total(
     return total_B if kept_B is None else total_B.masked_fill(~kept_B, float("nan"))
 
 
+def settled_samples(
+    rewards_B: Tensor, sizes_B: Tensor, num_prompts: int, kept_B: Tensor | None
+) -> Tensor:
+    """:func:`settled` for rewards by sample, [B], of which some may be dropped."""
+    rewards_PG = validated_groups(rewards_B, num_prompts, kept_B)
+    return settled(rewards_PG, sizes_B.reshape(rewards_PG.shape)).reshape(-1)
+
+
+def _size(rule: Combination, rewards_RB: Tensor, weights_R: Tensor, total_B: Tensor) -> Tensor:
+    """Return the size of the numbers that a combined reward comes from, [B]: of a sum, its terms'.
+
+    Where large terms cancel, what is left has their rounding.
+    """
+    return torch.maximum(total_B.abs(), rule.total(rewards_RB.abs(), weights_R.abs()))
+
+
+def _part_size(rewards_B: Tensor, part: Advantages, num_prompts: int) -> Tensor:
+    """Return the size of the numbers that advantages come from, [B]: rewards in their unit."""
+    advantages_PG = part.values.reshape(num_prompts, -1)
+    unit_P1 = (group_spread(advantages_PG)[:, 0] / part.spread).nan_to_num(0, 0, 0)[:, None]
+    rewards_PG = rewards_B.reshape(num_prompts, -1).abs().nan_to_num(0, 0, 0) * unit_P1
+    return torch.maximum(rewards_PG, advantages_PG.abs()).flatten()
+
+
 def combined_advantages(
     rewards_RB: Tensor,
     weights_R: Tensor,
@@ -204,7 +228,8 @@ def combined_advantages(
 
     Returns:
         Advantages. By reward, a group has no spread where no reward has any; the spread is that
-        of the weighted sum.
+        of the weighted sum. Where rewards contradict one another exactly, the group's advantages
+        are 0.
 
     Raises:
         ValueError: As :func:`group_advantages` and :func:`combined_rewards`.
@@ -214,13 +239,22 @@ def combined_advantages(
     rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
     if total_B is None:
         total_B = _total(rule, rewards_RB, weights_R, kept_B)
-    elif kept_B is not None:
-        total_B = total_B.masked_fill(~kept_B, float("nan"))
+    total_B = settled_samples(
+        total_B, _size(rule, rewards_RB, weights_R, total_B), num_prompts, kept_B
+    )
     whole = group_advantages(total_B, num_prompts, convention, clip, kept_B)
     if not rule.by_reward:
         return whole
     each = [group_advantages(r_B, num_prompts, convention, None, kept_B) for r_B in rewards_RB]
-    values_B = weighted_sum(torch.stack([part.values for part in each]), weights_R)
+    parts_RB = torch.stack([part.values for part in each])
+    values_B = weighted_sum(parts_RB, weights_R)
+    # Where rewards contradict one another exactly, what is left of their sum is rounding.
+    sizes_RB = torch.stack([_part_size(*pair, num_prompts) for pair in zip(rewards_RB, each)])
+    sizes_B = weighted_sum(sizes_RB, weights_R.abs())
+    values_PG, sizes_PG = (x.reshape(num_prompts, -1) for x in (values_B, sizes_B))
+    size_P = sizes_PG.amax(dim=1)
+    left_P = ~(values_PG.abs().amax(dim=1) <= ROUNDING * size_P) | ~size_P.isfinite()
+    values_B = values_PG.masked_fill(~left_P[:, None], 0.0).flatten()
     if rule.rescaled:
         counted_B = slice(None) if kept_B is None else kept_B
         rest_B = values_B[counted_B]
@@ -230,11 +264,16 @@ def combined_advantages(
     flat_P = torch.stack([part.spread == 0 for part in each]).all(dim=0)
     if rule.rescaled and CONVENTIONS[convention].centres_groups:
         # The batch's mean is 0 only where each group's is; a group that teaches nothing stays at 0.
-        values_PG = values_B.reshape(num_prompts, -1).masked_fill(flat_P[:, None], 0.0)
+        silent_P = flat_P | ~left_P
+        values_PG = values_B.reshape(num_prompts, -1).masked_fill(silent_P[:, None], 0.0)
         values_B = values_PG.flatten()
     if clip is not None:
         values_B = values_B.clamp(-clip, clip)
     return Advantages(values_B, whole.spread, flat_P.sum())
+
+
+def _larger(first_B: Tensor, second_B: Tensor) -> Tensor:
+    return torch.maximum(first_B.abs(), second_B.abs())
 
 
 def combined_chunk_advantages(
@@ -264,20 +303,30 @@ def combined_chunk_advantages(
     boundaries = rewards_RBE.unbind(2)
     rule, *_ = [_validated_combination(r_RB, weights_R, combination, kept_B) for r_RB in boundaries]
     if rule.by_reward:
-        columns = [
-            combined_advantages(
-                after - before, weights_R, num_prompts, combination, convention, clip, kept_B
-            ).values
-            for before, after in pairwise(boundaries)
-        ]
+        columns: list[Tensor] = []
+        for before_RB, after_RB in pairwise(boundaries):
+            gains = [
+                settled_samples(after_B - before_B, _larger(before_B, after_B), num_prompts, kept_B)
+                for before_B, after_B in zip(before_RB, after_RB, strict=True)
+            ]
+            shared = (weights_R, num_prompts, combination, convention, clip, kept_B)
+            columns.append(combined_advantages(torch.stack(gains), *shared).values)
         return torch.stack(columns, dim=1)
     if totals_BE is None:
         totals = [_total(rule, r_RB, weights_R, kept_B) for r_RB in boundaries]
         totals_BE = torch.stack(totals, dim=1)
     elif kept_B is not None:
         totals_BE = totals_BE.masked_fill(~kept_B[:, None], float("nan"))
-    gains_BC = chunk_gains(totals_BE)
-    return chunk_advantages(gains_BC, num_prompts, convention, clip, kept_B)
+    sizes = [
+        _size(rule, r_RB, weights_R, total_B)
+        for r_RB, total_B in zip(boundaries, totals_BE.unbind(1), strict=True)
+    ]
+    # A gain has the rounding of the rewards at both its ends, however small it is itself.
+    gains = [
+        settled_samples(gain_B, _larger(*ends), num_prompts, kept_B)
+        for gain_B, ends in zip(chunk_gains(totals_BE).unbind(1), pairwise(sizes), strict=True)
+    ]
+    return chunk_advantages(torch.stack(gains, dim=1), num_prompts, convention, clip, kept_B)
 
 
 def reward_shares(
@@ -309,7 +358,9 @@ def reward_shares(
     rule = _validated_combination(rewards_RB, weights_R, combination, kept_B)
     if kept_B is None:
         kept_B = torch.ones_like(rewards_RB[0], dtype=torch.bool)
-    groups_RPG = torch.stack([validated_groups(r_B, num_prompts, kept_B) for r_B in rewards_RB])
+    groups_RPG = torch.stack([
+        settled(validated_groups(r_B, num_prompts, kept_B)) for r_B in rewards_RB
+    ])  # fmt: skip
     if rule.total is weighted_minimum:
         scaled_RB = (rewards_RB * weights_R[:, None])[:, kept_B]
         lowest_RB = (scaled_RB == scaled_RB.amin(dim=0)).float()
@@ -321,6 +372,8 @@ def reward_shares(
         parts_RPG = weights_R11 * torch.stack([part.values for part in each]).reshape(shape)
     else:
         total_B = rule.total(rewards_RB, weights_R)
+        sizes_B = _size(rule, rewards_RB, weights_R, total_B)
+        total_B = settled_samples(total_B, sizes_B, num_prompts, kept_B)
         whole = group_advantages(total_B, num_prompts, convention, None, kept_B)
         total_PG = total_B.masked_fill(~kept_B, float("nan")).reshape(num_prompts, -1)
         advantage_PG = whole.values.masked_fill(~kept_B, float("nan")).reshape(num_prompts, -1)

@@ -54,3 +54,7 @@ def host_values(tensor: Tensor) -> list[float]:
 # 0.3 * 10 is 3.0000000000000004 in one order of operations and 2.9999999999999996 in another.
 COUNT_TOLERANCE = 1e-9
 """Slack of a share of a number before it is rounded to a whole one."""
+
+ROUNDING = 1e-6
+"""Relative difference of two numbers that is rounding: float32 resolves 6e-8, and the mean over a
+group, or a network's sum in another order, loses a few bits of that."""

@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from .advantages import group_centred, validated_groups
-from .precision import COUNT_TOLERANCE
-
-# Relative difference of two sizes that is rounding: float32 resolves 6e-8, and the statistics of a
-# group lose a few bits of that.
-ROUNDING = 1e-6
+from .precision import COUNT_TOLERANCE, ROUNDING
+from .rounding import settled
 
 
 def num_chosen(num_samples: int, share: float, num_updates: int = 1) -> int:
@@ -80,17 +77,19 @@ def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: T
 
     Args:
         advantages: [B], or [B, C] where they differ by chunk.
-        held_RB: The scores to hold, [R, B]; one that is not finite counts as its group's mean.
+        held_RB: The scores to hold, [R, B]; one that is not finite counts as its group's mean, and
+            so do those of a group that differ by rounding alone.
         num_prompts: P.
         chosen: Indices of the samples that are trained; the others get 0.
 
     Returns:
         As ``advantages``, in float32.
     """
-    centred_RB = torch.stack([
-        group_centred(validated_groups(held_B, num_prompts, held_B.isfinite())).nan_to_num(0)
-        for held_B in held_RB.double()
-    ]).flatten(1)  # fmt: skip
+    groups = [
+        validated_groups(held_B, num_prompts, held_B.isfinite()) for held_B in held_RB.double()
+    ]
+    centred = [group_centred(settled(held_PG)).nan_to_num(0) for held_PG in groups]
+    centred_RB = torch.stack(centred).flatten(1)
     all_BC = advantages.double().reshape(len(advantages), -1)
     x_SR, a_SC = centred_RB.T[chosen], all_BC[chosen]
     # Typed by hand: torch says nothing about it.
@@ -98,3 +97,36 @@ def project_out(advantages: Tensor, held_RB: Tensor, num_prompts: int, chosen: T
     left_BC = torch.zeros_like(all_BC)
     left_BC[chosen] = a_SC - x_SR @ (pinv(x_SR) @ a_SC)
     return left_BC.reshape(advantages.shape).float()
+
+
+def scaled_within(advantages: Tensor, clip: float) -> Tensor:
+    r"""Advantages of at most a size, made smaller all alike.
+
+    .. math:: A' = A \min\Big(1, \frac{c}{\max_b |A_b|}\Big)
+
+    Cutting the largest ones alone would bring back what :func:`project_out` has taken out; a common
+    factor leaves every sum of A h at zero.
+
+    Args:
+        advantages: [B], or [B, C] where they differ by chunk: then each chunk has its factor.
+        clip: c > 0.
+
+    Returns:
+        As ``advantages``.
+    """
+    largest = advantages.abs().amax(dim=0)
+    return (advantages * (clip / largest).clamp(max=1.0)).clamp(-clip, clip)
+
+
+def expressive_groups(num_held: int, num_prompts: int, kept_B: Tensor) -> Tensor:
+    """Say in which groups scores can be held and something be left to learn, [P].
+
+    The deviations of n images from their mean have n - 1 degrees of freedom; as many held scores
+    can explain any advantages of the group.
+
+    Args:
+        num_held: Scores that are projected out.
+        num_prompts: P.
+        kept_B: False for dropped samples, [B].
+    """
+    return kept_B.reshape(num_prompts, -1).sum(dim=1) - 1 > num_held

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Annotated, Literal, Protocol
 
 import torch
@@ -255,7 +257,8 @@ class SlidingWindow(_SizedWindow):
         if self.decay == "exponential":
             rate = PUBLISHED_RATE if self.rate is None else self.rate
             after = PUBLISHED_AFTER if self.after is None else self.after
-            return math.ceil(self.every * math.exp(-rate * max(0, start - after)))
+            # At least one, where the exponential is below the smallest float.
+            return max(1, math.ceil(self.every * math.exp(-rate * max(0, start - after))))
         return self.every
 
     def starts(self, num_trained: int) -> list[int]:
@@ -284,8 +287,9 @@ class SlidingWindow(_SizedWindow):
 
     def start_at(self, iteration: int, num_trained: int, generator: Generator) -> int:
         """Return the start of an iteration; nothing is drawn."""
-        one_pass = [s for s in self.starts(num_trained) for _ in range(self.stays(s, num_trained))]
-        return one_pass[iteration % len(one_pass)]
+        starts = self.starts(num_trained)
+        ends = list(accumulate(self.stays(start, num_trained) for start in starts))
+        return starts[bisect_right(ends, iteration % ends[-1])]
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from chunkgrpo.core.names import unknown_name
 from chunkgrpo.policies.adaptation import Adaptation
 from chunkgrpo.policies.embeddings import text_encoder_names
 from chunkgrpo.policies.pipeline import GenerationOptions, PipelinePolicy
 from chunkgrpo.policies.quiet import quiet_diffusers
+from chunkgrpo.runtime.finite import check_finite
+from chunkgrpo.runtime.sources import local_path
 
 FAMILIES = {
     "StableDiffusion3Pipeline": ("chunkgrpo.policies.sd3", "StableDiffusion3Policy"),
@@ -30,6 +33,7 @@ FAMILIES = {
     "Flux2Pipeline": ("chunkgrpo.policies.flux2", "Flux2Policy"),
 }
 """Pipeline class -> (module, class) of its policy."""
+LIBRARIES = ("diffusers", "transformers")
 GENERAL = {"generation", "precision", "gradient_checkpointing", "execution", "device"}
 """Options of every policy that settings of their own stand for."""
 
@@ -40,6 +44,7 @@ def load_policy(
     device: str = "cpu",
     lora: Path | None = None,
     embedding_cache: Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
     **options: Any,
 ) -> PipelinePolicy:
     """Load a diffusers pipeline as a policy.
@@ -51,6 +56,7 @@ def load_policy(
         lora: Folder of a trained LoRA to fuse into the weights.
         embedding_cache: Folder of encoded prompts. Text encoders are then loaded only when
             a prompt is missing there.
+        weights: Of the transformer, by name; they replace those of the model.
         options: Options of :meth:`PipelinePolicy.from_options`, and of the family.
 
     Raises:
@@ -61,7 +67,7 @@ def load_policy(
     settings = {each.name for each in fields(GenerationOptions)} | GENERAL
     check_options(kind, {k: v for k, v in options.items() if k not in settings})
     # In host memory; the policy moves parts to the device in the type they have there.
-    pipe = load_pipeline(model, lora, without_text=embedding_cache is not None)
+    pipe = load_pipeline(model, lora, embedding_cache is not None, weights)
     policy = kind.from_options(pipe, adaptation, device=device, **options)
     if embedding_cache is not None:
         policy.use_embeddings(embedding_cache)
@@ -124,22 +130,18 @@ def pipeline_class_name(model: str | Path) -> str:
     Raises:
         ValueError: If the folder is missing or holds no diffusers pipeline.
     """
-    path = Path(model)
-    if not path.exists():
-        if len(path.parts) == 2 and not str(model).startswith((".", "/", "~")):
-            from diffusers import DiffusionPipeline
+    path = model_folder(model)
+    if path is None:
+        from diffusers import DiffusionPipeline
 
-            try:
-                config: Any = DiffusionPipeline.load_config(str(model))
-                return str(config["_class_name"])
-            except OSError as error:
-                reason = str(error).strip().split("\n")[0]
-                raise ValueError(
-                    f"{model} is neither a folder nor a pipeline on the hub: {reason}"
-                ) from error
-        raise ValueError(
-            f"model folder {model} does not exist; give a folder or a hub id owner/name"
-        )
+        try:
+            config: Any = DiffusionPipeline.load_config(str(model))
+            return str(config["_class_name"])
+        except OSError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(
+                f"{model} is neither a folder nor a pipeline on the hub: {reason}"
+            ) from error
     index = path / "model_index.json"
     if not index.is_file():
         raise ValueError(
@@ -149,8 +151,41 @@ def pipeline_class_name(model: str | Path) -> str:
     return str(json.loads(index.read_text())["_class_name"])
 
 
+def model_folder(model: str | Path) -> Path | None:
+    """Return a model's folder; None for a hub id.
+
+    Raises:
+        ValueError: If the name can only be a path, and nothing is there.
+    """
+    try:
+        return local_path(model)
+    except FileNotFoundError as error:
+        raise ValueError(f"model folder {error}; give a folder or a hub id owner/name") from None
+
+
+def check_components(model: str | Path, index: Mapping[str, Any]) -> None:
+    """Refuse a pipeline whose parts name code that is neither of diffusers nor of transformers.
+
+    Former versions of diffusers import whatever module its ``model_index.json`` names, so that a
+    model of someone else could choose what runs; newer ones take any that is imported already.
+
+    Raises:
+        ValueError: With the part and what it names.
+    """
+    for part, value in index.items():
+        named = value[0] if isinstance(value, list | tuple) and value else None
+        if named is not None and named not in LIBRARIES:
+            raise ValueError(
+                f"model {model}: its model_index.json takes {part} from {named!r}; only parts of "
+                f"{' and '.join(LIBRARIES)} are loaded, as a model must not choose code to run"
+            )
+
+
 def load_pipeline(
-    model: str | Path, lora: str | Path | None = None, without_text: bool = False
+    model: str | Path,
+    lora: str | Path | None = None,
+    without_text: bool = False,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> Any:
     """Load a pipeline in float32.
 
@@ -158,20 +193,44 @@ def load_pipeline(
         model: Folder or hub id.
         lora: Folder of a trained LoRA to fuse into the weights.
         without_text: Leave the text encoders out.
+        weights: Of the transformer, by name; they replace those of the model.
+
+    Raises:
+        ValueError: If a weight has another name or shape than the transformer's, or a part of the
+            model would be code of another library.
     """
     from diffusers import DiffusionPipeline
 
-    absent: dict[str, Any] = {}
-    if without_text:
-        index: Any = DiffusionPipeline.load_config(str(model))
-        absent = dict.fromkeys(text_encoder_names(index))
+    index: Any = DiffusionPipeline.load_config(str(model))
+    check_components(model, index)
+    absent = dict.fromkeys(text_encoder_names(index)) if without_text else {}
     with quiet_diffusers():
         pipe = DiffusionPipeline.from_pretrained(str(model), **absent)
         if lora is not None:
             pipe.load_lora_weights(str(lora))
             pipe.fuse_lora()
             pipe.unload_lora_weights()
+    replace_weights(pipe.transformer, weights or {})
     return pipe
+
+
+@torch.no_grad()
+def replace_weights(network: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into a network, by name.
+
+    Raises:
+        ValueError: If one has another name or shape than the network's; nothing has changed then.
+    """
+    own = dict(network.named_parameters())
+    for name, value in weights.items():
+        if name not in own or own[name].shape != value.shape:
+            shape = tuple(own[name].shape) if name in own else "none"
+            raise ValueError(
+                f"the model has no weight {name} of shape {tuple(value.shape)} (its own: {shape}); "
+                "was it trained from another model?"
+            )
+    for name, value in weights.items():
+        own[name].copy_(value)
 
 
 def export_fused(
@@ -179,6 +238,7 @@ def export_fused(
     lora: str | Path | None,
     folder: str | Path,
     dtype: torch.dtype = torch.float32,
+    weights: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Fuse a trained LoRA into its base model and write a whole pipeline.
 
@@ -189,11 +249,14 @@ def export_fused(
         lora: Folder that :meth:`PipelinePolicy.save` wrote; None writes the model as it is.
         folder: Where the pipeline is written.
         dtype: Type of the written weights; they are fused in float32.
+        weights: Of the transformer, by name; they replace those of the model.
 
     Raises:
         ValueError: If the model is missing, no pipeline, or of an unknown family.
+        NonFiniteError: If a weight is not finite; nothing is written then.
     """
     family(model)
-    pipe = load_pipeline(model, lora).to(dtype)
+    pipe = load_pipeline(model, lora, weights=weights).to(dtype)
+    check_finite("weights", dict(pipe.transformer.named_parameters()))
     with quiet_diffusers():
         pipe.save_pretrained(str(folder))

@@ -34,6 +34,7 @@ from chunkgrpo.policies.execution import (
 )
 from chunkgrpo.policies.quiet import quiet_diffusers
 from chunkgrpo.runtime.attention import plain_attention
+from chunkgrpo.runtime.finite import check_finite
 from chunkgrpo.runtime.offload import Offloaded
 from chunkgrpo.types import Conditioning
 
@@ -370,7 +371,9 @@ class PipelinePolicy(PromptEncoding):
             low = self.dtype != torch.float32
             with torch.autocast(self.device.type, self.dtype) if low else nullcontext():
                 image = self.vae_images(self.vae_input(part).to(self.pipe.vae.dtype))
-            images.append(self.pipe.image_processor.postprocess(image.float(), output_type="pt"))
+            # Post-processing would clip an infinite pixel to white.
+            image = image.float().where(image.isfinite(), float("nan"))
+            images.append(self.pipe.image_processor.postprocess(image, output_type="pt"))
         return torch.cat(images)
 
     def reference(self) -> AbstractContextManager[None]:
@@ -378,7 +381,12 @@ class PipelinePolicy(PromptEncoding):
         return self.base.applied()
 
     def save(self, folder: str | Path) -> None:
-        """Save for stock diffusers: a LoRA for ``load_lora_weights``, or a whole pipeline."""
+        """Save for stock diffusers: a LoRA for ``load_lora_weights``, or a whole pipeline.
+
+        Raises:
+            NonFiniteError: If a trained weight is not finite; nothing is written then.
+        """
+        check_finite("weights", self.named_parameters())
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         if self.adaptation.method == "full":

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from chunkgrpo.policies.protocol import without_images
+from chunkgrpo.runtime.finite import check_finite
 from chunkgrpo.types import Conditioning, Prompt
 
 
@@ -82,7 +83,8 @@ class GaussianPolicy:
             self.mean = trained
 
     def save(self, folder: str | Path) -> None:
-        """Write ``mean.pt``."""
+        """Write ``mean.pt``, if it is finite."""
+        check_finite("weights", self.named_parameters())
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         torch.save(self.mean.detach(), folder / "mean.pt")

@@ -310,8 +310,12 @@ def _borders(sizes: Sequence[int]) -> list[int]:
 def _points(
     records: Sequence[Mapping[str, Any]], x: str, key: str
 ) -> tuple[list[float], list[float]]:
-    pairs = [(r[x], r[key]) for r in records if r.get(x) is not None and r.get(key) is not None]
+    pairs = [(r[x], r[key]) for r in records if _is_number(r.get(x)) and _is_number(r.get(key))]
     return [float(a) for a, _ in pairs], [float(b) for _, b in pairs]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _draw_panel(
@@ -323,7 +327,8 @@ def _draw_panel(
         where, values = _points(records, x, series.key)
         values = [value * series.scale for value in values]
         if series.low is not None and series.high is not None:
-            complete = [r for r in records if None not in (r.get(series.low), r.get(series.high))]
+            ends = series.low, series.high
+            complete = [r for r in records if all(_is_number(r.get(key)) for key in ends)]
             place, lows = _points(complete, x, series.low)
             _, highs = _points(complete, x, series.high)
             axis.fill_between(

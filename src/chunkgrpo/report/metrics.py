@@ -6,14 +6,23 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from chunkgrpo.runtime.files import atomic_write
 
-__all__ = ["MetricsWriter", "read_metrics", "truncate_metrics"]
+__all__ = [
+    "MetricsWriter",
+    "irregular_iterations",
+    "lost_metrics",
+    "read_metrics",
+    "spans",
+    "torn_line",
+    "truncate_metrics",
+]
 
 
 class MetricsWriter:
@@ -57,6 +66,7 @@ class MetricsWriter:
             clean["nonfinite"] = nonfinite
         self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        os.fsync(self._file.fileno())  # a checkpoint of this iteration must not survive it
         return clean
 
     def close(self) -> None:
@@ -85,46 +95,128 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         The records in the order written.
 
     Raises:
-        ValueError: A line before the last is not a JSON object; the message gives its number.
+        ValueError: A whole line is not what a writer writes: no JSON object, ``iteration`` no whole
+            number from 1 on, or text where another line has a number; the message gives file and
+            line.
     """
     source = Path(path)
     if not source.exists():
         return []
     lines = source.read_bytes().split(b"\n")
     lines.pop()  # empty after a whole last line; a torn line otherwise
-    records = []
+    records: list[dict[str, Any]] = []
+    numeric: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{source}, line {number}: not JSON ({error})") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{source}, line {number}: expected an object, found {record!r:.60}")
-        records.append(record)
+            records.append(_record(line, number, numeric))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(
+                f"{source}:{number}: {error}; put the line back as it was, or delete it: its "
+                "iteration is reported as lost then"
+            ) from None
     return records
 
 
-def truncate_metrics(path: str | os.PathLike[str], iteration: int) -> int:
-    """Remove what a run wrote after the checkpoint from which it resumes.
+def _record(line: bytes, number: int, numeric: dict[str, int]) -> dict[str, Any]:
+    """Read one line; ``numeric`` collects in which line a key first was a number."""
+    try:
+        record = json.loads(line, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object, found {record!r:.60}")
+    iteration = record.get("iteration")
+    if "iteration" in record and (type(iteration) is not int or iteration < 1):
+        raise ValueError(f"iteration is {iteration!r:.60}, no whole number from 1 on")
+    for key, value in record.items():
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            numeric.setdefault(key, number)
+        elif isinstance(value, str | list | dict) and key in numeric:
+            raise ValueError(f"{key} is {value!r:.60}, and a number in line {numeric[key]}")
+    return record
 
-    Records whose ``iteration`` is greater than the given one are dropped; records without that
-    key are kept. The file is replaced in one step, or left alone if nothing is to be dropped.
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON")
+
+
+def torn_line(path: str | os.PathLike[str]) -> bool:
+    """Return whether the last line of a metrics file is incomplete, as a crash leaves it."""
+    source = Path(path)
+    content = source.read_bytes() if source.exists() else b""
+    return bool(content) and not content.endswith(b"\n")
+
+
+def irregular_iterations(records: Sequence[Mapping[str, Any]], last: int) -> list[str]:
+    """Return what is wrong with the iterations of a metrics file, in half sentences.
+
+    Args:
+        records: As :func:`read_metrics` gives them.
+        last: Number of iterations that were recorded once; each should stand there once, in order.
+    """
+    numbers = [r["iteration"] for r in records if r.get("iteration") is not None]
+    counts = Counter(numbers)
+    found = []
+    missing = [i for i in range(1, last + 1) if i not in counts]
+    if missing:
+        found.append(f"iterations {spans(missing)} are missing")
+    repeated = sorted(i for i, count in counts.items() if count > 1)
+    if repeated:
+        found.append(f"iterations {spans(repeated)} stand there more than once")
+    if numbers != sorted(numbers):
+        found.append("iterations are not in order")
+    return found
+
+
+def spans(numbers: Sequence[int]) -> str:
+    """Return increasing numbers as text, ``1 to 3, 7``."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{a} to {b}" if a < b else str(a) for a, b in runs)
+
+
+def truncate_metrics(path: str | os.PathLike[str], iteration: int) -> int:
+    """Move what a run wrote after the checkpoint from which it resumes to ``NAME.lost.jsonl``.
+
+    Records whose ``iteration`` is greater than the given one are moved; records without that
+    key are kept. The file is replaced in one step, or left alone if nothing is to be moved.
 
     Args:
         path: A file written by :class:`MetricsWriter`, at present open in no writer.
         iteration: The last iteration to keep.
 
     Returns:
-        How many records were dropped.
+        How many records were moved.
     """
     records = read_metrics(path)
     kept = [r for r in records if r.get("iteration") is None or r["iteration"] <= iteration]
-    if len(kept) < len(records):
-        text = "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in kept)
-        atomic_write(path, text)
-    return len(records) - len(kept)
+    lost = [r for r in records if r.get("iteration") is not None and r["iteration"] > iteration]
+    if lost:
+        with lost_metrics(path).open(
+            "a", encoding="utf-8"
+        ) as file:  # first: better twice than never
+            file.write(_lines(lost))
+            file.flush()
+            os.fsync(file.fileno())
+        atomic_write(path, _lines(kept))
+    return len(lost)
+
+
+def lost_metrics(path: str | os.PathLike[str]) -> Path:
+    """Return the file for what :func:`truncate_metrics` moves: ``metrics.lost.jsonl``."""
+    return Path(path).with_suffix(".lost.jsonl")
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
 
 
 def _clean(value: Any, key: str, nonfinite: list[str]) -> Any:

@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Estimate", "wilson_interval", "paired_difference", "bootstrap_interval"]
+from chunkgrpo.report.score_interval import score_interval
+
+__all__ = ["Estimate", "wilson_interval", "mean_estimate", "paired_difference"]
+
+FEW_CLUSTERS = 20
+"""Below this many prompts no interval says that two models differ."""
+
+FEW_CHANGES = 10
+"""Nor where fewer prompts than this have changed."""
+
+ENOUGH_DIFFERENT = 20
+"""Prompts with a value of their own from which on Student's interval is trusted."""
+
+TOO_FEW = "too few prompts to tell"
 
 
 @dataclass(frozen=True)
@@ -19,19 +33,36 @@ class Estimate:
     Attributes:
         estimate: The point estimate.
         low: Lower end of the interval.
-        high: Upper end.
+        high: Upper end. Infinite, as the lower one, where nothing bounds the number.
         n: Observations it rests on.
+        too_few: Whether these are of too few prompts, or too few changed, to call the number
+            different from zero, whatever the interval.
     """
 
     estimate: float
     low: float
     high: float
     n: int
+    too_few: bool = False
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether zero lies outside the interval."""
-        return self.low > 0 or self.high < 0
+        """Whether zero lies outside the interval, and there are enough prompts to say so."""
+        return not self.too_few and (self.low > 0 or self.high < 0)
+
+    @staticmethod
+    def of(
+        estimate: float, low: float | None, high: float | None, n: int, too_few: bool
+    ) -> Estimate:
+        """Return an estimate of which :attr:`ends` were stored."""
+        low, high = (-math.inf if low is None else low), (math.inf if high is None else high)
+        return Estimate(estimate, low, high, n, too_few)
+
+    @property
+    def ends(self) -> tuple[float | None, float | None]:
+        """Both ends as JSON can hold them: None where infinite."""
+        low, high = (end if math.isfinite(end) else None for end in (self.low, self.high))
+        return low, high
 
 
 def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -70,17 +101,32 @@ def wilson_interval(successes: int, n: int, level: float = 0.95) -> tuple[float,
     return low, high
 
 
-def mean_interval(values: NDArray) -> tuple[float, float]:
-    """Normal 95 % interval of a mean: mean -+ 1.96 standard deviations / sqrt(n).
+def mean_estimate(
+    values: ArrayLike,
+    level: float = 0.95,
+    clusters: Sequence[Hashable] | NDArray | None = None,
+    share: bool = False,
+) -> Estimate:
+    r"""Mean with its interval; see :func:`paired_difference`.
 
     Args:
-        values: [n], n >= 2.
+        values: [n], finite: a score per image.
+        level: Confidence level, inside (0, 1).
+        clusters: [n] labels, equal for images of one prompt; None if each has a prompt of its own.
+        share: Whether scores are in [0, 1]; otherwise nothing outside those observed is expected.
 
     Returns:
-        Low and high end.
+        The mean with its interval; n counts values.
+
+    Raises:
+        ValueError: There is no value, one is not finite, or the level is out of range.
     """
-    half = 1.96 * float(values.std()) / values.size**0.5
-    return float(values.mean()) - half, float(values.mean()) + half
+    _check_level(level)
+    scores = np.asarray(values, dtype=np.float64).ravel()
+    if not len(scores) or not np.isfinite(scores).all():
+        raise ValueError(f"{len(scores)} scores; at least one is needed, and all must be finite")
+    bounds = (0.0, 1.0) if share else (float(scores.min()), float(scores.max()))
+    return _estimate(scores, bounds, level, clusters)
 
 
 def paired_difference(
@@ -91,16 +137,20 @@ def paired_difference(
 ) -> Estimate:
     r"""Mean difference, tuned minus base, over the same prompts and seeds.
 
-    .. math::
-        \bar d = \frac1n \sum_i d_i, \qquad
-        s^2 = \frac{1}{n^2}\,\frac{M}{M-1} \sum_{m=1}^{M} \Big(\sum_{i \in m} (d_i-\bar d)\Big)^2,
-        \qquad \bar d \pm t_{M-1}\, s
+    Clusters m = 1..M are the prompts: seeds of one prompt rise and fall together, and counting them
+    as independent makes the interval too short. With :math:`x_m = \bar d + \frac{M n_m}{n}
+    (\bar d_m - \bar d)`, the mean difference of each prompt where all have equally many images:
 
-    Clusters m are the prompts: seeds of one prompt rise and fall together, and counting them as
-    independent makes the interval too short. Without clusters each pair is its own, and this is
-    the paired t interval. Where all scores are in [0, 1], the ends are cut at -1 and 1. Where all
-    pairs differ by the same amount (for example none differs), the interval has no width; that says
-    little when n is small.
+    - Yes or no verdicts have the score interval of the mean of x (:mod:`.score_interval`), with
+      :math:`t_{M-1}` for the normal quantile and bounds -1 and 1. It never has width 0: with 100
+      prompts of which none changed it reaches from -3.8 to 3.8 points.
+    - Other scores have Student's interval, :math:`\bar d \pm t_{M-1} s / \sqrt M`, unless
+      several prompts have the same difference and fewer than 20 another one: then they have the
+      score interval too. Its bounds are -1 and 1 for scores within [0, 1], and else the range of
+      all scores that were observed.
+
+    With fewer than 20 prompts, or fewer than 10 that have changed (for other scores: whose
+    difference is not the commonest one), the estimate is marked :attr:`Estimate.too_few`.
 
     Args:
         base_correct: [n], finite: per image, correct or not, or a score of any unit.
@@ -114,11 +164,10 @@ def paired_difference(
     Raises:
         ValueError: Lengths differ, a value is not finite, or there are fewer than two clusters.
 
-    Reference: Liang and Zeger, Biometrika 73 (1986), 13-22 (cluster-robust variance); Miller,
-    arXiv:2411.00640 (its use for evaluations of models).
+    Reference: Tango, Statistics in Medicine 17 (1998), 891-908; Liang and Zeger, Biometrika 73
+    (1986), 13-22 (cluster-robust variance); Miller, arXiv:2411.00640 (its use for evaluations of
+    models).
     """
-    from scipy.stats import t as student
-
     _check_level(level)
     base = np.asarray(base_correct, dtype=np.float64)
     tuned = np.asarray(tuned_correct, dtype=np.float64)
@@ -127,65 +176,56 @@ def paired_difference(
     values = np.concatenate([base, tuned])
     if not np.isfinite(values).all():
         raise ValueError("scores must be finite; leave images without a score out of both lists")
-    difference = tuned - base
-    labels = _labels(clusters, len(difference))
-    num_clusters = int(labels.max(initial=-1)) + 1
+    num_clusters = int(_labels(clusters, len(base)).max(initial=-1)) + 1
     if num_clusters < 2:
         raise ValueError(f"an interval needs at least 2 clusters, found {num_clusters}")
-    mean = float(difference.mean())
-    sums = np.bincount(labels, weights=difference - mean, minlength=num_clusters)
-    variance = num_clusters / (num_clusters - 1) * np.sum(sums**2) / len(difference) ** 2
-    half = float(student.ppf(0.5 + level / 2, num_clusters - 1) * np.sqrt(variance))
-    bound = 1.0 if np.all((values >= 0) & (values <= 1)) else np.inf
-    return Estimate(mean, max(-bound, mean - half), min(bound, mean + half), len(difference))
+    within = bool(np.all((values >= 0) & (values <= 1)))
+    bound = 1.0 if within else float(values.max() - values.min())
+    verdicts = bool(np.isin(values, (0.0, 1.0)).all())
+    found = _estimate(tuned - base, (-bound, bound), level, clusters, verdicts, FEW_CHANGES)
+    if within:
+        low, high = max(-1.0, found.low), min(1.0, found.high)
+        return Estimate(found.estimate, low, high, found.n, found.too_few)
+    return found
 
 
-def bootstrap_interval(
-    values: ArrayLike,
-    statistic: Callable[[NDArray], float] = np.mean,
-    level: float = 0.95,
-    clusters: Sequence[Hashable] | NDArray | None = None,
-    num_resamples: int = 2000,
-    seed: int = 0,
+def _estimate(
+    values: NDArray,
+    bounds: tuple[float, float],
+    level: float,
+    clusters: Sequence[Hashable] | NDArray | None,
+    verdicts: bool | None = None,
+    few_changes: int = 0,
 ) -> Estimate:
-    """Percentile bootstrap interval of any statistic, whole clusters drawn with replacement.
+    """Mean of clustered values; the score interval where Student's would claim too much."""
+    from scipy.stats import t as student
 
-    It assumes no distribution, but falls short of its level below some twenty clusters.
-
-    Args:
-        values: [n, ...], one row per observation.
-        statistic: Rows to a number.
-        level: Confidence level, inside (0, 1).
-        clusters: [n] labels; rows of one label are drawn together. None: each row alone.
-        num_resamples: Bootstrap samples, at least 1.
-        seed: Seed of the draws; the same seed gives the same interval.
-
-    Returns:
-        The statistic of the values with its interval; n counts rows.
-
-    Raises:
-        ValueError: There is no row, or an argument is out of range.
-
-    Reference: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-    """
-    _check_level(level)
-    rows = np.asarray(values, dtype=np.float64)
-    if rows.ndim == 0 or len(rows) == 0:
-        raise ValueError("need at least one observation")
-    if num_resamples < 1:
-        raise ValueError(f"num_resamples is {num_resamples}; it must be at least 1")
-    labels = _labels(clusters, len(rows))
-    order = np.argsort(labels, kind="stable")
-    members = np.split(order, np.cumsum(np.bincount(labels))[:-1])
-    generator = np.random.default_rng(seed)
-    draws = np.empty(num_resamples)
-    for index in range(num_resamples):
-        chosen = generator.integers(len(members), size=len(members))
-        if clusters is not None:
-            chosen = np.concatenate([members[m] for m in chosen])
-        draws[index] = statistic(rows[chosen])
-    low, high = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
-    return Estimate(float(statistic(rows)), float(low), float(high), len(rows))
+    labels = _labels(clusters, len(values))
+    number, mean = int(labels.max()) + 1, float(values.mean())
+    if number == 1:
+        return Estimate(mean, -math.inf, math.inf, len(values), True)
+    weight = number / len(values)
+    sums = np.bincount(labels, weights=values - mean, minlength=number)
+    means = mean + weight * sums
+    # Equal up to rounding: the sums of a few equal scores may differ in the last bit.
+    scale = 1e-9 * max(1.0, *(abs(bound) for bound in bounds))
+    _, counts = np.unique(np.round(means / scale), return_counts=True)
+    different = number - int(counts.max())
+    if verdicts is None:
+        verdicts = bool(np.isin(values, bounds).all())
+    changed = int(np.count_nonzero(np.abs(means) > scale)) if verdicts else different
+    too_few = number < FEW_CLUSTERS or changed < few_changes
+    quantile = float(student.ppf(0.5 + level / 2, number - 1))
+    if not verdicts and (different >= ENOUGH_DIFFERENT or counts.max() == 1):
+        half = quantile * float(means.std(ddof=1)) / number**0.5
+        return Estimate(mean, mean - half, mean + half, len(values), too_few)
+    if bounds[0] == bounds[1]:
+        return Estimate(mean, -math.inf, math.inf, len(values), True)
+    # A prompt with more images than others weighs more, and can lie further out.
+    reach = max(1.0, weight * float(np.bincount(labels).max()))
+    wide = (mean + reach * (bounds[0] - mean), mean + reach * (bounds[1] - mean))
+    low, high = score_interval(np.clip(np.round(means, 12), *wide), wide, quantile)
+    return Estimate(mean, max(bounds[0], low), min(bounds[1], high), len(values), too_few)
 
 
 def _labels(clusters: Sequence[Hashable] | NDArray | None, n: int) -> NDArray[np.intp]:

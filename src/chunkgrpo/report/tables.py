@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from chunkgrpo.report.statistics import Estimate, paired_difference
+from chunkgrpo.report.statistics import TOO_FEW, Estimate, paired_difference
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,6 +21,7 @@ __all__ = [
     "accuracy_table",
     "accuracy_markdown",
     "change_text",
+    "interval_text",
     "score_text",
 ]
 
@@ -53,13 +55,13 @@ def accuracy_rows(
 
     The row over all tasks weighs every image the same. Intervals are those of
     :func:`chunkgrpo.report.statistics.paired_difference` at 95 %; that of a single prompt, which
-    says nothing of others, is the whole range from -1 to 1.
+    says nothing of others, is the whole range: from -1 to 1 for scores within [0, 1].
 
     Args:
         base: Task to [n] scores before training; verdicts may be booleans.
         tuned: The same tasks, prompts and seeds in the same order, after training.
-        clusters: Task to [n] labels, equal for images of one prompt; None if each image has a
-            prompt of its own.
+        clusters: Task to [n] labels, equal for images of one prompt, in whichever tasks; None if
+            each image has a prompt of its own.
 
     Returns:
         One row per task in the order of ``base``, and, if there are several, the row ``all``.
@@ -69,8 +71,8 @@ def accuracy_rows(
     """
     if list(base) != list(tuned) or (clusters is not None and list(clusters) != list(base)):
         raise ValueError(f"tasks differ: base has {list(base)}, tuned {list(tuned)}")
-    labels = {
-        task: [(task, c) for c in (clusters[task] if clusters else range(len(base[task])))]
+    labels: dict[str, list[Hashable]] = {
+        task: list(clusters[task]) if clusters else [(task, i) for i in range(len(base[task]))]
         for task in base
     }
     rows = [_row(task, base[task], tuned[task], labels[task]) for task in base]
@@ -92,6 +94,17 @@ def change_text(value: float, share: bool = True) -> str:
     return f"{100 * value:+.1f}" if share else f"{value:+.3g}"
 
 
+def interval_text(difference: Estimate, share: bool = True) -> str:
+    """The interval of a difference; where nothing bounds it, only that there is none."""
+    low, high = difference.ends
+    ends = (
+        ""
+        if low is None or high is None
+        else (f"[{change_text(low, share)}, {change_text(high, share)}]")
+    )
+    return ", ".join(part for part in (ends, TOO_FEW if difference.too_few else "") if part)
+
+
 def accuracy_cells(row: AccuracyRow, share: bool = True) -> tuple[str, str, str, str, str]:
     """A row as text, in the order of ``HEADINGS``.
 
@@ -99,15 +112,12 @@ def accuracy_cells(row: AccuracyRow, share: bool = True) -> tuple[str, str, str,
         row: What to write.
         share: Whether scores are shares, shown in %, and their differences in points.
     """
-    estimate, low, high = (
-        change_text(value, share)
-        for value in (row.difference.estimate, row.difference.low, row.difference.high)
-    )
+    estimate = change_text(row.difference.estimate, share)
     return (
         row.task,
         score_text(row.base, share),
         score_text(row.tuned, share),
-        f"{estimate} [{low}, {high}]",
+        f"{estimate} {interval_text(row.difference, share)}",
         str(row.difference.n),
     )
 
@@ -116,6 +126,8 @@ def accuracy_table(
     rows: Sequence[AccuracyRow], title: str | None = None, share: bool = True
 ) -> Table:
     """A table for the terminal; differences whose interval excludes zero are bold.
+
+    Never those of too few prompts, which say so in a line of their own.
 
     Args:
         rows: From :func:`accuracy_rows`.
@@ -134,7 +146,10 @@ def accuracy_table(
     for row in rows:
         if row.task == ALL_TASKS:
             table.add_section()
-        cells = [Text(cell) for cell in accuracy_cells(row, share)]
+        cells = [
+            Text(cell.replace(f", {TOO_FEW}", f"\n{TOO_FEW}"))
+            for cell in accuracy_cells(row, share)
+        ]
         if row.difference.excludes_zero:
             cells[3].stylize("bold")
         table.add_row(*cells)
@@ -159,7 +174,9 @@ def _row(
 ) -> AccuracyRow:
     base_mean, tuned_mean = (float(sum(each)) / max(1, len(each)) for each in (base, tuned))
     if len(set(labels)) == 1 and len(base) == len(tuned):
-        difference = Estimate(tuned_mean - base_mean, -1.0, 1.0, len(labels))
+        scores = [*map(float, base), *map(float, tuned)]
+        end = 1.0 if all(0 <= score <= 1 for score in scores) else math.inf
+        difference = Estimate(tuned_mean - base_mean, -end, end, len(labels), True)
         return AccuracyRow(task, base_mean, tuned_mean, difference)
     try:
         difference = paired_difference(base, tuned, clusters=labels)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from chunkgrpo.imported_code import import_named
+from chunkgrpo.rewards.answers import as_scores
 from chunkgrpo.rewards.protocol import GroupwiseReward, Reward, RewardError
-from chunkgrpo.rewards.scoring import Scorer, as_scores, score
+from chunkgrpo.rewards.scoring import Scorer, score
 
 __all__ = [
     "BUILT_IN",
@@ -74,25 +75,50 @@ def make_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     Raises:
         ValueError: If no reward has that name, the import path leads nowhere, or no server answers.
     """
-    if name.startswith(("http://", "https://")):
-        name, options = "remote", {"url": name, **(options or {})}
+    name, options = _spelled_out(name, options or {})
     if name in BUILT_IN:
         module, attribute = BUILT_IN[name]
-        return constructed(name, getattr(import_module(module), attribute), options or {})
-    if ":" in name:
-        return imported_reward(name, options or {})
+        return constructed(name, getattr(import_module(module), attribute), options)
+    return imported_reward(name, options)
+
+
+def _spelled_out(name: str, options: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """Return the name of a built-in reward or an import path, and the options.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if name.startswith(("http://", "https://")):
+        return "remote", {"url": name, **options}
+    if name in BUILT_IN or ":" in name:
+        return name, options
     known = ", ".join(BUILT_IN)
     raise ValueError(
         f"unknown reward {name!r}; known: {known}, package.module:function or http://host:port"
     )
 
 
-def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
-    """Call a reward's class with its options.
+def check_reward(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse a reward that does not exist or does not take its options; nothing is loaded.
+
+    Args:
+        name: As for :func:`make_reward`. What an import path leads to is not looked at.
+        options: Arguments of the constructor.
 
     Raises:
-        ValueError: If there is an option that it does not take, or it lacks one that it needs; the
-            message names the options and says how to give them.
+        ValueError: If there is no such reward, or it takes other options.
+    """
+    name, options = _spelled_out(name, options)
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name]
+        check_options(name, getattr(import_module(module), attribute), options)
+
+
+def check_options(name: str, kind: Any, options: Mapping[str, Any]) -> None:
+    """Refuse options that a reward's class does not take, and missing ones that it needs.
+
+    Raises:
+        ValueError: With the options, and how to give them.
     """
     try:
         parameters = signature(kind).parameters.values()
@@ -115,6 +141,16 @@ def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
             f"'rewards=[{{name: {name}, options: {{{example}}}}}]' (and evaluation.reward likewise "
             "if it is to judge); to serve it: --option NAME=VALUE"
         )
+
+
+def constructed(name: str, kind: Any, options: Mapping[str, Any]) -> Any:
+    """Call a reward's class with its options.
+
+    Raises:
+        ValueError: If there is an option that it does not take, or it lacks one that it needs; the
+            message names the options and says how to give them.
+    """
+    check_options(name, kind, options)
     try:
         return kind(**options)
     except TypeError as error:

@@ -109,3 +109,17 @@ class DualEncoder:
         image_BD = self.embed_images(images)
         text_BD = self.embed_texts(prompts, image_BD.device)
         return (image_BD * text_BD).sum(dim=-1).cpu()
+
+
+def num_cut(reward: object, texts: Sequence[str]) -> int | None:
+    """Return how many texts are longer than a reward reads; None where it does not say.
+
+    Args:
+        reward: Any reward; those over embeddings have an ``encoder``.
+        texts: The prompts.
+    """
+    encoder = getattr(reward, "encoder", None)
+    if not isinstance(encoder, DualEncoder) or encoder.tokenizer is None:
+        return None
+    rows = encoder.tokenizer(list(texts))["input_ids"]
+    return sum(len(row) > encoder.text_length for row in rows)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from chunkgrpo.runtime.sources import local_path, why_local
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Where the whole module was pickled instead of its weights, torch's loader refuses the file.
 TENSOR_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -31,22 +33,19 @@ def dtype_of(precision: str) -> torch.dtype:
 def check_source(reward: str, source: str | Path) -> str:
     """Return a checkpoint folder or hub id as text, having checked that a folder is there.
 
-    Text is a path where it begins with ``/``, ``.`` or ``~``, or does not look like
-    ``owner/repository``.
+    :func:`chunkgrpo.runtime.sources.why_local` says which texts can only be paths.
 
     Raises:
         FileNotFoundError: If ``source`` is a path and leads nowhere.
     """
-    text = str(source)
-    path = Path(text).expanduser()
-    if path.exists():
-        return str(path)
-    if isinstance(source, Path) or text[:1] in {"/", ".", "~"} or text.count("/") != 1:
+    try:
+        path = local_path(source)
+    except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"reward {reward!r}: there is nothing at {text}; give a checkpoint folder or a "
-            "hub id such as owner/repository"
-        )
-    return text
+            f"reward {reward!r}: there is nothing at {source}: {error}; give a checkpoint folder "
+            "or a hub id such as owner/repository"
+        ) from None
+    return str(source if path is None else path)
 
 
 def load(reward: str, source: str | Path, loader: Callable[[str], Loaded]) -> Loaded:
@@ -108,7 +107,7 @@ def weight_file(reward: str, source: str | Path) -> Path:
     if path.is_file():
         return path
     repository, colon, file = text.partition(":")
-    if not colon or repository.count("/") != 1 or text[:1] in {"/", ".", "~"}:
+    if not colon or isinstance(source, Path) or why_local(repository):
         raise FileNotFoundError(
             f"reward {reward!r}: there is no file at {text}; give the path of a "
             f"{' or '.join(TENSOR_SUFFIXES)} file, or owner/repository:file for one on the hub"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 
@@ -33,8 +34,14 @@ def quoted_texts(prompt: str) -> list[str]:
         The texts with something to read in them; maybe none.
     """
     found, start = [], 0
+    ends: dict[str, dict[int, int]] = {}
     while start < len(prompt):
-        end = _closing(prompt, start) if _opens(prompt, start) else None
+        end = None
+        if _opens(prompt, start):
+            mark = prompt[start]
+            if mark not in ends:
+                ends[mark] = _ends(prompt, mark)
+            end = ends[mark].get(start)
         if end is None:
             start += 1
             continue
@@ -54,24 +61,23 @@ def _opens(prompt: str, at: int) -> bool:
     return not (behind_a_word and (mark in _LETTER_LIKE or mark == "”"))
 
 
-def _closing(prompt: str, start: int) -> int | None:
-    """Return where the quotation that begins at ``start`` ends; None where it does not."""
-    mark = prompt[start]
-    closing = _ALL[mark]
-    depth = 0
-    for at in range(start + 1, len(prompt)):
-        letter = prompt[at]
-        if letter in closing:
-            following = prompt[at + 1 : at + 2]
-            apostrophe = letter == "’" and following.isalnum() and prompt[at - 1].isalnum()
-            if apostrophe:
-                continue
-            if depth == 0:
-                return at
-            depth -= 1
-        elif letter == mark:
-            depth += 1
-    return None
+def _ends(prompt: str, mark: str) -> dict[int, int]:
+    """Return where each quotation that this mark opens ends, by where it begins.
+
+    One pass, however many marks there are: a prompt of nothing else must not take minutes.
+    """
+    closing, ends, opened = _ALL[mark], {}, []
+    for found in re.finditer(f"[{re.escape(mark + closing)}]", prompt):
+        at = found.start()
+        if prompt[at] in closing:
+            inside_a_word = prompt[at + 1 : at + 2].isalnum() and prompt[at - 1].isalnum()
+            if prompt[at] == "’" and inside_a_word:
+                continue  # an apostrophe
+            if opened:
+                ends[opened.pop()] = at
+        if prompt[at] == mark:
+            opened.append(at)
+    return ends
 
 
 def _is_cjk(letter: str) -> bool:

@@ -96,7 +96,11 @@ class PendingScores:
         self.calls: list[list[Callable[[], Tensor]]] = []
 
     def add(self, images: Tensor) -> None:
-        """Take the next images [M, 3, H, W]; groups that are complete can be scored."""
+        """Take the next images [M, 3, H, W]; groups that are complete can be scored.
+
+        Raises:
+            NonFiniteError: If a pixel is not finite and such images are not dropped.
+        """
         self.waiting.append(images)
         number = sum(len(part) for part in self.waiting)
         whole = number - number % self.group_size
@@ -106,18 +110,17 @@ class PendingScores:
         self.waiting = [joined[whole:]] if whole < number else []
         start = self.num_submitted
         self.num_submitted += whole
-        piece = self.queue.scorer.prepare(joined[:whole])
         prompts = self.prompts[start : start + whole]
-        self.calls.append([self._call(reward, piece, prompts, start) for reward in self.rewards])
-
-    def _call(
-        self, reward: Reward, images: Tensor, prompts: Sequence[Prompt | str], start: int
-    ) -> Callable[[], Tensor]:
-        scorer, size = self.queue.scorer, self.group_size
         label = f"{self.label}{start}-" if start else self.label
-        return self.queue.submit(
-            reward, lambda: scorer.checked(reward, images, prompts, size, label)
-        )
+        scorer, size = self.queue.scorer, self.group_size
+        piece, bad = scorer.prepare(joined[:whole], prompts, label)
+
+        def call(reward: Reward) -> Callable[[], Tensor]:
+            return self.queue.submit(
+                reward, lambda: scorer.checked(reward, piece, prompts, size, label, bad)
+            )
+
+        self.calls.append([call(reward) for reward in self.rewards])
 
     def result(self) -> RewardBatch:
         """Wait for all scores.

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from chunkgrpo.plain_text import one_line
 from chunkgrpo.rewards.http import Http, TooLong
+from chunkgrpo.rewards.images import eight_bit
 from chunkgrpo.rewards.protocol import RewardError
-from chunkgrpo.rewards.scoring import eight_bit
 
 PROTOCOL = 1
 TOKEN_VARIABLE = "CHUNKGRPO_REWARD_TOKEN"
@@ -35,6 +35,8 @@ CONNECT_SECONDS = 10.0  # connecting to a dead host must not take as long as a s
 MARGIN = 10.0  # seconds by which the client waits longer than the server
 DEADLINE = 300.0
 LARGEST_ANSWER = 1 << 20  # bytes
+OVERLOADED = (429, 502, 503, 504)
+"""Statuses of a server, or of a proxy before it, that may answer the same request later."""
 
 log = logging.getLogger("chunkgrpo")
 
@@ -53,10 +55,10 @@ class RemoteReward:
     """Scores images by requests to a reward server.
 
     Requests share a pool of connections. One that fails to connect, is cut off or times out, and
-    one answered with a 5xx status, is tried again after a pause that doubles each time, until the
-    deadline; any other answer that is not a score for each image is final. A call with more images
-    than fit into a request makes several, one after the other, each with its own deadline, so that
-    the number of images does not matter.
+    one answered by an overloaded server (429, 502, 503 or 504), is tried again, with a line in the
+    log, after a pause that doubles each time, until the deadline; any other answer that is not a
+    score for each image is final. A call with more images than fit into a request makes several,
+    one after the other, each with its own deadline, so that the number of images does not matter.
 
     Args:
         url: ``http://host:port`` or ``https://...``; asked for its name and limits at once.
@@ -198,7 +200,7 @@ class RemoteReward:
             tries += 1
             try:
                 status, content = self._send(method, path, body, deadline)
-                if status < 500:
+                if status not in OVERLOADED:
                     return self._judge(status, content)
                 problem = f"status {status}, {reason_of(content)}"
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

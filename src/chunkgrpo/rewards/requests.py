@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests to a reward server: limits, and reading what anybody may have sent."""
+"""Requests to a reward server: limits, and reading what anybody may have sent.
+
+What grows with what a stranger sends is bounded before it is done: all bodies together while they
+arrive, the marks of JSON before it is parsed, pixels before an image is decoded.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import io
 import json
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +26,33 @@ PNG_HEADER = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 MEGABYTE = 1 << 20
 MARKS_EACH = 2000
 """Brackets and commas of a request for each image it may have; a prompt has a few."""
+PROMPT_LETTERS = 1 << 16
+SLOWEST = 1 << 16  # bytes of a body a second, on average, after the first seconds
+MOST = {
+    "batch": 1 << 16,
+    "body": 1 << 34,
+    "pixels": 1 << 34,
+    "seconds": 86400.0,
+    "waiting": 10_000,
+    "idle": 3600.0,
+    "connections": 1 << 16,
+}
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits of one request.
+    """Limits of one request, and of all.
 
     Attributes:
         batch: Number of images.
-        body: Bytes of the request.
+        body: Bytes of the request; the bodies of all requests together may have twice as many.
         pixels: Pixels of all its images together, counted before any is decompressed.
         seconds: From its first byte to the response.
         waiting: Requests that may wait for the reward, which handles one at a time; more get 503.
-        idle: Seconds that a connection may be silent while its request is sent. After them the
-            body must also have come at 64 kB a second on average.
+        idle: Seconds within which a connection must send the whole head of a request, and after
+            which its body must have come at 64 kB a second on average.
+        connections: Open connections that have no request going on: the one that has waited
+            longest makes room for another. As many may be sending a body.
     """
 
     batch: int = 64
@@ -42,11 +61,15 @@ class Limits:
     seconds: float = 120.0
     waiting: int = 16
     idle: float = 10.0
+    connections: int = 256
 
     def __post_init__(self) -> None:
-        for name in ("batch", "body", "pixels", "seconds", "waiting", "idle"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"the limit {name} is {getattr(self, name)}; it must be above 0")
+        for name, most in MOST.items():
+            value = getattr(self, name)
+            if not 0 < value <= most:
+                raise ValueError(
+                    f"the limit {name} is {value}; it must be above 0 and at most {most:g}"
+                )
 
 
 class Refused(Exception):
@@ -60,6 +83,62 @@ class Refused(Exception):
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
         self.status, self.reason = status, reason
+
+
+class Room:
+    """Counts the bytes of all the bodies that are held.
+
+    Args:
+        size: How many there may be.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+
+    def take(self, number: int) -> None:
+        """Count more bytes.
+
+        Raises:
+            Refused: 503 if there would be too many.
+        """
+        if self.used + number > self.size:
+            raise Refused(503, f"requests of {self.used} bytes are waiting; try again later")
+        self.used += number
+
+
+async def read_body(
+    headers: Mapping[str, str], stream: AsyncIterator[bytes], limits: Limits, room: Room
+) -> bytearray:
+    """Read a body, and stop where it becomes too long or comes too slowly.
+
+    Its bytes are counted in ``room``, and stay so where it is returned.
+
+    Raises:
+        Refused: 400 for a content length that is no number, 408 for a body that comes too slowly,
+            413 for one that is too large, 503 where there is no room.
+    """
+    announced = headers.get("content-length", "0")
+    if not (announced.isascii() and announced.isdigit() and len(announced) < 20):
+        raise Refused(400, "the content length is not a number")
+    too_large = Refused(413, f"the request is larger than {limits.body} bytes")
+    if int(announced) > limits.body:
+        raise too_large
+    body = bytearray()
+    begin = asyncio.get_running_loop().time() + limits.idle
+    try:
+        async with asyncio.timeout(limits.idle) as pace:
+            async for part in stream:
+                if len(body) + len(part) > limits.body:
+                    raise too_large
+                room.take(len(part))
+                body += part
+                pace.reschedule(begin + len(body) / SLOWEST)
+    except BaseException as error:
+        room.used -= len(body)
+        if isinstance(error, TimeoutError):
+            raise Refused(408, f"the body came at less than {SLOWEST} bytes a second") from None
+        raise
+    return body
 
 
 @dataclass(frozen=True)
@@ -93,7 +172,7 @@ class Request:
         return [Prompt(text, each) for text, each in zip(self.prompts, known, strict=True)]
 
 
-def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Request:
+def parse_request(body: bytes | bytearray, limits: Limits, groupwise: bool = False) -> Request:
     """Read and check the body of ``POST /score``.
 
     Raises:
@@ -120,6 +199,8 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
         )
     if len(prompts) > limits.batch:
         raise Refused(413, f"{len(prompts)} images; at most {limits.batch} per request")
+    for index, prompt in enumerate(prompts):
+        check_prompt(index, prompt)
     if groupwise or group_size is not None:
         whole = type(group_size) is int and group_size > 0 and len(prompts) % group_size == 0
         if not whole:
@@ -134,6 +215,20 @@ def parse_request(body: bytes, limits: Limits, groupwise: bool = False) -> Reque
     ):
         raise Refused(422, "metadata must be a list of objects, one per prompt")
     return Request(checked_images(encoded, limits.pixels), prompts, group_size, metadata)
+
+
+def check_prompt(index: int, prompt: str) -> None:
+    """Refuse a prompt that is no text, or of which a tokenizer would make too much.
+
+    Raises:
+        Refused: 413 or 422.
+    """
+    if len(prompt) > PROMPT_LETTERS:
+        raise Refused(413, f"prompt {index} has {len(prompt)} letters; at most {PROMPT_LETTERS}")
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:  # "\ud800" is JSON
+        raise Refused(422, f"prompt {index} holds half a letter, which is no text") from None
 
 
 def checked_images(encoded: list[str], max_pixels: int) -> list[bytes]:

@@ -12,20 +12,22 @@ from __future__ import annotations
 
 import logging
 import math
-import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from chunkgrpo.core.combination import COMBINATIONS, combined_rewards
+from chunkgrpo.core.finite import NonFiniteError, finite_rows
+from chunkgrpo.rewards.answers import as_scores, described
+from chunkgrpo.rewards.images import quantised, refuse_nonfinite, saved_image
 from chunkgrpo.rewards.protocol import Reward, RewardBroken, RewardError
 from chunkgrpo.types import Prompt, RewardBatch, as_prompts
 
 ON_ERROR = ("stop", "drop")
+IMAGES = ""  # in the place of a reward's name, where images were told of
 
 log = logging.getLogger("chunkgrpo")
 
@@ -63,8 +65,10 @@ def scores_of(
     Raises:
         RewardError: If it does not return B numbers, or raises this error itself;
             :class:`RewardBroken` if it raises anything else.
+        NonFiniteError: If a pixel is not finite; the reward is not called then.
         ValueError: If the images of a groupwise reward do not form groups.
     """
+    refuse_nonfinite(images, prompts)
     records, more = as_prompts(prompts), []
     if is_groupwise(reward):
         if group_size is None or len(prompts) % group_size:
@@ -90,29 +94,6 @@ def scores_of(
             "score per image",
         )
     return scores
-
-
-def described(error: Exception) -> str:
-    """Return an exception's type, place and message, on one line."""
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" in {Path(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{where}: {' '.join(str(error).split())}"
-
-
-def as_scores(answer: Any, name: str) -> Tensor:
-    """Turn what a reward returned into float32 on the CPU; None becomes NaN.
-
-    Raises:
-        RewardError: If it is neither a tensor nor an array nor a list of numbers.
-    """
-    if isinstance(answer, list | tuple):
-        answer = [float("nan") if value is None else value for value in answer]
-    try:
-        return torch.as_tensor(answer).detach().float().cpu()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RewardError(
-            name, f"returned {answer!r:.80}, which is no list of numbers ({error})"
-        ) from error
 
 
 def check_prompts(reward: Reward, prompts: Sequence[Prompt | str]) -> None:
@@ -182,7 +163,8 @@ class Scorer:
         on_error: ``"stop"`` raises :class:`RewardError` at the first score that is not usable;
             ``"drop"`` drops the sample from its group and counts it. A sample that a watched reward
             cannot score is only left out of its mean. In a product, a negative score of a reward
-            that is trained on is not usable.
+            that is trained on is not usable. An image with a pixel that is not finite is shown to
+            no reward: it stops the run, or is dropped.
         folder: Where the image concerned is saved; None: nowhere.
         quantise: Round images to 8 bits first, as a PNG does, so that rewards here and rewards
             behind a server see the same pixels.
@@ -233,13 +215,45 @@ class Scorer:
         return [*(reward for reward, _ in self.rewards), *self.watched]
 
     @property
+    def drops(self) -> bool:
+        """Whether samples without a usable score are dropped."""
+        return self.on_error == "drop"
+
+    @property
     def weights(self) -> Tensor:
         """The weights of the rewards that are trained on, [R]."""
         return torch.tensor([weight for _, weight in self.rewards])
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """Return the images that rewards get."""
-        return quantised(images) if self.quantise else images
+    def prepare(
+        self, images: Tensor, prompts: Sequence[Prompt | str], label: str = ""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the images that rewards get, and which of them they must not see.
+
+        Args:
+            images: [B, 3, H, W].
+            prompts: B.
+            label: Prefix of the name of a saved image.
+
+        Returns:
+            The images, and True where one is not finite, [B]; None where all are.
+
+        Raises:
+            NonFiniteError: If a pixel is not finite and images are not dropped.
+        """
+        bad, told = None, IMAGES in self._told
+        try:
+            refuse_nonfinite(images, prompts, None if told else self.folder, label)
+        except NonFiniteError as error:
+            if not self.drops:
+                raise
+            bad, images = ~finite_rows(images).cpu(), images.nan_to_num(0.0, 0.0, 0.0)
+            self._told.add(IMAGES)
+            if not told:
+                log.warning(
+                    "%s is not finite; %d of %d images are dropped (shown once; see 'dropped' in "
+                    "the metrics)", error.what.rstrip(","), int(bad.sum()), len(bad),
+                )  # fmt: skip
+        return (quantised(images) if self.quantise else images), bad
 
     def checked(
         self,
@@ -248,6 +262,7 @@ class Scorer:
         prompts: Sequence[Prompt | str],
         group_size: int | None = None,
         label: str = "",
+        bad: Tensor | None = None,
     ) -> Tensor:
         """Return one reward's scores [B], NaN where an image is dropped.
 
@@ -255,11 +270,15 @@ class Scorer:
             reward: One of :attr:`everything`.
             images, prompts, group_size: See :func:`scores_of`.
             label: Prefix of the name of a saved image, e.g. the iteration's number.
+            bad: True for images that the reward must not see, [B] (:meth:`prepare`); with them the
+                whole group for a groupwise reward, which cannot compare what is left of it.
 
         Raises:
             RewardError: With ``"stop"``, naming the reward, the prompt and the saved image; with
                 either if the reward raised an exception.
         """
+        if bad is not None:
+            return self.checked_among(reward, images, prompts, group_size, label, bad)
         scores, problems = usable_scores(reward, images, prompts, group_size)
         if self.combine == "product" and any(reward is trained for trained, _ in self.rewards):
             # Its power may not exist, and the product of two negative scores would be positive.
@@ -284,6 +303,25 @@ class Scorer:
         )  # fmt: skip
         return scores
 
+    def checked_among(
+        self,
+        reward: Reward,
+        images: Tensor,
+        prompts: Sequence[Prompt | str],
+        group_size: int | None,
+        label: str,
+        bad: Tensor,
+    ) -> Tensor:
+        """Return one reward's scores [B], which sees the good images alone; NaN elsewhere."""
+        if is_groupwise(reward) and group_size:
+            bad = bad.reshape(-1, group_size).any(dim=1).repeat_interleave(group_size)
+        scores, good = torch.full((len(images),), float("nan")), (~bad).nonzero().flatten()
+        if len(good):
+            some = [prompts[i] for i in good.tolist()]
+            seen = images[good.to(images.device)]
+            scores[good] = self.checked(reward, seen, some, group_size, label)
+        return scores
+
     def __call__(
         self,
         images: Tensor,
@@ -296,10 +334,11 @@ class Scorer:
         Raises:
             RewardError: Where a score is not usable and ``on_error`` is ``"stop"``, or where every
                 image had to be dropped.
+            NonFiniteError: Where a pixel is not finite and ``on_error`` is ``"stop"``.
         """
-        images = self.prepare(images)
+        images, bad = self.prepare(images, prompts, label)
         columns = {
-            reward.name: self.checked(reward, images, prompts, group_size, label)
+            reward.name: self.checked(reward, images, prompts, group_size, label, bad)
             for reward in self.everything
         }
         return self.combined(columns)
@@ -332,19 +371,6 @@ def described_problem(
     saved = f" (image saved as {path})" if path else ""
     [prompt] = as_prompts([prompts[problem.index]])
     return f"{problem.reason}; prompt {prompt.text!r}{saved}"
-
-
-def saved_image(image: Tensor, folder: Path | None, name: str) -> Path | None:
-    """Save one image [3, H, W] in [0, 1] as a PNG in the folder, if there is one."""
-    if folder is None:
-        return None
-    from PIL import Image
-
-    plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / plain
-    Image.fromarray(eight_bit(image).permute(1, 2, 0).cpu().numpy()).save(path)
-    return path
 
 
 def jointly_kept(batches: Sequence[RewardBatch]) -> Tensor | None:
@@ -400,16 +426,3 @@ def score(
             names the reward and the first prompt concerned. It is a ValueError.
     """
     return Scorer(rewards, combine=combine)(images, prompts, group_size)
-
-
-def eight_bit(images: Tensor) -> Tensor:
-    """Images in [0, 1] as uint8, rounded; NaN becomes 0."""
-    return (images.detach().float().nan_to_num(0.0).clamp(0, 1) * 255).round().to(torch.uint8)
-
-
-def quantised(images: Tensor) -> Tensor:
-    """Images in [0, 1] as a PNG returns them: multiples of 1/255, float32.
-
-    The difference is at most 1/510 per pixel.
-    """
-    return eight_bit(images).float() / 255

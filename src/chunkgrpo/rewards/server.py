@@ -4,36 +4,71 @@
 ``POST /score`` takes ``{"prompts": [...], "images": [base64 PNG, ...], "group_size": null}``, and
 ``"metadata"``, an object for each prompt, where ``/info`` says ``needs_metadata``. It answers
 ``{"name": ..., "scores": [...]}``, null for a score that is not finite. ``GET /health`` answers
-also while the reward is busy; ``GET /info`` returns name and limits. Errors are
-``{"error": "one line"}``.
-:mod:`.remote` is the client.
+also while the reward is busy, with 503 where it hangs; ``GET /info`` returns name and limits.
+Errors are ``{"error": "one line"}``.
+:mod:`.remote` is the client, :mod:`.requests` reads requests, :mod:`.connections` closes what is
+slow.
 """
 
 # Annotations are evaluated here: FastAPI reads them, and it is imported inside functions.
 
 import asyncio
+import contextlib
 import hmac
 import math
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any
 
 from chunkgrpo.plain_text import one_line
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.requests import Limits, Refused, parse_request
+from chunkgrpo.rewards.requests import Limits, Refused, Room, parse_request, read_body
 from chunkgrpo.rewards.scoring import is_groupwise, is_share, scores_of
 
 PROTOCOL = 1
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-HELD_BODIES = 3
-"""Largest bodies that may be kept in memory at once, besides the one that is scored."""
-SLOWEST_UPLOAD = 65536  # bytes a second, on average, after the first seconds
-MAX_CONNECTIONS = 512
+SHUTDOWN_SECONDS = 5  # for what is being scored when the server is ended
+RETRY_SECONDS = 5  # told to a client that is refused because others are served
+
+
+class Worker:
+    """One thread that makes calls, one after the other.
+
+    A daemon: a call that hangs does not keep the process from ending, as that of an executor would.
+    Always the same thread: some libraries keep memory for each that they have seen.
+    """
+
+    def __init__(self) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._run, name="reward", daemon=True).start()
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        """Make a call, and return what becomes of it."""
+        future: Future[Any] = Future()
+        self._calls.put((call, future))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            call, future = self._calls.get()
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call())
+                except BaseException as error:
+                    future.set_exception(error)
+            del call, future  # or the last request would be kept until the next one
 
 
 class Service:
     """What the server does with a request, apart from HTTP itself.
+
+    Of all the requests that wait, only the bodies are held, and these only up to a limit. One at a
+    time is decoded and scored, in a thread that cannot be interrupted. Where it takes longer than a
+    request may, it hangs: its client gets 504, new ones are refused with 503 at once, and those
+    that wait end by their own limits. If it comes back, the server goes on.
 
     Args:
         reward: What it serves; called by one thread, one request at a time.
@@ -45,11 +80,11 @@ class Service:
         self.reward, self.limits = reward, limits
         self.groupwise = is_groupwise(reward)
         self.secret = f"Bearer {token}".encode() if token else None
-        self.worker = ThreadPoolExecutor(1, "reward")
-        self.reader = ThreadPoolExecutor(2, "reader")
-        self.num_waiting = self.held_bytes = 0
+        self.worker = Worker()
         self.turn = asyncio.Lock()
-        self.busy_since: float | None = None
+        self.since: float | None = None  # when the reward began with what it is doing
+        self.room = Room(2 * limits.body)
+        self.num_reading = self.num_waiting = 0
 
     def authorise(self, headers: Mapping[str, str]) -> None:
         """Check the token, where one is needed.
@@ -76,163 +111,138 @@ class Service:
             "seconds": self.limits.seconds,
         }
 
-    async def score(
-        self, headers: Mapping[str, str], stream: AsyncIterator[bytes]
-    ) -> list[float | None]:
-        """Read a request's body and score it; a score that is not finite is None.
+    def check_alive(self) -> None:
+        """Refuse to go on while the reward hangs.
 
         Raises:
-            Refused: 400, 413 or 422 for what cannot be scored, also because the reward fails on it;
-                408 for one that is sent too slowly; 503 if too many requests are waiting or the
-                reward hangs; 504 if there is no answer in time.
+            Refused: 503 with how long it has been busy.
         """
-        try:
-            return await asyncio.wait_for(self._answer(headers, stream), self.limits.seconds)
-        except Refused:
-            raise
-        except TimeoutError:
-            raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
-        except RewardError as error:
-            raise Refused(422, one_line(str(error), 400)) from None
-        except Exception as error:
-            # The same request would fail again, so the client must not repeat it.
-            reason = one_line(f"{type(error).__name__}: {error}", 300)
-            raise Refused(422, f"reward {self.reward.name!r} failed: {reason}") from None
-
-    async def _answer(
-        self, headers: Mapping[str, str], stream: AsyncIterator[bytes]
-    ) -> list[float | None]:
-        self.refuse_if_full()
-        body = await read_body(headers, stream, self.limits)
-        self.refuse_if_full(len(body))
-        self.num_waiting += 1
-        self.held_bytes += len(body)
-        try:
-            asked = await _within(
-                self.reader, lambda: parse_request(body, self.limits, self.groupwise)
+        busy = 0.0 if self.since is None else time.monotonic() - self.since
+        if busy > self.limits.seconds:
+            raise Refused(
+                503,
+                f"reward {self.reward.name!r} has not returned for {busy:.0f} seconds; "
+                "if it hangs, restart its server",
             )
-            # Nothing is queued behind the reward: a request that is given up while it waits here
-            # is forgotten at once. Its images are decompressed when its turn has come.
-            await self.turn.acquire()
-            self.busy_since = time.monotonic()
-            work = _within(
-                self.worker,
-                lambda: scores_of(
-                    self.reward, asked.images, asked.records(), asked.group_size
-                ).tolist(),
-            )
-            work.add_done_callback(self._finished)
-            # A call cannot be stopped; its turn ends when it returns.
-            scores = await asyncio.shield(work)
-        finally:
-            self.num_waiting -= 1
-            self.held_bytes -= len(body)
-        return [value if math.isfinite(value) else None for value in scores]
 
-    def refuse_if_full(self, size: int = 0) -> None:
-        """Refuse a request that would have to wait for too long, or to be kept among too many.
+    def check_places(self) -> None:
+        """Refuse a request where too many are there.
 
         Raises:
             Refused: 503.
         """
-        busy = 0.0 if self.busy_since is None else time.monotonic() - self.busy_since
-        if busy > self.limits.seconds:
-            raise Refused(503, f"the reward has not returned for {busy:.0f} seconds")
-        if self.num_waiting >= self.limits.waiting:
-            raise Refused(503, f"{self.num_waiting} requests are waiting; try again later")
-        if self.num_waiting and self.held_bytes + size > HELD_BODIES * self.limits.body:
-            raise Refused(503, f"{self.held_bytes} bytes are waiting; try again later")
+        self.check_alive()
+        if self.num_waiting >= self.limits.waiting or self.num_reading >= self.limits.connections:
+            number = self.num_waiting + self.num_reading
+            raise Refused(503, f"{number} requests are waiting; try again later")
 
-    def _finished(self, work: asyncio.Future[Any]) -> None:
-        self.busy_since = None
-        self.turn.release()
-        if not work.cancelled():
-            work.exception()  # looked at, so that nothing is logged of a request given up
+    async def score(
+        self,
+        headers: Mapping[str, str],
+        stream: AsyncIterator[bytes],
+        gone: Callable[[], Awaitable[None]],
+    ) -> list[float | None]:
+        """Read a request's body and score it; a score that is not finite is None.
+
+        Args:
+            headers: Of the request.
+            stream: Its body.
+            gone: Returns when the client has gone; called once the body is read.
+
+        Raises:
+            Refused: 400, 408, 413 or 422 for what cannot be scored, or is not by this reward; 503
+                if too many requests are waiting or the reward hangs, 504 if there is no answer in
+                time, 500 for anything else.
+        """
+        try:
+            return await asyncio.wait_for(self._answer(headers, stream, gone), self.limits.seconds)
+        except TimeoutError:
+            raise Refused(504, f"no answer within {self.limits.seconds:g} seconds") from None
+        except RewardError as error:
+            # Final: it would say the same of the same images again.
+            raise Refused(422, one_line(str(error), 400)) from None
+        except Refused:
+            raise
+        except Exception as error:  # not the reward's: a fault here, or the client has gone
+            reason = one_line(f"{type(error).__name__}: {error}", 300)
+            raise Refused(500, f"the server failed: {reason}") from None
+
+    async def _answer(
+        self,
+        headers: Mapping[str, str],
+        stream: AsyncIterator[bytes],
+        gone: Callable[[], Awaitable[None]],
+    ) -> list[float | None]:
+        self.check_places()
+        self.num_reading += 1
+        try:
+            body = await read_body(headers, stream, self.limits, self.room)
+        finally:
+            self.num_reading -= 1
+        held = Held(self.room, body)
+        self.num_waiting += 1
+        try:
+            self.check_places()
+            scores = await _unless(gone(), self._in_turn(held))
+        finally:
+            self.num_waiting -= 1
+            held.drop()
+        return [value if math.isfinite(value) else None for value in scores]
+
+    async def _in_turn(self, held: "Held") -> list[float]:
+        """Wait for the reward, and give it the request."""
+        await self.turn.acquire()
+        # From here to the end of the call the turn is the call's, whoever still waits for it.
+        loop = asyncio.get_running_loop()
+        self.since, held.lent = time.monotonic(), True
+        future = self.worker.submit(lambda: self._scores(held.body))
+
+        def returned() -> None:
+            self.since, held.lent = None, False
+            held.drop()
+            self.turn.release()
+
+        def tell(_: Future[Any]) -> None:
+            with contextlib.suppress(RuntimeError):  # the server is at its end
+                loop.call_soon_threadsafe(returned)
+
+        future.add_done_callback(tell)
+        return await asyncio.wrap_future(future)
+
+    def _scores(self, body: bytes | bytearray) -> list[float]:
+        asked = parse_request(body, self.limits, self.groupwise)
+        return scores_of(self.reward, asked.images, asked.records(), asked.group_size).tolist()
 
 
-async def read_body(
-    headers: Mapping[str, str], stream: AsyncIterator[bytes], limits: Limits
-) -> bytes:
-    """Read a body, and stop where it becomes too long or comes too slowly.
-
-    Raises:
-        Refused: 400 for a content length that is not a number, 408 for a body that stops or
-            trickles, 413 for more than ``limits.body`` bytes.
-    """
-    max_bytes, started = limits.body, time.monotonic()
-    try:
-        announced = int(headers.get("content-length", "0"))
-    except ValueError:
-        raise Refused(400, "the content length is not a number") from None
-    body = bytearray()
-    if announced <= max_bytes:
-        parts = aiter(stream)
-        while len(body) <= max_bytes:
-            try:
-                body += await asyncio.wait_for(anext(parts), limits.idle)
-            except StopAsyncIteration:
-                break
-            except TimeoutError:
-                raise Refused(408, f"nothing came for {limits.idle:g} seconds") from None
-            late = time.monotonic() - started - limits.idle
-            if late > 0 and len(body) < SLOWEST_UPLOAD * late:
-                raise Refused(408, f"less than {SLOWEST_UPLOAD} bytes a second came")
-    if max(announced, len(body)) > max_bytes:
-        raise Refused(413, f"the request is larger than {max_bytes} bytes")
-    return bytes(body)
-
-
-def _within(pool: ThreadPoolExecutor, call: Callable[[], Any]) -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().run_in_executor(pool, call)
-
-
-def guarded_protocol(idle: float) -> Any:
-    """Return uvicorn's HTTP protocol, closing connections whose request line and headers are late.
-
-    uvicorn itself waits for them without end, and each such connection counts.
+class Held:
+    """A body that is held, until nobody needs it: neither its request nor a call that goes on.
 
     Args:
-        idle: Seconds from the beginning of a request to the end of its headers.
+        room: Where it is counted.
+        body: The body.
     """
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
 
-    class Guarded(H11Protocol):
-        """A connection with a time limit for headers."""
+    def __init__(self, room: Room, body: bytearray) -> None:
+        self.room, self.body, self.lent = room, body, False
 
-        late: asyncio.TimerHandle | None = None
+    def drop(self) -> None:
+        """Let it go, unless it is lent to a call."""
+        if not self.lent:
+            self.room.used -= len(self.body)
+            self.body = bytearray()
 
-        def connection_made(self, transport: Any) -> None:
-            """Start the clock."""
-            super().connection_made(transport)
-            self._watch()
 
-        def data_received(self, data: bytes) -> None:
-            """Stop the clock where the headers are complete; start it for the next request."""
-            super().data_received(data)
-            self._watch()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            """Stop the clock."""
-            super().connection_lost(exc)
-            self._stop()
-
-        def _watch(self) -> None:
-            if self.conn.their_state is not h11.IDLE:
-                self._stop()
-            elif self.late is None:
-                self.late = self.loop.call_later(idle, self._close)
-
-        def _stop(self) -> None:
-            if self.late is not None:
-                self.late.cancel()
-                self.late = None
-
-        def _close(self) -> None:
-            if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-                self.transport.close()
-
-    return Guarded
+async def _unless(gone: Awaitable[None], work: Awaitable[list[float]]) -> list[float]:
+    """Return what ``work`` returns; end it where ``gone`` ends first."""
+    tasks = asyncio.ensure_future(work), asyncio.ensure_future(gone)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise Refused(499, "the client has gone")  # the answer that nobody reads
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 def create_app(reward: Reward, token: str | None = None, limits: Limits | None = None) -> Any:
@@ -250,20 +260,27 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     from fastapi import FastAPI
     from fastapi import Request as HttpRequest
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     service = Service(reward, token, limits or Limits())
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
 
     @app.exception_handler(Refused)
     async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
         # The unread rest of a request must not be parsed as the next one.
         headers = {"connection": "close"} if error.status in (401, 408, 413, 503) else {}
         if error.status == 503:
-            headers["retry-after"] = "5"
-        return JSONResponse({"error": error.reason}, error.status, headers)
+            headers["retry-after"] = str(RETRY_SECONDS)
+        reason = error.reason.encode("utf-8", "replace").decode("utf-8")
+        return JSONResponse({"error": reason}, error.status, headers)
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: HttpRequest, error: HTTPException) -> JSONResponse:
+        return JSONResponse({"error": str(error.detail)}, error.status_code, error.headers)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
+        service.check_alive()
         return {"status": "ok"}
 
     @app.get("/info")
@@ -274,7 +291,12 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     @app.post("/score")
     async def score(request: HttpRequest) -> JSONResponse:
         service.authorise(request.headers)
-        scores = await service.score(request.headers, request.stream())
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+
+        scores = await service.score(request.headers, request.stream(), gone)
         return JSONResponse({"name": reward.name, "scores": scores})
 
     return app
@@ -305,6 +327,8 @@ def serve(
 
     try:
         import uvicorn
+
+        from chunkgrpo.rewards.connections import watched_protocol
     except ImportError:
         raise ValueError(
             "serving rewards needs more packages: pip install 'chunkgrpo[server]'"
@@ -314,6 +338,7 @@ def serve(
             f"host {host} can be reached by others, and there is no token; set "
             "CHUNKGRPO_REWARD_TOKEN (or --token), or serve on 127.0.0.1"
         )
+    limits = limits or Limits()
     app = create_app(reward, token, limits)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
@@ -325,11 +350,11 @@ def serve(
         announce(f"http://{shown}:{listener.getsockname()[1]}")
         config = uvicorn.Config(
             app,
-            log_level="error",
-            http=guarded_protocol((limits or Limits()).idle),
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=10,
-            server_header=False,
+            http=watched_protocol(limits),
             ws="none",
+            log_level="error",
+            server_header=False,
+            timeout_keep_alive=math.ceil(limits.idle),
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
         )
         uvicorn.Server(config).run(sockets=[listener])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from chunkgrpo.rewards.images import refuse_nonfinite
 from chunkgrpo.shapes.grammar import parse
 from chunkgrpo.shapes.verifier import Verdict, verify_batch
 
@@ -66,11 +67,13 @@ class ShapesReward:
         """Return the verifier's verdicts on images [B, 3, 64, 64] in [0, 1].
 
         Raises:
+            NonFiniteError: If a pixel is not finite.
             ValueError: If the grammar cannot produce a prompt, the numbers differ, or the images
                 are not 64 x 64.
         """
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images have shape {tuple(images.shape)}; expected [B, 3, H, W]")
+        refuse_nonfinite(images, prompts)
         asks = [parse(prompt).ask for prompt in prompts]
         pixels = images.detach().to("cpu", torch.float32).permute(0, 2, 3, 1).numpy()
         return verify_batch(pixels, asks)

@@ -5,26 +5,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from chunkgrpo.config import Config, ConfigError, parse_config
-from chunkgrpo.config.files import read_yaml
+from chunkgrpo.config.limits import check_run_name
 
 
 def new_folder(root: Path, name: str) -> Path:
-    """Return a folder that does not exist yet: ``root/name``, or with a number behind."""
-    number, folder = 1, root / name
-    while folder.exists():
-        number += 1
-        folder = root / f"{name}-{number}"
-    return folder
+    """Make a folder that did not exist: ``root/name``, or with a number behind.
 
-
-def read_run(folder: Path) -> Config:
-    """Read the configuration of a run folder.
+    Two processes that ask at once get two folders.
 
     Raises:
-        ConfigError: If the folder holds no run.
+        ConfigError: If the name would lead out of the root.
     """
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{folder} is no run folder: it has no config.yaml")
-    return parse_config(read_yaml(path))
+    check_run_name(name)
+    root.mkdir(parents=True, exist_ok=True)
+    number, folder = 1, root / name
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            number += 1
+            folder = root / f"{name}-{number}"

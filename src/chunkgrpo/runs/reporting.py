@@ -21,11 +21,13 @@ from chunkgrpo.report.tables import (
     accuracy_cells,
     accuracy_rows,
     change_text,
+    interval_text,
     score_text,
 )
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.rewards.scoring import is_share
 from chunkgrpo.runs.evaluations import load_evaluation, shown_rows
+from chunkgrpo.runs.history import HistoryError, read_history
 from chunkgrpo.runtime.files import atomic_write
 
 
@@ -73,16 +75,18 @@ def scores_of_summary(base: Evaluation, rows: Sequence[AccuracyRow]) -> dict[str
         "base": overall.base,
         "tuned": overall.tuned,
         "difference": overall.difference.estimate,
-        "difference_low": overall.difference.low,
-        "difference_high": overall.difference.high,
+        "difference_low": overall.difference.ends[0],
+        "difference_high": overall.difference.ends[1],
+        "too_few": overall.difference.too_few,
         "by_task": {
             row.task: {
                 "base": row.base,
                 "tuned": row.tuned,
                 "difference": row.difference.estimate,
-                "low": row.difference.low,
-                "high": row.difference.high,
+                "low": row.difference.ends[0],
+                "high": row.difference.ends[1],
                 "images": row.difference.n,
+                "too_few": row.difference.too_few,
             }
             for row in rows
         },
@@ -136,8 +140,7 @@ def page(
             {
                 "label": "difference",
                 "value": change_text(s["difference"], share) + (" points" if share else ""),
-                "note": f"95 % interval {change_text(s['difference_low'], share)} to "
-                f"{change_text(s['difference_high'], share)}",
+                "note": f"95 % interval: {interval_text(rows[-1].difference, share)}",
             },
         ],
         "tables": [
@@ -153,12 +156,43 @@ def page(
                 "rows": health,
                 "note": "A ratio outside its band is a sign of reward hacking.",
             },
+            *history_tables(folder),
         ],
         "command": f"chunkgrpo train {folder / 'config.yaml'}",
         "files": [
             {"path": "model/", "what": "the tuned model, for stock diffusers"},
             {"path": "metrics.jsonl", "what": "one record per iteration"},
+            {"path": "history.jsonl", "what": "when it was started and continued, what changed"},
             {"path": "checkpoints/", "what": "to continue from"},
             {"path": "evaluation/", "what": "scores of every held-out image"},
         ],
     }
+
+
+def history_tables(folder: Path) -> list[dict[str, Any]]:
+    """Return the table of what happened to a run; none where it ran in one piece.
+
+    A history that is damaged has its problem in place of lines.
+    """
+    columns = ["time (UTC)", "iteration", "event", "old", "new", "version"]
+    try:
+        records = read_history(folder).records
+    except (HistoryError, OSError) as error:
+        rows = [["", "", str(error), "", "", ""]]
+    else:
+        rows = [_history_row(record) for record in records]
+        if {record["event"] for record in records} <= {"start", "finish"}:
+            return []
+    note = "A change holds for the iterations after the one named. The whole is in history.jsonl."
+    return [{"title": "What happened to the run", "columns": columns, "rows": rows, "note": note}]
+
+
+def _history_row(record: Mapping[str, Any]) -> list[str]:
+    event, old, new = record["event"], "", ""
+    if event == "change":
+        event = f"{record['key']} changed, by {record.get('given', 'an unknown hand')}"
+        old, new = json.dumps(record["old"]), json.dumps(record["new"])
+    elif event == "note":
+        event = record.get("text", "")
+    first = [str(record["time"])[:19].replace("T", " "), str(record["iteration"])]
+    return [*first, event, old, new, str(record["version"])]

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from chunkgrpo.runtime.files import atomic_folder, atomic_write, remove_folder
+from chunkgrpo.runtime.files import atomic_folder, atomic_write, disk_problem, remove_folder
+from chunkgrpo.runtime.finite import check_finite
 
 MANIFEST = "manifest.json"
 
@@ -143,13 +144,14 @@ def save_checkpoint(
         The checkpoint's folder, named by the iteration.
 
     Raises:
-        CheckpointError: If a tensor is not finite (nothing was written then), or the disk refuses;
-            the older checkpoints stay.
+        NonFiniteError: If a number is not finite; nothing is written then.
+        CheckpointError: If the disk refuses; the older checkpoints stay.
     """
     from safetensors.torch import save_file
 
+    check_finite("checkpoint", tensors)
+
     target = folder / f"{iteration:06d}"
-    check_finite(tensors, target)
     try:
         folder.mkdir(exist_ok=True)
         with atomic_folder(target) as partial:
@@ -161,26 +163,12 @@ def save_checkpoint(
                 save_model(partial / "model")
             _write_manifest(partial, iteration, info.get("score"))
     except OSError as error:
-        reason = error.strerror or str(error)
         raise CheckpointError(
-            f"the checkpoint {target} cannot be written: {reason}; {_left(folder)}"
+            f"the checkpoint {disk_problem(error, target)}; {_left(folder)}, and --resume goes on "
+            "from there"
         ) from error
     prune(folder, iteration, rules or Checkpointing())
     return target
-
-
-def check_finite(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Refuse to save what is NaN or infinite.
-
-    Raises:
-        CheckpointError: With the first tensor.
-    """
-    for name, value in tensors.items():
-        if value.is_floating_point() and not value.isfinite().all():
-            raise CheckpointError(
-                f"{name} has elements that are NaN or infinite, so the checkpoint {target} is not "
-                f"written; {_left(target.parent)}; lower optimizer.learning_rate"
-            )
 
 
 def _number(value: Any) -> Any:
@@ -271,6 +259,10 @@ def verify_checkpoint(path: Path) -> None:
         number = json.loads((path / "state.json").read_text())["iteration"]
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError):  # a manifest that is not of ours
+        raise CheckpointError(f"{path} is no checkpoint of a run") from None
     if not number == manifest["iteration"] == number_of(path):
         raise CheckpointError(
             f"{path} holds iteration {number}, not {number_of(path)} as its name says"
@@ -384,7 +376,11 @@ def _write_manifest(folder: Path, iteration: int, score: float | None) -> None:
         "files": {path.relative_to(folder).as_posix(): _described(path) for path in files},
     }
     manifest["sha256"] = _own_sum(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+    (folder / MANIFEST).write_text(_text(manifest))
+
+
+def _text(manifest: Mapping[str, Any]) -> str:
+    return json.dumps(manifest, indent=1) + "\n"
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -395,8 +391,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     """
     source = path / MANIFEST
     try:
-        manifest = json.loads(source.read_bytes())
-        if manifest["sha256"] == _own_sum(manifest):
+        text = source.read_bytes()
+        manifest = json.loads(text)
+        if manifest["sha256"] == _own_sum(manifest) and text == _text(manifest).encode():
             return manifest
     except FileNotFoundError:
         raise CheckpointError(

@@ -12,7 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["atomic_folder", "atomic_write", "remove_folder", "settle_folders"]
+__all__ = [
+    "atomic_folder",
+    "atomic_write",
+    "disk_problem",
+    "is_disk_problem",
+    "remove_folder",
+    "settle_folders",
+]
+
+_FIXES = {
+    errno.ENOSPC: "make space there",
+    errno.EDQUOT: "make space within the quota",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f)",
+    errno.EROFS: "make it writable",
+    errno.EACCES: "make it writable",
+    errno.EPERM: "make it writable",
+    errno.EIO: "look after the disk",
+}
+
+_TEMPORARY = re.compile(r"\..+\.\d+\.[0-9a-f]{8}\.tmp")
+"""Names of the hidden files of :func:`atomic_write`."""
 
 _UNSYNCED = (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES)
 """What file systems answer that cannot flush a folder."""
@@ -98,6 +118,25 @@ def atomic_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def disk_problem(error: OSError, place: Path) -> str:
+    """Return in half a sentence why a place cannot be written, and what to do, where that is known.
+
+    Args:
+        error: What the system said; its own file is named where that lies elsewhere.
+        place: The folder that was written to.
+    """
+    where = Path(error.filename) if isinstance(error.filename, str) else place
+    if where.is_relative_to(place) or where == place.parent:
+        where = place
+    fix = _FIXES.get(error.errno or 0)
+    return f"{where} cannot be written: {error.strerror or error}" + (f"; {fix}" if fix else "")
+
+
+def is_disk_problem(error: OSError) -> bool:
+    """Return whether the disk, rather than what was asked for, is at fault."""
+    return error.errno in _FIXES
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that no part of it is ever met under its name."""
     removed = _beside(folder, "removed")
@@ -108,11 +147,14 @@ def remove_folder(folder: Path) -> None:
 
 
 def settle_folders(parent: Path) -> None:
-    """Tidy up after a crash within :func:`atomic_folder` or :func:`remove_folder`.
+    """Tidy up after a crash within one of these functions, in one folder.
 
-    Partial and removed folders are deleted; one that was set aside comes back, unless its successor
-    had taken its place. Nobody may be writing there.
+    Partial files and folders and removed folders are deleted; a folder that was set aside comes
+    back, unless its successor had taken its place. Nobody may be writing there.
     """
+    for hidden in parent.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(hidden.name):
+            hidden.unlink()
     for kind in ("partial", "old", "removed"):
         for hidden in parent.glob(f".*.{kind}"):
             target = parent / hidden.name.removeprefix(".").removesuffix(f".{kind}")

@@ -90,6 +90,11 @@ class Optimization:
                 f"weight_decay is {self.weight_decay} and warmup {self.warmup}; neither may be "
                 "negative"
             )
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate} times weight_decay {self.weight_decay} is the "
+                "share of each weight that a step takes away, and must be below 1; lower one"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas are {self.betas}; decays of moments lie in [0, 1)")
         if not 0 <= self.fall <= 1:

@@ -57,7 +57,12 @@ class Surface:
 
 
 def as_float(images: NDArray) -> FloatArray:
-    """Return images [B, 64, 64, 3] as float32 on the 0 to 255 scale."""
+    """Return images [B, 64, 64, 3] as float32 on the 0 to 255 scale.
+
+    Raises:
+        ValueError: If the shape or the type is another, or a pixel is not finite: it would pass as
+            a black or a white one.
+    """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[1:] != (IMAGE_SIZE, IMAGE_SIZE, 3):
         raise ValueError(
@@ -67,8 +72,10 @@ def as_float(images: NDArray) -> FloatArray:
         return images.astype(np.float32)
     if not np.issubdtype(images.dtype, np.floating):
         raise ValueError(f"images are {images.dtype}; expected uint8, or floats in [0, 1]")
-    finite = np.nan_to_num(images.astype(np.float32), nan=0.0, posinf=1.0, neginf=0.0)
-    return np.clip(finite, 0, 1) * np.float32(255)
+    if not np.isfinite(images).all():
+        index = int(np.flatnonzero(~np.isfinite(images).all(axis=(1, 2, 3)))[0])
+        raise ValueError(f"image {index} has a pixel that is not finite; find out where it begins")
+    return np.clip(images.astype(np.float32), 0, 1) * np.float32(255)
 
 
 def _largest(colors: FloatArray) -> FloatArray:

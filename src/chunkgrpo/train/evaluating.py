@@ -13,7 +13,7 @@ from torch import Tensor
 from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.report.statistics import mean_interval, wilson_interval
+from chunkgrpo.report.statistics import mean_estimate
 from chunkgrpo.rewards.protocol import Reward
 from chunkgrpo.rewards.scoring import is_groupwise, is_share
 from chunkgrpo.types import ProgressHook
@@ -65,12 +65,12 @@ class Evaluator:
     def summary(
         self, policy: Policy, seed: int, label: str, progress: ProgressHook | None = None
     ) -> dict[str, Any]:
-        """Evaluate on the held-out prompts, one image each; return the mean with its interval."""
+        """Evaluate on the held-out prompts, one image each; return the mean with its interval.
+
+        Its ends are None where nothing bounds them: all scores of a judge of any unit are equal.
+        """
         result = self.evaluate(policy, self.held_out, 1, seed, label, progress)
         values = result.scores[self.judge.name]
-        mean = float(values.mean())
-        if is_share(self.judge):
-            low, high = wilson_interval(int(values.sum().round()), values.size)
-        else:
-            low, high = mean_interval(values.ravel())
-        return {"accuracy": mean, "accuracy_low": low, "accuracy_high": high}
+        found = mean_estimate(values, clusters=self.held_out.texts, share=is_share(self.judge))
+        low, high = found.ends
+        return {"accuracy": found.estimate, "accuracy_low": low, "accuracy_high": high}

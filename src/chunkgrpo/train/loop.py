@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Generator, Tensor
+from torch import Generator
 
 from chunkgrpo.algorithms.protocol import Algorithm
+from chunkgrpo.core.finite import NonFiniteError
 from chunkgrpo.credit import Credit
 from chunkgrpo.evaluate import Evaluation
 from chunkgrpo.policies.protocol import Policy
@@ -36,11 +37,12 @@ from chunkgrpo.runtime.checkpoints import (
 )
 from chunkgrpo.runtime.ema import Averaging, Ema
 from chunkgrpo.runtime.files import settle_folders
+from chunkgrpo.runtime.finite import AnyNonFiniteRule, FiniteGuard, StopNonFinite
 from chunkgrpo.runtime.interrupts import finish_on_interrupt
 from chunkgrpo.runtime.optimizers import Optimization
 from chunkgrpo.runtime.seeds import derive_seed
 from chunkgrpo.train.checkpoint import restore_training_state, training_state
-from chunkgrpo.train.collecting import Collector
+from chunkgrpo.train.collecting import Collector, trainable
 from chunkgrpo.train.evaluating import Evaluator
 from chunkgrpo.train.metrics import PhaseClock, UpdateLog, rollout_record
 from chunkgrpo.types import Experience, ProgressHook, Prompt
@@ -85,8 +87,10 @@ class Trainer:
         optimization, averaging: How weights are updated and averaged.
         checkpoints: When checkpoints are written, and which are kept.
         with_model: Whether a checkpoint holds the model's own files, too: where they are small.
+        on_nonfinite: What to do with an update that is not finite.
         on_iteration: Called with every metrics record.
         say: Called with a line for whoever watches the run.
+        settings: Kept with every checkpoint: what the run was set to.
         check_folder: Called before anything is written into the folder; raises where that is no
             longer this run's.
     """
@@ -104,15 +108,18 @@ class Trainer:
     averaging: Averaging = field(default_factory=Averaging)
     checkpoints: Checkpointing = field(default_factory=Checkpointing)
     with_model: bool = False
+    on_nonfinite: AnyNonFiniteRule = field(default_factory=StopNonFinite)
     on_iteration: Callable[[Mapping[str, Any]], None] = lambda record: None
     say: Callable[[str], None] = print
     check_folder: Callable[[], None] = lambda: None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         named = self.policy.named_parameters()
         self.names, self.parameters = list(named), list(named.values())
         self.optimizer = self.optimization.make(self.parameters)
         self.ema = Ema(self.parameters, self.averaging.decay, self.averaging.warmup)
+        self.guard = FiniteGuard(self.on_nonfinite, self.names)
         self.num_updates = 0
         self.iteration = 0
         self.seconds = 0.0
@@ -137,8 +144,11 @@ class Trainer:
             RewardError: If a reward gives no usable score. All finished iterations are saved: a
                 later call continues with the one that failed.
             CheckpointError: If all checkpoints are damaged, or one cannot be written.
+            NonFiniteError: If a number is not finite and may not be left out. Nothing is saved
+                then: the last checkpoint may be the last that can be trained.
         """
-        self.resume()
+        if not self.iteration:
+            self.resume()
         path = self.folder / "metrics.jsonl"
         truncate_metrics(path, self.num_recorded)
         with MetricsWriter(path) as metrics, finish_on_interrupt(self.stop):
@@ -164,7 +174,10 @@ class Trainer:
         """Train one iteration, unless one still waits to be evaluated; evaluate, record, save."""
         if self.unrecorded is None:
             started = time.perf_counter()
-            record = self.train_once()
+            try:
+                record = self.train_once()
+            except NonFiniteError as error:
+                record = self.without_updates(error)
             self.iteration += 1
             self.seconds += time.perf_counter() - started
             self.unrecorded = record | {"iteration": self.iteration, "seconds": self.seconds}
@@ -173,6 +186,9 @@ class Trainer:
         except Unfinished:
             self.save()
             return
+        except NonFiniteError as error:
+            metrics.write(self.unrecorded)
+            raise self.located(error) from error
         self.check_folder()
         written, self.unrecorded = metrics.write(self.unrecorded | found), None
         self.on_iteration(written)
@@ -190,12 +206,14 @@ class Trainer:
         advantages = self.credit(scores, len(prompts), self.algorithm.updates)
         clock.lap("reward")
         values = advantages.values.to(trajectory.device)
-        experience = Experience(trajectory, values, advantages.chosen)
+        chosen = trainable(trajectory, advantages.chosen)
+        experience = Experience(trajectory, values, chosen)
         for part in self.algorithm.losses(self.policy, experience, generator):
             part.backward()
             log.add(part)
             if part.ends_update:
-                log.norms.append(self.update())
+                self.update(log)
+        self.guard.look()
         own = self.algorithm.finish(self.policy, self.num_updates)
         clock.lap("train")
         seconds = clock.seconds()
@@ -227,10 +245,16 @@ class Trainer:
         found = [p for i in range(self.budget.iterations) for p in self.prompts_of(i)]
         return found + list(self.evaluator.held_out.prompts if self.budget.evaluate_every else ())
 
-    def update(self) -> Tensor:
-        """Clip the gradient, step, and average; return the norm before clipping."""
+    def update(self, log: UpdateLog) -> None:
+        """Clip the gradient, step, and average, unless a number of the update is not finite."""
         o, left = self.optimization, self.budget.iterations - self.iteration
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, o.max_grad_norm)
+        gradients = [p.grad for p in self.parameters]
+        norm = torch.nn.utils.get_total_norm([g for g in gradients if g is not None])
+        if self.guard.refuses(*log.present, gradients, norm):
+            self.optimizer.zero_grad(set_to_none=True)
+            log.left_out()
+            return
+        torch.nn.utils.clip_grads_with_norm_(self.parameters, o.max_grad_norm, norm)
         rate = o.rate(self.num_updates, max(1, left) / self.budget.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -239,7 +263,32 @@ class Trainer:
         self.num_updates += 1
         if self.averaging.decay:
             self.ema.update(self.parameters)
-        return norm
+        self.guard.has_stepped(self.parameters, self.ema.values if self.averaging.decay else ())
+        log.ended(norm)
+
+    def without_updates(self, error: NonFiniteError) -> dict[str, Any]:
+        """Leave out an iteration whose images are not finite; return its metrics.
+
+        Raises:
+            NonFiniteError: If it may not be left out.
+        """
+        try:
+            self.guard.leave_out(error)
+        except NonFiniteError as final:
+            raise self.located(final) from error
+        self.optimizer.zero_grad(set_to_none=True)
+        return {"skipped_updates": self.algorithm.updates}
+
+    def located(self, error: NonFiniteError) -> NonFiniteError:
+        """Return an error with the iteration, and with where to go on."""
+        found = list_checkpoints(self.folder / "checkpoints")
+        saved = f"the last checkpoint is {found[-1]}" if found else "no checkpoint was written yet"
+        if found and found[-1].name == f"{self.iteration:06d}":
+            saved = f"the last checkpoint, {found[-1]}, has the weights that gave this"
+            saved += f"; the one before is {found[-2]}" if len(found) > 1 else ""
+        note = f"{error.note}; {saved}" if error.note else saved
+        present = self.iteration + (error.phase != "evaluation")
+        return error.at(f"iteration {present}", note)
 
     def evaluate_if_due(self) -> dict[str, Any]:
         """Evaluate the averaged policy on a few held-out prompts, if it is due.
@@ -321,7 +370,8 @@ class Trainer:
         self.check_folder()
         tensors, info = training_state(*self.changing)
         info |= {"num_updates": self.num_updates, "seconds": self.seconds, "score": score}
-        info["unrecorded"] = self.unrecorded
+        info |= {"unrecorded": self.unrecorded, "skipped_in_a_row": self.guard.in_a_row}
+        info["settings"] = self.settings
         save_checkpoint(
             self.folder / "checkpoints",
             self.iteration,
@@ -336,19 +386,24 @@ class Trainer:
         with self.averaged():
             self.policy.save(folder)
 
-    def resume(self) -> None:
-        """Continue exactly from the newest sound checkpoint, if there is one.
+    def resume(self, path: Path | None = None) -> None:
+        """Continue exactly from a checkpoint.
+
+        Args:
+            path: It, verified; the newest sound one, if there is one, where None.
 
         Raises:
             CheckpointError: If there are checkpoints and all are damaged.
             ValueError: If it is of another model or method.
         """
-        folder = self.folder / "checkpoints"
-        settle_folders(folder)
-        path = newest_sound(folder, self.say)
+        if path is None:
+            folder = self.folder / "checkpoints"
+            settle_folders(folder)
+            path = newest_sound(folder, self.say)
         if path is None:
             return
         tensors, info = load_checkpoint(path)
         restore_training_state(tensors, info, *self.changing)
         self.iteration, self.num_updates = info["iteration"], info["num_updates"]
         self.seconds, self.unrecorded = info["seconds"], info["unrecorded"]
+        self.guard.in_a_row = info.get("skipped_in_a_row", 0)

@@ -39,17 +39,40 @@ class PhaseClock:
 
 
 class UpdateLog:
-    """Collects the diagnostics of an iteration's pieces, without synchronising."""
+    """Collects the diagnostics of an iteration's pieces, without synchronising.
+
+    Attributes:
+        diagnostics, losses: Of the pieces, in order.
+        norms: Of the gradient, one per update.
+        skipped: Updates that were left out; nothing of them is kept.
+    """
 
     def __init__(self) -> None:
         self.diagnostics: list[Diagnostics] = []
         self.losses: list[Tensor] = []
         self.norms: list[Tensor] = []
+        self.skipped = 0
+        self.begun = 0
 
     def add(self, part: LossPart) -> None:
         """Add a piece that was back-propagated."""
         self.losses.append(part.loss.detach())
         self.diagnostics.append(part.diagnostics)
+
+    @property
+    def present(self) -> tuple[list[Tensor], list[Diagnostics]]:
+        """Losses and diagnostics of the update that has begun."""
+        return self.losses[self.begun :], self.diagnostics[self.begun :]
+
+    def ended(self, norm: Tensor) -> None:
+        """Note that the update was taken, with the norm of its gradient."""
+        self.norms.append(norm)
+        self.begun = len(self.losses)
+
+    def left_out(self) -> None:
+        """Forget the update that has begun, and count it."""
+        del self.losses[self.begun :], self.diagnostics[self.begun :]
+        self.skipped += 1
 
     def record(self, num_trained: int) -> dict[str, Any]:
         """Return the metrics; see :func:`summarise` for those of the pieces.
@@ -57,7 +80,8 @@ class UpdateLog:
         Returns:
             ``loss``, the sum over the updates; ``grad_norm``, the mean over them, before clipping;
             ``trained_pairs``, the (sample, step) pairs that had a gradient, and ``idle_pairs``,
-            those whose coefficient was 0.
+            those whose coefficient was 0; ``skipped_updates``, which were not finite. These count
+            in no other figure, and the first two are None where no update was taken.
         """
         parts = self.diagnostics
         pairs = sum(len(d["sample"]) for d in parts if "sample" in d)
@@ -65,10 +89,11 @@ class UpdateLog:
         zero = [d["idle"].sum() for d in parts if "idle" in d]
         idle += int(torch.stack(zero).sum()) if zero else 0
         return {
-            "loss": torch.stack(self.losses).sum(),
-            "grad_norm": torch.stack(self.norms).mean(),
+            "loss": torch.stack(self.losses).sum() if self.losses else None,
+            "grad_norm": torch.stack(self.norms).mean() if self.norms else None,
             "trained_pairs": pairs - idle,
             "idle_pairs": idle,
+            "skipped_updates": self.skipped,
             **summarise(parts, num_trained),
         }
 
