@@ -101,7 +101,7 @@ def killed(mutation: Mutation) -> tuple[str, str]:
 def main() -> int:
     """Run the mutations that are named, or all; print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help="parts of names; all mutations where none is given")
+    parser.add_argument("names", nargs="*", help="parts of names; without any, all mutations")
     parser.add_argument("--again", action="store_true", help="run also what has a result")
     asked = parser.parse_args()
     known = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}

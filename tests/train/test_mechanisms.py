@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any
 
-import compose
 import pytest
 import torch
 
+import compose
 from chunkgrpo.core.plans import ChunkPlan
 from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Transition
@@ -165,7 +165,9 @@ def test_small_evaluations_are_of_the_averaged_weights(tmp_path, monkeypatch) ->
 def test_the_average_follows_each_update(tmp_path) -> None:
     """Decay 0.5 without warm-up: after steps to -1 and -2 it is 0.5 (0.5 x 0 - 1) - 1."""
     options = {"ema_decay": 0.5, "ema_warmup": 1e-9, "iterations": 2}
-    trainer = with_sgd(made(tmp_path, Linear(1.0), max_grad_norm=10.0, learning_rate=1.0, **options))
+    trainer = with_sgd(
+        made(tmp_path, Linear(1.0), max_grad_norm=10.0, learning_rate=1.0, **options)
+    )
     assert trainer.run()
     torch.testing.assert_close(trainer.parameters[0].detach(), torch.full((2,), -2.0).double())
     first = trainer.ema.values[0]
