@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from chunkgrpo.core.schedules import make_sigmas
 from chunkgrpo.core.sde import FlowDiffusion, Transition
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.rewards import FunctionReward, RewardError
 from chunkgrpo.rollout import Sampler
 from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.runtime.seeds import derive_seed
@@ -192,13 +193,9 @@ def test_an_old_policy_comes_back_with_its_own_weights(tmp_path) -> None:
 
 
 def test_the_judge_is_never_lenient(tmp_path) -> None:
-    """``on_error: drop`` is for rewards that are trained on; an evaluation without a score stops."""
-    from chunkgrpo.rewards import RewardError
-
-    broken = FunctionReward("broken", lambda images, prompts: images.mean((1, 2, 3)) * float("nan"))
+    """``on_error: drop`` is for rewards that are trained on, not for the judge."""
+    broken = FunctionReward("broken", lambda images, prompts: images.mean((1, 2, 3)) / 0 * 0)
     trainer = made(tmp_path, Linear(0.1), on_error="drop")
-    from dataclasses import replace
-
     evaluator = replace(trainer.evaluator, judge=broken)
     with pytest.raises(RewardError, match="broken"):
         evaluator.summary(trainer.policy, 0, "evaluation-")
