@@ -26,7 +26,7 @@ endif
 endif
 TORCH_OPTIONS := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: help install demo test attack lint format docs docs-serve wheel bench audit sbom clean
+.PHONY: help install demo test attack mutate lint format docs docs-serve wheel bench audit sbom clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' \
@@ -54,6 +54,9 @@ demo: $(STAMP) ## Train on the built-in shapes world and show what was learned
 test: $(STAMP) ## Run the tests; core/ must be covered completely
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal \
 		--cov=chunkgrpo.core --cov-report=term --cov-fail-under=100 $(PYTEST_OPTIONS)
+
+mutate: $(STAMP) ## Break the code in one place at a time; a test must notice each
+	$(BIN)/python tests/mutations/run.py
 
 ATTACK_LOG := .attack.jsonl
 

@@ -10,7 +10,7 @@ import torch
 from chunkgrpo.core import make_sigmas
 from chunkgrpo.evaluate import Evaluation, EvaluationSettings, evaluate, sample_images
 from chunkgrpo.prompts import PromptSet
-from chunkgrpo.rewards import FunctionReward
+from chunkgrpo.rewards import FunctionReward, RewardError
 from chunkgrpo.types import Prompt, as_prompts
 
 SIGMAS = make_sigmas(3)
@@ -122,37 +122,88 @@ def test_groups_and_clusters_name_the_same_scores():
     assert result.mean("r") == 3.5
 
 
+class Flat:
+    """As many flat grey images as asked; the prompt is the level of grey."""
+
+    latent_shape, device = (1,), torch.device("cpu")
+
+    def encode(self, prompts):
+        from chunkgrpo.types import Conditioning
+
+        return Conditioning({"grey": torch.tensor([[float(p.text)] for p in prompts])})
+
+    def velocity(self, x, sigma, conditioning):
+        # Euler steps from any noise end at the grey level exactly.
+        return (x - conditioning.tensors["grey"]) / sigma[:, None]
+
+    def decode(self, x):
+        return (x / 255)[:, :, None, None].expand(-1, 3, 5, 5).contiguous()
+
+    def parameters(self):
+        return []
+
+    def reference(self):
+        return nullcontext()
+
+    def save(self, folder):
+        pass
+
+
 def test_long_sets_are_scored_in_order():
     """Scoring goes in pieces of 512 images; nothing may shift between them."""
-
-    class Flat:
-        """As many flat grey images as asked; the prompt is the level of grey."""
-
-        latent_shape, device = (1,), torch.device("cpu")
-
-        def encode(self, prompts):
-            from chunkgrpo.types import Conditioning
-
-            return Conditioning({"grey": torch.tensor([[float(p.text)] for p in prompts])})
-
-        def velocity(self, x, sigma, conditioning):
-            # Euler steps from any noise end at the grey level exactly.
-            return (x - conditioning.tensors["grey"]) / sigma[:, None]
-
-        def decode(self, x):
-            return (x / 255)[:, :, None, None].expand(-1, 3, 5, 5).contiguous()
-
-        def parameters(self):
-            return []
-
-        def reference(self):
-            return nullcontext()
-
-        def save(self, folder):
-            pass
 
     number = 600
     prompts = PromptSet(as_prompts(str(i % 256) for i in range(number)))
     reward = FunctionReward("grey", lambda images, prompts: images[:, 0, 0, 0] * 255)
     result = evaluate(Flat(), prompts, make_sigmas(2), [reward], EvaluationSettings(batch_size=200))
     assert np.allclose(result.scores["grey"][:, 0], [i % 256 for i in range(number)], atol=0.01)
+
+
+def test_the_noise_of_a_prompt_is_its_own():
+    """Equal prompts, too, are sampled from different noise, image by image."""
+
+    class Noise(Flat):
+        """Images of the noise itself: a velocity of 0 leaves it as it is."""
+
+        def velocity(self, x, sigma, conditioning):
+            return torch.zeros_like(x)
+
+        def decode(self, x):
+            return torch.sigmoid(x)[:, :, None, None].expand(-1, 3, 5, 5).contiguous()
+
+    prompts = PromptSet(as_prompts(["7"] * 20))
+    seen = Recorder()
+    evaluate(Noise(), prompts, make_sigmas(2), [seen], EvaluationSettings(num_seeds=2))
+    levels = torch.cat(seen.images)[:, 0, 0, 0]
+    assert len(levels.unique()) > 30  # of 40; in 8 bits some meet by chance
+
+
+def test_metadata_reach_rewards_beyond_the_first_piece():
+    """Scoring goes in pieces of 512 images."""
+    records = [Prompt("7", metadata={"number": n}) for n in range(600)]
+    seen = []
+
+    def wanting(images, prompts, metadata):
+        seen.extend(each["number"] for each in metadata)
+        return images.mean((1, 2, 3))
+
+    reward = FunctionReward("wanting", wanting)
+    reward.needs_metadata = True
+    evaluate(Flat(), PromptSet(tuple(records)), make_sigmas(2), [reward])
+    assert seen == list(range(600))
+
+
+def test_a_lenient_reward_may_fail_beyond_the_first_piece():
+    prompts = PromptSet(as_prompts(str(n % 256) for n in range(600)))
+
+    def broken(images, prompts):
+        scores = images.mean((1, 2, 3))
+        scores[[prompt == "50" for prompt in prompts]] = float("nan")
+        return scores
+
+    settings = EvaluationSettings(lenient={"broken"})
+    reward = FunctionReward("broken", broken)
+    found = evaluate(Flat(), prompts, make_sigmas(2), [reward], settings).scores["broken"]
+    assert np.flatnonzero(np.isnan(found[:, 0])).tolist() == [50, 306, 562]
+    with pytest.raises(RewardError, match="broken"):
+        evaluate(Flat(), prompts, make_sigmas(2), [reward])

@@ -58,3 +58,10 @@ def test_ratios_of_chunks():
     assert record["chunk_ratio_mean"] == pytest.approx([math.exp(0.1), math.exp(0.2)])
     assert record["chunk_clip_fraction"] == [1, 0]
     assert record["clip_fraction"] == 0.5 and record["reference_kl"] == 0.25
+
+
+def test_the_divergence_is_k3_of_the_new_policy_over_the_old():
+    """E over samples of the old policy of r - 1 - log r, r = new / old; not of its inverse."""
+    record = summarise([piece([0, 1], [0, 0], log_ratio=[1.0, -2.0])], 1)
+    expected = ((math.e - 1 - 1) + (math.exp(-2) - 1 + 2)) / 2
+    assert record["kl"].item() == pytest.approx(expected)

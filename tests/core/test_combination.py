@@ -275,3 +275,17 @@ def test_a_gain_has_the_rounding_of_the_rewards_at_its_ends(combination):
     # The unit of the rewards does not matter.
     small = combined_chunk_advantages(1e-2 * rewards, torch.ones(2), 1, combination)
     torch.testing.assert_close(small, found, rtol=1e-3, atol=1e-3)
+
+
+def test_the_sum_is_clipped_not_its_parts():
+    """Two rewards that disagree by more than the clip: 3 - 2.5 is 0.5, while clipped parts of 1
+    would cancel."""
+    first = torch.tensor([[0.0] * 15 + [1.0]]).expand(2, -1)
+    rewards = torch.stack([first[0], torch.tensor([0.0] * 14 + [0.5, 1.0])])
+    weights = torch.tensor([1.0, -0.5])
+    alone = [group_advantages(each, 1, "group_std", clip=None).values for each in rewards]
+    expected = (alone[0] - 0.5 * alone[1]).clamp(-1, 1)
+    found = combined_advantages(rewards, weights, 1, "advantage", "group_std", clip=1.0).values
+    torch.testing.assert_close(found, expected)
+    clipped = alone[0].clamp(-1, 1) - 0.5 * alone[1].clamp(-1, 1)
+    assert (clipped - expected).abs().max() > 0.1

@@ -227,11 +227,66 @@ def test_no_two_recipes_have_the_same_figures(kept):
             assert apart > 10 * RELATIVE, (first, second)
 
 
+def differences(before, after):
+    """What changed, a line each: recipe, iteration, key, old -> new, relative change."""
+    for name in sorted({*before, *after}):
+        if name not in before or name not in after:
+            yield f"{name}: {'new' if name in after else 'gone'}"
+            continue
+        if len(before[name]) != len(after[name]):
+            yield f"{name}: {len(before[name])} -> {len(after[name])} iterations"
+        for number, (old, new) in enumerate(zip(before[name], after[name], strict=False), 1):
+            for key in sorted({*old, *new}):
+                a, b = old.get(key), new.get(key)
+                if a == b:
+                    continue
+                numbers = isinstance(a, int | float) and isinstance(b, int | float) and a
+                more = f" ({(b - a) / abs(a):+.2e})" if numbers else ""
+                yield f"{name}, iteration {number}, {key}: {a} -> {b}{more}"
+
+
+def write(kept, before, yes):
+    """Say what would change, ask, and write; without a terminal only where ``yes`` was given."""
+    changed = list(differences(before, kept["recipes"]))
+    print(*changed or ["nothing has changed"], sep="\n")
+    if changed and not yes:
+        if not sys.stdin.isatty():
+            sys.exit("not written: look at the differences, then give --yes")
+        if input(f"Write {len(changed)} changes to {KEPT.name}? [y/N] ").strip().lower() != "y":
+            sys.exit("not written")
+    KEPT.write_text(json.dumps(kept, indent=1) + "\n")
+
+
+def test_figures_are_written_after_a_look_at_what_changes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules[__name__], "KEPT", tmp_path / "kept.json")
+    before = {"a": [{"loss": 2.0, "kl": None}], "b": [{"loss": 1.0}]}
+    kept = {"weights": "w", "recipes": {"a": [{"loss": 1.0, "kl": None}], "c": [{"loss": 1.0}]}}
+    told = ["a, iteration 1, loss: 2.0 -> 1.0 (-5.00e-01)", "b: gone", "c: new"]
+    assert list(differences(before, kept["recipes"])) == told
+    with pytest.raises(SystemExit, match="--yes"):  # no terminal
+        write(kept, before, yes=False)
+    assert capsys.readouterr().out.splitlines() == told
+    assert not KEPT.exists()
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("builtins.input", lambda question: "")
+    with pytest.raises(SystemExit, match="not written"):
+        write(kept, before, yes=False)
+    assert not KEPT.exists()
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    write(kept, before, yes=False)
+    assert json.loads(KEPT.read_text()) == kept
+    write({"weights": "w", "recipes": before}, kept["recipes"], yes=True)
+    assert json.loads(KEPT.read_text())["recipes"] == before
+
+
 def main():
     """Print or write the figures of some recipes, or of all."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("names", nargs="*", metavar="RECIPE", help="those alone; all by default")
-    parser.add_argument("--write", action="store_true", help=f"keep them in {KEPT.name}")
+    parser.add_argument(
+        "--write", action="store_true", help=f"keep them in {KEPT.name}, after a question"
+    )
+    parser.add_argument("--yes", action="store_true", help="answer the question with yes")
     options = parser.parse_args()
     unknown = set(options.names) - set(NAMES)
     if unknown:
@@ -243,10 +298,11 @@ def main():
     for name in options.names or NAMES:
         with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
             found[name] = run(name, Path(folder), patch)
-        print(name, json.dumps(found[name]))
-        if options.write:
-            content = {"weights": digest, "recipes": dict(sorted(found.items()))}
-            KEPT.write_text(json.dumps(content, indent=1) + "\n")
+        if not options.write:
+            print(name, json.dumps(found[name]))
+    if options.write:
+        kept = {"weights": digest, "recipes": dict(sorted(found.items()))}
+        write(kept, before.get("recipes", {}), options.yes)
 
 
 if __name__ == "__main__":

@@ -274,3 +274,21 @@ def test_weights_in_a_window_are_those_of_the_whole_schedule(start):
     factor = stds[start] / (sum(stds) / len(stds))
     assert abs(factor - 1) > 0.05
     close(gradients["noise_level"], factor * gradients["none"], 1e-5)
+
+
+@pytest.mark.parametrize("start", [0, 3, 6])
+def test_inner_weights_in_a_window_are_those_of_its_own_steps(start):
+    """The gradient of a chunk of one step is a times that without weights, a of that very step."""
+    from chunkgrpo.core.step_weights import equal_kappa_weights
+
+    policy = toy()
+    experience = experience_with_velocities(policy, window=range(start, start + 1))
+    gradients = {}
+    for weights in ("none", "equal_kappa"):
+        algorithm = chunk_grpo(
+            ChunkPlan((1,)), FLOW, UniformSelection(1.0), updates=1, inner_weights=weights
+        )
+        ((_, gradients[weights], _),) = collect(algorithm, policy, experience)
+    factors = equal_kappa_weights(transition_scale(FLOW, SIGMAS[:-1])).tolist()
+    assert len({round(factor, 3) for factor in factors}) == len(factors)
+    close(gradients["equal_kappa"], factors[start] * gradients["none"], 1e-5)

@@ -562,3 +562,16 @@ def test_the_mean_moves_towards_what_is_rewarded(name):
         distances.append((policy.mean.detach() - target).norm().item())
     assert distances[4] < 1.41
     assert distances[-1] < min(1.0, distances[4])
+
+
+def test_the_old_policy_samples_where_there_is_one():
+    policy = Recorder()
+    old = OldPolicy(policy.named_parameters())
+    before = policy.mean.detach().clone()
+    shift(policy, 0.5)
+    moved = policy.mean.detach().clone()
+    with diffusion_nft(old).sampling(policy):
+        assert torch.equal(policy.mean.detach(), before)
+    assert torch.equal(policy.mean.detach(), moved)
+    with diffusion_nft(None).sampling(policy):
+        assert torch.equal(policy.mean.detach(), moved)

@@ -22,7 +22,7 @@ from chunkgrpo.core import (
     make_sigmas,
 )
 from chunkgrpo.policies.toy import GaussianPolicy
-from chunkgrpo.rollout import Store
+from chunkgrpo.rollout import Sampler, Store
 from chunkgrpo.runtime.seeds import NoiseSource, derive_seed
 from chunkgrpo.types import Conditioning, Experience, as_prompts
 from compose import chunk_grpo, rollout
@@ -386,3 +386,16 @@ def test_a_store_that_is_none_is_refused():
         Store("disk")
     with pytest.raises(ValueError, match=r"type of .* 'float16'.*; known: float32, bfloat16"):
         Store("host", "float16")
+
+
+def test_a_grid_that_starts_below_1_starts_from_less_noise():
+    """x = sigma_0 times unit noise, the same noise whatever sigma_0 is."""
+    policy = GaussianPolicy(torch.zeros(64))
+    first = []
+    for start in (1.0, 0.5):
+        sigmas = start * make_sigmas(4)
+        seeds = [3, 4]
+        sampler = Sampler(Transition(OdeDiffusion()), sigmas, window=range(1), same_noise=True)
+        first.append(sampler.rollout(policy, ["a", "b"], seeds=seeds).state(slice(None), 0))
+    torch.testing.assert_close(first[1], 0.5 * first[0])
+    assert 0.8 < float(first[0].std()) < 1.2

@@ -185,3 +185,18 @@ def test_options_that_are_missing_or_unknown_are_named(
 ) -> None:
     with pytest.raises(ValueError, match=says):
         make_reward(name, options)
+
+
+def test_rewards_are_called_without_gradients():
+    """A reward's own weights, and the images, would otherwise keep whole graphs in memory."""
+    weight = torch.ones(1, requires_grad=True)
+    seen = []
+
+    def weighted(images, prompts):
+        scores = weight * images.mean((1, 2, 3))
+        seen.append((torch.is_grad_enabled(), scores.requires_grad))
+        return scores
+
+    with torch.enable_grad():
+        Scorer([(FunctionReward("weighted", weighted), 1.0)])(IMAGES, PROMPTS)
+    assert seen == [(False, False)]
