@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from chunkgrpo.core.advantages import (
@@ -77,6 +77,9 @@ def test_sample_order_does_not_matter(convention, groups, seed):
 
 @given(groups=reward_groups, shift=st.floats(-50, 50))
 def test_shifting_a_prompt_changes_nothing_within_its_group(groups, shift):
+    # A spread that rounding explains, 1e-6 of the scores' size, is none: so a shift decides there.
+    spreads = [max(group) - min(group) for group in groups]
+    assume(all(spread == 0 or spread > 1e-3 for spread in spreads))
     moved = [[reward + shift for reward in group] for group in groups]
     for convention in ("group_population_std", "mean_only"):
         assert torch.allclose(

@@ -333,7 +333,7 @@ LEARNED = {"kind": "learned"}
             {"selection": {"kind": "listed", "indices": [0, 4]}},
             "has chunks 0 to 3; list only these",
         ),
-        ({"selection": {"kind": "listed", "indices": [-1]}}, "must be distinct and >= 0"),
+        ({"selection": {"kind": "listed", "indices": [-1]}}, "must be from 0 to 10,000"),
         (
             {
                 "plan": {"kind": "adaptive", "refresh": 2},

@@ -228,7 +228,12 @@ def test_pretraining_goes_on_where_it_stopped(tmp_path, monkeypatch):
         transformer, "quick_accuracy", lambda pipe, number, seed: evaluate(pipe, 6, seed, steps=2)
     )
     small = PretrainSettings(
-        num_scenes=40, vae_steps=3, transformer_steps=3, guidance_steps=2, size=SMALL
+        num_scenes=40,
+        vae_steps=3,
+        decoder_steps=3,
+        transformer_steps=3,
+        guidance_steps=2,
+        size=SMALL,
     )
     whole = pretrain(tmp_path / "whole", small)
     expected = weights_in(whole)

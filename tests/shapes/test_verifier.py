@@ -560,5 +560,10 @@ def test_soft_is_a_share_on_arbitrary_bytes(
 @settings(max_examples=25, deadline=None)
 @given(values=arrays(np.float32, (4, 4, 3), elements=st.floats(width=32)), ask=ANY_ASK)
 def test_soft_is_a_share_on_arbitrary_floats(values: NDArray[np.float32], ask: Ask) -> None:
-    verdict = verify(np.kron(values, np.ones((16, 16, 1), np.float32)), ask)
+    image = np.kron(values, np.ones((16, 16, 1), np.float32))
+    if not np.isfinite(image).all():
+        with pytest.raises(ValueError, match="not finite"):
+            verify(image, ask)
+        return
+    verdict = verify(image, ask)
     assert 0 <= verdict.soft <= 1 and (verdict.soft == 1) == verdict.strict
