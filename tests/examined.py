@@ -128,6 +128,10 @@ def assert_healthy(trainer, config, ignored=()):
 def recipe_run(name, folder):
     """A recipe on the embedded model, made small."""
     own = {"model.path": "shapes", "model.embedding_cache": None}
+    if load_config(name).credit.project_out:  # which needs degrees of freedom
+        # Not for all: with 3 or 4 images the guard recipes, whose clip range is 4e-6, are told
+        # truly that the rounding of bf16 reaches it; with 2 or 12 it does not.
+        own["sampling.group_size"] = 4
     config = load_config(name, [Assignment(k, v, "test") for k, v in (TINY | own).items()])
     return build_trainer(config, folder / "run"), config
 

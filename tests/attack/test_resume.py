@@ -4,11 +4,12 @@
 import json
 import random
 import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from chunkgrpo.report.metrics import read_metrics
+from chunkgrpo.report.metrics import MetricsWriter, read_metrics
 from small_runs import call, metrics, results, settings_of, stopped, trained
 
 PART = "resume"
@@ -39,6 +40,14 @@ def cut_short(tiny_pipeline_path, place, expected):
     """The same run, stopped in its third iteration."""
     stopped(3, "demo", *settings_of(tiny_pipeline_path, place), "--out", place / "stopped")
     return place / "stopped"
+
+
+def line_of(record):
+    """A record as a run writes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        with MetricsWriter(Path(folder) / "metrics.jsonl") as writer:
+            writer.write(record)
+        return (Path(folder) / "metrics.jsonl").read_text()
 
 
 @pytest.fixture
@@ -199,6 +208,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(
         ("a line edited", "metrics.jsonl:2: "),
         ("an iteration edited", "metrics.jsonl:2: iteration is -2"),
         ("a value edited", "metrics.jsonl:2: reward_mean is 'much'"),
+        ("a number edited", "metrics.jsonl:2: the line is not as it was written"),
         ("an infinity", "metrics.jsonl:2: "),
     ],
 )
@@ -207,18 +217,19 @@ def test_metrics_that_are_not_what_was_written(run, expected, attempt, full, att
         pytest.skip("as a line deleted")
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True)
-    second = json.loads(lines[1])
+    second = read_metrics(path)[1]
     changed = {
         "a torn last line": [*lines, lines[0][:40]],
         "a line deleted": [lines[0], lines[2]],
         "a line twice": [lines[0], lines[1], lines[1], lines[2]],
         "lines of later iterations": [
-            *lines, *(json.dumps(second | {"iteration": n}) + "\n" for n in (4, 5))
+            *lines, *(line_of(second | {"iteration": n}) for n in (4, 5))
         ],
         "another order": [lines[1], lines[0], lines[2]],
         "a line edited": [lines[0], lines[1][1:], lines[2]],
         "an iteration edited": [lines[0], json.dumps(second | {"iteration": -2}) + "\n", lines[2]],
         "a value edited": [lines[0], json.dumps(second | {"reward_mean": "much"}) + "\n", lines[2]],
+        "a number edited": [lines[0], lines[1].replace(": 0.", ": 1.", 1), lines[2]],
         "an infinity": [lines[0], json.dumps(second | {"kl": float("inf")}) + "\n", lines[2]],
     }[attack]  # fmt: skip
     with attempt(PART, f"metrics.jsonl: {attack}"):
@@ -231,6 +242,23 @@ def test_metrics_that_are_not_what_was_written(run, expected, attempt, full, att
         else:
             assert code == 0 and results(run) == expected[0]
             assert [r for r in metrics(run) if r["iteration"] == 4] == expected[1][3:]
+
+
+def test_flipped_bits_in_metrics(run, attempt, full) -> None:
+    """A bit of metrics.jsonl is another number, key or checksum: it is named, nothing lost."""
+    path = run / "metrics.jsonl"
+    whole, draw = path.read_bytes(), random.Random(5)
+    for _ in range(400 if full else 40):
+        with attempt(PART, "metrics.jsonl: flipped bit, before loading"):
+            damage(path, "flipped bit", draw)
+            try:
+                read = read_metrics(path)
+            except ValueError as error:
+                assert "metrics.jsonl:" in str(error)
+            else:  # the end of the last line: it counts as torn
+                path.write_bytes(whole)
+                assert read == read_metrics(path)[:-1]
+            path.write_bytes(whole)
 
 
 # --- the history ----------------------------------------------------------------------------------

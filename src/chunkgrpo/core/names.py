@@ -12,6 +12,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any, get_args
 
+MOST_SHOWN = 60
+"""Letters of an unknown name that a message repeats."""
+
 
 class OneOf:
     """Marks a text field whose values are the names of a table.
@@ -58,7 +61,8 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> str:
     names = list(known)
     near = difflib.get_close_matches(name, names, 1, 0.4)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint}; known: {', '.join(names)}"
+    shown = name if len(name) <= MOST_SHOWN else f"{name[:MOST_SHOWN]}..."
+    return f"unknown {what} {shown!r}{hint}; known: {', '.join(names)}"
 
 
 def check_name(what: str, name: str, known: Iterable[str]) -> None:

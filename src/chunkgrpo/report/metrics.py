@@ -6,6 +6,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +27,14 @@ __all__ = [
 ]
 
 
+SEAL = "crc32"
+_SEALED = re.compile(rb'(?:, )?"crc32": (\d{10})\}\Z')
+
+
+# With the name damaged, the number is still there.
+_LIKE_SEALED = re.compile(rb'": \d{10}\}\Z')
+
+
 class MetricsWriter:
     """Append records to a JSON-lines file, each on disk before ``write`` returns.
 
@@ -32,6 +42,9 @@ class MetricsWriter:
     an ``item()`` that gives a number (a tensor or array of one element). JSON has no NaN and no
     infinity: such a value is written as null, and the record gets a list ``nonfinite`` of the keys
     concerned (dotted where nested), so that a diverging run stays readable and stays visible.
+
+    A line ends with ``crc32``, the checksum of what stands before it: a line that was edited or
+    damaged is named when the file is read.
 
     An incomplete line after a crash is removed when the file is opened again.
 
@@ -49,7 +62,7 @@ class MetricsWriter:
         """Append one record and flush it.
 
         Args:
-            record: Name to value; ``nonfinite`` is reserved.
+            record: Name to value; ``nonfinite`` and ``crc32`` are reserved.
 
         Returns:
             The record as written, with null for what was not finite.
@@ -58,13 +71,14 @@ class MetricsWriter:
             TypeError: A value, named in the message, has no JSON form.
             ValueError: The record uses the reserved key.
         """
-        if "nonfinite" in record:
-            raise ValueError("the key 'nonfinite' is written by MetricsWriter; rename yours")
+        for key in ("nonfinite", SEAL):
+            if key in record:
+                raise ValueError(f"the key {key!r} is written by MetricsWriter; rename yours")
         nonfinite: list[str] = []
         clean = {str(key): _clean(value, str(key), nonfinite) for key, value in record.items()}
         if nonfinite:
             clean["nonfinite"] = nonfinite
-        self._file.write(json.dumps(clean, ensure_ascii=False, allow_nan=False) + "\n")
+        self._file.write(_sealed(clean))
         self._file.flush()
         os.fsync(self._file.fileno())  # a checkpoint of this iteration must not survive it
         return clean
@@ -96,8 +110,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: A whole line is not what a writer writes: no JSON object, ``iteration`` no whole
-            number from 1 on, or text where another line has a number; the message gives file and
-            line.
+            number from 1 on, text where another line has a number, or a checksum that is not that
+            of the line, or none where earlier ones have one; the message gives file and line.
     """
     source = Path(path)
     if not source.exists():
@@ -106,11 +120,13 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     lines.pop()  # empty after a whole last line; a torn line otherwise
     records: list[dict[str, Any]] = []
     numeric: dict[str, int] = {}
+    sealed = False
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            records.append(_record(line, number, numeric))
+            sealed = sealed or bool(_LIKE_SEALED.search(line))
+            records.append(_record(line, number, numeric, sealed))
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{source}:{number}: {error}; put the line back as it was, or delete it: its "
@@ -119,8 +135,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return records
 
 
-def _record(line: bytes, number: int, numeric: dict[str, int]) -> dict[str, Any]:
-    """Read one line; ``numeric`` collects in which line a key first was a number."""
+def _record(line: bytes, number: int, numeric: dict[str, int], sealed: bool) -> dict[str, Any]:
+    """Read one line; ``numeric`` collects in which line a key first was a number.
+
+    A ``sealed`` line must have a checksum, which is left out. Those before the first one with a
+    checksum may be of version 0.1, which wrote none.
+    """
     try:
         record = json.loads(line, parse_constant=_no_constant)
     except RecursionError:
@@ -137,6 +157,10 @@ def _record(line: bytes, number: int, numeric: dict[str, int]) -> dict[str, Any]
             numeric.setdefault(key, number)
         elif isinstance(value, str | list | dict) and key in numeric:
             raise ValueError(f"{key} is {value!r:.60}, and a number in line {numeric[key]}")
+    found = _SEALED.search(line)
+    if sealed and (found is None or _checksum(line[: found.start()]) != int(found[1])):
+        raise ValueError(f"the line is not as it was written: its {SEAL} is of another")
+    record.pop(SEAL, None)
     return record
 
 
@@ -216,7 +240,19 @@ def lost_metrics(path: str | os.PathLike[str]) -> Path:
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(r, ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+    return "".join(_sealed(record) for record in records)
+
+
+def _checksum(text: bytes) -> int:
+    """Return a number of ten digits, whatever the text."""
+    return zlib.crc32(text) + 10**9
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    """Return a record as a line with its checksum."""
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False).removesuffix("}")
+    comma = ", " if record else ""
+    return f'{text}{comma}"{SEAL}": {_checksum(text.encode())}}}\n'
 
 
 def _clean(value: Any, key: str, nonfinite: list[str]) -> Any:

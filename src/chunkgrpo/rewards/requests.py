@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import io
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -28,6 +29,8 @@ MARKS_EACH = 2000
 """Brackets and commas of a request for each image it may have; a prompt has a few."""
 PROMPT_LETTERS = 1 << 16
 SLOWEST = 1 << 16  # bytes of a body a second, on average, after the first seconds
+LINGER_BODIES, LINGER_SECONDS = 2, 1.0
+"""How much of a refused request is read, in largest bodies, and for how long."""
 MOST = {
     "batch": 1 << 16,
     "body": 1 << 34,
@@ -139,6 +142,21 @@ async def read_body(
             raise Refused(408, f"the body came at less than {SLOWEST} bytes a second") from None
         raise
     return body
+
+
+async def discard(stream: AsyncIterator[bytes], limits: Limits) -> None:
+    """Read what a client still sends, for a moment.
+
+    Where a connection is closed before its request was read, the system resets it, and a client
+    that still sends may never see the answer.
+    """
+    left = LINGER_BODIES * limits.body
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            async for part in stream:
+                left -= len(part)
+                if left < 0:
+                    return
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,20 @@ from typing import Any
 
 from chunkgrpo.plain_text import one_line
 from chunkgrpo.rewards.protocol import Reward, RewardError
-from chunkgrpo.rewards.requests import Limits, Refused, Room, parse_request, read_body
+from chunkgrpo.rewards.requests import (
+    Limits,
+    Refused,
+    Room,
+    discard,
+    parse_request,
+    read_body,
+)
 from chunkgrpo.rewards.scoring import is_groupwise, is_share, scores_of
 
 PROTOCOL = 1
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 SHUTDOWN_SECONDS = 5  # for what is being scored when the server is ended
+UNREAD = (401, 408, 413, 503)  # answers to a request whose body may not have been read
 RETRY_SECONDS = 5  # told to a client that is refused because others are served
 
 
@@ -268,7 +276,7 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
     @app.exception_handler(Refused)
     async def refused(request: HttpRequest, error: Refused) -> JSONResponse:
         # The unread rest of a request must not be parsed as the next one.
-        headers = {"connection": "close"} if error.status in (401, 408, 413, 503) else {}
+        headers = {"connection": "close"} if error.status in UNREAD else {}
         if error.status == 503:
             headers["retry-after"] = str(RETRY_SECONDS)
         reason = error.reason.encode("utf-8", "replace").decode("utf-8")
@@ -290,13 +298,19 @@ def create_app(reward: Reward, token: str | None = None, limits: Limits | None =
 
     @app.post("/score")
     async def score(request: HttpRequest) -> JSONResponse:
-        service.authorise(request.headers)
+        stream = request.stream()
 
         async def gone() -> None:
             while (await request.receive())["type"] != "http.disconnect":
                 pass
 
-        scores = await service.score(request.headers, request.stream(), gone)
+        try:
+            service.authorise(request.headers)
+            scores = await service.score(request.headers, stream, gone)
+        except Refused as error:
+            if error.status == 413:
+                await discard(stream, service.limits)
+            raise
         return JSONResponse({"name": reward.name, "scores": scores})
 
     return app
