@@ -65,7 +65,7 @@ attack: $(STAMP) ## Attack runs, settings, servers and disks in every known way;
 	@CHUNKGRPO_ATTACK=full CHUNKGRPO_ATTACK_LOG=$(abspath $(ATTACK_LOG)) \
 		OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist worksteal tests/attack \
 		$(PYTEST_OPTIONS); code=$$?; \
-		$(BIN)/python tests/attack/table.py $(ATTACK_LOG) benchmarks/results/attack.json \
+		$(BIN)/python tests/attack/table.py $(ATTACK_LOG) benchmarks/results/attack.json docs/attacks.md \
 		&& exit $$code
 
 lint: $(STAMP) ## Check style, format and types

@@ -17,7 +17,6 @@ time and start it again. ``--table`` only writes the table.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
 import time
@@ -29,7 +28,7 @@ import numpy as np
 import torch
 
 from chunkgrpo.config import load_config
-from chunkgrpo.config.build import build_prompts, build_sigmas, build_trainer, resolve_model
+from chunkgrpo.config.build import build_prompts, build_sigmas, build_trainer
 from chunkgrpo.core.names import unknown_name
 from chunkgrpo.evaluate import EvaluationSettings, evaluate
 from chunkgrpo.policies.pipeline import PipelinePolicy
@@ -38,6 +37,8 @@ from chunkgrpo.report.statistics import paired_difference
 from chunkgrpo.rewards import make_reward
 from chunkgrpo.runtime.files import atomic_write
 from chunkgrpo.train.loop import Trainer
+from results_file import put_between, read_results, weights_digest
+from row_counter import RowCounter
 
 REFERENCE = "chunk-grpo"
 """The recipe whose sampler and prompts judge all of them; E-GRPO's own schedule is another."""
@@ -46,68 +47,17 @@ BEGIN, END = "<!-- methods table: begin -->", "<!-- methods table: end -->"
 BATCH = 128
 
 
-class RowCounter:
-    """Counts the network rows of a trainer, and ends it when they reach a budget.
-
-    Attributes:
-        forward: Rows evaluated.
-        backward: Those of them that a gradient can flow back through.
-        done: Whether the budget is spent.
-    """
-
-    def __init__(self, trainer: Trainer, budget: int) -> None:
-        self.forward = self.backward = self.iterations = 0
-        self.budget, self.done, self.trainer = budget, False, trainer
-        velocity = trainer.policy.velocity
-
-        def counted(x: Any, sigma: Any, conditioning: Any) -> Any:
-            result = velocity(x, sigma, conditioning)
-            self.forward += len(x)
-            self.backward += len(x) if result.requires_grad else 0
-            return result
-
-        trainer.policy.velocity = counted
-        trainer.on_iteration = self.finished_iteration
-
-    @property
-    def spent(self) -> int:
-        """What has been used of the budget: a backward costs two forwards."""
-        return self.forward + 2 * self.backward
-
-    def finished_iteration(self, record: Any) -> None:
-        """Stop the trainer where one more iteration would lead away from the budget."""
-        self.iterations += 1
-        if self.spent + 0.5 * self.spent / self.iterations >= self.budget:
-            self.done = self.trainer.stopped = True
-
-
 def setup_of(options: argparse.Namespace) -> dict[str, Any]:
     """Return what all results of a file must share."""
     config = load_config(REFERENCE, options.set)
-    digest = hashlib.sha256()
-    for path in sorted(Path(resolve_model(config.model.path)).rglob("*.safetensors")):
-        digest.update(path.read_bytes())
     return {
         "rows": options.rows,
         "prompts": options.prompts,
         "images": options.images,
         "settings": options.set,
         "judge": make_reward(config.evaluation.reward.name, config.evaluation.reward.options).name,
-        "model": digest.hexdigest()[:16],
+        "model": weights_digest(config),
     }
-
-
-def read_results(path: Path, setup: dict[str, Any]) -> dict[str, Any]:
-    """Read the results so far; refuse to mix those of another setup."""
-    if not path.exists():
-        return {"setup": setup, "runs": {}}
-    results = json.loads(path.read_text())
-    other = {k: (results["setup"].get(k), v) for k, v in setup.items()}
-    other = {k: pair for k, pair in other.items() if pair[0] != pair[1]}
-    if other:
-        told = ", ".join(f"{k} {before!r} instead of {now!r}" for k, (before, now) in other.items())
-        raise SystemExit(f"{path} holds results of another setup: {told}; choose another --out")
-    return results
 
 
 def judged(trainer: Trainer, options: argparse.Namespace) -> list[list[float]]:
@@ -223,20 +173,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_table(docs: Path, results: dict[str, Any]) -> None:
-    """Put the table between the markers of a page.
-
-    Raises:
-        SystemExit: If the page has no such markers.
-    """
-    text = docs.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise SystemExit(f"{docs} needs one line {BEGIN} and one {END}")
-    head, _, rest = text.partition(BEGIN)
-    tail = rest.partition(END)[2]
-    atomic_write(docs, f"{head}{BEGIN}\n{table(results)}\n{END}{tail}")
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(
@@ -272,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = json.loads(options.out.read_text())
         if not results["runs"]:
             raise SystemExit(f"{options.out} holds no finished run yet")
-        write_table(options.docs, results)
+        put_between(options.docs, BEGIN, END, table(results))
         print(f"The table of {len(results['runs'])} methods is in {options.docs}")
         return
     if options.threads:

@@ -74,7 +74,8 @@ def test_chunks_that_only_the_model_tells_are_counted_as_nearly_equal_ones():
          "objective": {"window": {"kind": "fixed", "start": 1, "size": 2},
                        "plan": {"kind": "equal", "size": 2}}},
         {"sampling": {"same_noise": False, "transition": "ode"},
-         "objective": {"kind": "awm", "times": 2, "updates": 2}},
+         "objective": {"kind": "awm", "times": {"kind": "stratified", "number": 2},
+                       "updates": 2}},
     ],
     ids=["one-update", "own-noises", "replay", "window", "awm"],
 )  # fmt: skip

@@ -41,6 +41,59 @@ def small(tiny_pipeline_path):
     return [part for each in settings for part in ("--set", each)]
 
 
+# --- five minutes -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def judged_small():
+    """Settings of a run on the embedded model that takes seconds."""
+    settings = [
+        "threads=1", "sampling.group_size=4", "sampling.prompts=2", "evaluation.final_prompts=6"
+    ]  # fmt: skip
+    return [part for each in settings for part in ("--set", each)]
+
+
+@pytest.mark.parametrize("budget", [["--rows", "600"], ["--seconds", "0.2"]])
+def test_the_race_keeps_what_is_finished_and_tells_it(budget, judged_small, tmp_path, capsys):
+    benchmark = load("five_minutes")
+    out, docs = tmp_path / "race.json", tmp_path / "page.md"
+    docs.write_text(f"before\n{benchmark.BEGIN}\nold\n{benchmark.END}\nafter\n")
+    options = ["demo", "diffusion-nft", *budget, "--out", str(out), "--docs", str(docs)]
+    benchmark.main([*options, "--seeds", "0", *judged_small])
+    benchmark.main([*options, "--seeds", "0", "1", *judged_small])
+    said = capsys.readouterr().out
+    assert said.count("there already") == 2
+    results = json.loads(out.read_text())
+    assert {name: sorted(runs) for name, runs in results["runs"].items()} == {
+        "demo": ["0", "1"], "diffusion-nft": ["0", "1"]
+    }  # fmt: skip
+    run = results["runs"]["diffusion-nft"]["0"]
+    assert len(run["scores"]) == 12 and set(run["scores"]) <= {"0", "1"}
+    assert run["images"] == 8 * run["iterations"] == 8 * len(run["rewards"])
+    config = load_config("diffusion-nft", judged_small[1::2])
+    cost = iteration_cost(config)
+    each = cost.rollout + cost.measured + 3 * cost.trained
+    assert run["rows"] == pytest.approx(run["iterations"] * each)
+    if "--rows" in budget:
+        assert abs(run["rows"] - 600) <= each / 2
+        assert [part["rows"] for part in run["curve"]] == sorted(
+            part["rows"] for part in run["curve"]
+        )
+    benchmark.main(["--table", "--out", str(out), "--docs", str(docs)])
+    page = docs.read_text()
+    assert page.startswith("before\n") and page.endswith("\nafter\n") and "| demo | 2 |" in page
+    assert (tmp_path / "images" / "page.png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="another setup: "):
+        benchmark.main([*options, *judged_small, "--set", "evaluation.final_prompts=8"])
+
+
+def test_when_a_gain_is_reached_is_read_off_straight_lines():
+    reached = load("five_minutes").reached
+    curve = [(0, 0, 0.0), (10, 100, 4.0), (20, 200, 12.0), (30, 300, 8.0)]
+    assert reached(curve, 2, 0) == 5 and reached(curve, 8, 1) == 150
+    assert reached(curve, 12, 0) == 20 and reached(curve, 13, 0) is None
+
+
 # --- methods ------------------------------------------------------------------------------------
 
 

@@ -91,10 +91,12 @@ class Sampler:
         transition: Shared with the algorithm, so that sampling and training cannot disagree.
         sigmas: [K+1] decreasing to 0; K-1 transitions can be trained.
         window: Sampler steps that are stochastic, stored and trained on, within 0..K-2; all of
-            them where None. Outside it, steps follow the ODE.
+            them where None; ``range(0)`` where finished images are all that is needed. Outside
+            it, steps follow the ODE.
         prefix: ``"ode"``, or ``"sde"``: steps before the window draw noise too, and where the group
             shares its first noise it shares this noise as well.
-        tail: Solver of the steps after the window; Euler where None.
+        tail: Solver of the steps after the window, of all steps where that is empty; Euler where
+            None.
         same_noise: Start the whole group from one noise.
         store: Where and in which type states are stored.
         keep_velocities: Store the policy's velocities too.
@@ -118,7 +120,9 @@ class Sampler:
         validate_sigmas(self.sigmas)
         check_name("prefix", self.prefix, PREFIXES)
         window, num_steps = self.stochastic, self.num_steps
-        if not (0 <= window.start < window.stop < num_steps and window.step == 1):
+        inside = 0 <= window.start < window.stop < num_steps and window.step == 1
+        # range(3, 3) == range(0), so the ends are compared.
+        if not inside and (window.start, window.stop) != (0, 0):
             raise ValueError(
                 f"the window of stochastic steps is {window}, but a schedule of {num_steps} steps "
                 f"has the trained steps 0 to {num_steps - 2}; move or shorten it"
@@ -294,7 +298,9 @@ class _Rollout:
             here = (sigmas[i], sigmas[i + 1])
             if i == window.stop and sampler.tail is not None:
                 self.states_BN[rows, len(window)] = x_M
-                return sampler.tail(lambda x, s: self.velocity(x, s, texts), x_M, sigmas[i:])
+                # Where the window is empty, the first velocity is known already.
+                known = [v_M] if i == window.start else []
+                return self.finished(sampler.tail, x_M, sigmas[i:], texts, known)
             if i > window.start:
                 v_M = self.velocity(x_M, here[0], texts)
             if i <= window.stop:
@@ -308,6 +314,16 @@ class _Rollout:
             else:
                 x_M = self.ode(x_M, v_M, *here).mean.float()
         return x_M
+
+    def finished(
+        self, tail: Tail, x_M: Tensor, sigmas: Tensor, texts: Conditioning, known: list[Tensor]
+    ) -> Tensor:
+        """Take all remaining steps by another solver; ``known`` holds velocities it begins with."""
+
+        def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+            return known.pop(0) if known else self.velocity(x, sigma, texts)
+
+        return tail(velocity, x_M, sigmas)
 
     def stochastic_step(
         self, x_M: Tensor, v_M: Tensor, i: int, rows: slice, inside: NoiseSource

@@ -32,6 +32,7 @@ LAYERS: dict[str, set[str]] = {
     "rewards": {"core", "types", "imported_code", "plain_text", "runtime.sources"},
     "rewards.clip": {"core", "types", "shapes"},
     "rewards.shapes": {"core", "types", "shapes"},
+    "rewards.image_health": {"core", "types", "report.health"},
     "algorithms": {"core", "types", "runtime", "policies.protocol", "imported_code"},
     "prompts": {"types", "runtime.seeds", "runtime.sources", "shapes.grammar"},
     "rollout": {"core", "types", "runtime.seeds", "policies.protocol"},

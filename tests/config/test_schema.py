@@ -68,7 +68,9 @@ OTHERS = {
     "objective.window.indices": [0], "objective.outer_weights.sizes": [2, 1],
     "sampling.merge.sizes": [2, 1, 1, 1, 1, 1, 1, 1, 1],
     "optimizer.name": "adamw8bit", "optimizer.betas": [0.8, 0.9], "optimizer.fall": 0.5,
-    "ema.decay": 0.5, "objective.fraction": 0.25, "objective.selection.fraction": 0.25,
+    "ema.decay": 0.5, "objective.times.fraction": 0.25, "objective.times.sizes": [4],
+    "objective.times.numbers": [3],
+    "objective.selection.fraction": 0.25,
     "sampling.transition.eta": 0.6, "sampling.tail.fraction": 0.9,
     "objective.selection.floor": 0.3, "objective.selection.decay": 0.3,
     "sampling.merge.least": 0.7, "objective.trust.path": "smooth_trust:other",
@@ -110,6 +112,9 @@ PREPARED = {
     "cps": ["sampling.transition=cps"],
     "dpm": ["sampling.tail=dpm"],
     "ghuber": ["objective.log_prob=ghuber"],
+    "shuffled": ["objective.times=shuffled"],
+    "stratified": ["objective.times=stratified"],
+    "chunks": ["objective.times=chunks"],
 }  # fmt: skip
 EXTRA = {
     "objective.window.rate": ["objective.window.decay=exponential", "objective.window.after=3"],
@@ -221,7 +226,7 @@ def value_at(config, name):
 def test_changing_any_setting_changes_the_run_or_is_refused(key, built, tmp_path):
     section = key.name.split(".")[0]
     top = key.kind if key.kind in RECIPE_OF and section == "objective" else None
-    if key.name.startswith("objective.log_prob"):
+    if key.name.startswith(("objective.log_prob", "objective.times")):
         top = "awm"
     recipe = RECIPE_OF.get(top, "demo")
     prepared = [*PREPARED.get(key.kind or "", []), *EXTRA.get(key.name, [])]

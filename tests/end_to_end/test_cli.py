@@ -359,7 +359,7 @@ def test_recipes_are_listed_and_valid() -> None:
         (["train", "--set", "credit.convention=best"], "group_std"),
         (["train", "--set", "rewards.0.name=clipp"], "unknown reward 'clipp'"),
         (["train", "--set", "objective.plan=paper"], "needs sampling.steps = 17"),
-        (["train", "awm", "--set", "objective.times=10"], "has only 9 times besides pure noise"),
+        (["train", "awm", "--set", "objective.times.number=10"], "offers 1 to 9 times"),
         (["train", "--set", "nonsense"], "key=value"),
         (["train", "--chunks", "nowhere.yaml"], "chunks file nowhere.yaml does not exist"),
         (["train", "--resume", "TMP", "--chunks", "c.yaml"], "chunks file c.yaml does not exist"),

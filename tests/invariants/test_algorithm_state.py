@@ -13,6 +13,7 @@ from chunkgrpo.core import (
     ChunkWindow,
     LearnedSelection,
     ListedSelection,
+    StratifiedTimes,
     UniformSelection,
 )
 from chunkgrpo.runtime.old_policy import OldPolicy
@@ -36,7 +37,7 @@ def nft(policy):
 
 def averaged(policy):
     average = OldPolicy(policy.named_parameters(), "awm")
-    return awm(average, times=3, updates=2, ema_weight=0.5, kl=0.1)
+    return awm(average, times=StratifiedTimes(3), updates=2, ema_weight=0.5, kl=0.1)
 
 
 METHODS = {
@@ -45,7 +46,7 @@ METHODS = {
     "nft": nft,
     "nft, on-policy": lambda policy: diffusion_nft(updates=2),
     "awm": averaged,
-    "awm, no average": lambda policy: awm(times=3, updates=2),
+    "awm, no average": lambda policy: awm(times=StratifiedTimes(3), updates=2),
 }
 
 

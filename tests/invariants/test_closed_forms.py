@@ -48,6 +48,8 @@ from chunkgrpo.core import (
     NoiseLevelWeights,
     OdeDiffusion,
     QuadraticLogProb,
+    ShuffledTimes,
+    StratifiedTimes,
     Transition,
     UniformLogProb,
     UniformSelection,
@@ -860,7 +862,11 @@ def test_awm_estimates_the_policy_gradient_times_the_images_covariance(log_prob,
     direction is the same at every noise level.
     """
     algorithm = awm(
-        log_prob=log_prob, times=6, advantage_clip=1e3, advantage_max=1e3, micro_batch=10**6
+        log_prob=log_prob,
+        times=StratifiedTimes(6),
+        advantage_clip=1e3,
+        advantage_max=1e3,
+        micro_batch=10**6,
     )
     away, _, slope, turned = image_moments()
     outer = away[:, None] * slope
@@ -909,7 +915,9 @@ def test_nft_estimates_a_bounded_form_of_the_same():
     The error of the predicted image is sigma e, of which the norm leaves no more than sigma; each
     of the K times has the share 1 / K of the pairs.
     """
-    algorithm = diffusion_nft(advantage_clip=100.0, fraction=1.0, micro_batch=10**6, kl=0.0)
+    algorithm = diffusion_nft(
+        advantage_clip=100.0, times=ShuffledTimes(1.0), micro_batch=10**6, kl=0.0
+    )
     expected = torch.zeros(NUM_STEPS, DIM, dtype=torch.float64)
     for i, sigma in enumerate(SIGMAS.double()[:-1].tolist()):
         pull = nft_mean(sigma, *image_moments())

@@ -12,6 +12,7 @@ import torch
 import chunkgrpo.credit
 from chunkgrpo.core import (
     Clip,
+    StratifiedTimes,
     TransitionKl,
     UniformSelection,
     chunk_advantages,
@@ -294,8 +295,10 @@ METHODS = {
         step_plan(7), FLOW, UniformSelection(0.5), updates=1, micro_batch=5, kl=TransitionKl(0.5)
     ),
     "nft": diffusion_nft(updates=1, micro_batch=5, advantage_clip=1.0, kl=0.2),
-    "awm": awm(updates=1, micro_batch=5, times=3, kl=0.2),
-    "awm, a ratio a sample": awm(updates=1, micro_batch=5, times=3, mode="sum_first"),
+    "awm": awm(updates=1, micro_batch=5, times=StratifiedTimes(3), kl=0.2),
+    "awm, a ratio a sample": awm(
+        updates=1, micro_batch=5, times=StratifiedTimes(3), mode="sum_first"
+    ),
 }
 
 

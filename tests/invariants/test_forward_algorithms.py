@@ -15,12 +15,15 @@ import oracles
 from chunkgrpo.algorithms.awm import AWM, AWMLoss
 from chunkgrpo.algorithms.nft import DiffusionNFT, NFTLoss
 from chunkgrpo.core import (
+    ChunkTimes,
     FlowDiffusion,
     GeneralHuberLogProb,
     HuberLogProb,
     LinearLogProb,
     OdeDiffusion,
     QuadraticLogProb,
+    ShuffledTimes,
+    StratifiedTimes,
     Transition,
     UniformLogProb,
     group_advantages,
@@ -37,6 +40,7 @@ SIGMAS = make_sigmas(8)
 # No step of it has a density, and none is needed.
 ODE = Transition(OdeDiffusion())
 DIM = 12
+THREE = StratifiedTimes(3)
 NUM_SAMPLES = 12
 
 
@@ -175,7 +179,7 @@ def awm_loss(update, experience, anchor, base, averaged, loss):
         advantage = min(max(experience.advantages[b].item(), -loss.advantage_clip),
                         loss.advantage_clip)  # fmt: skip
         advantage *= loss.advantage_max / loss.advantage_clip
-        assert len(values) == loss.times
+        assert len(values) == loss.times.number
         if loss.mode == "sum_first":
             values = [sum(values) / len(values)]
         ratios += [value.exp() for value in values]
@@ -211,7 +215,13 @@ def test_nft_pieces_sum_to_the_direct_loss_and_gradient(beta, coefficient, with_
     sampled = policy.mean.detach().clone()
     # A small clip, so that some samples are wholly good or bad and others between.
     algorithm = diffusion_nft(
-        old, beta=beta, advantage_clip=1.0, fraction=0.99, updates=3, micro_batch=5, kl=coefficient
+        old,
+        beta=beta,
+        advantage_clip=1.0,
+        times=ShuffledTimes(0.99),
+        updates=3,
+        micro_batch=5,
+        kl=coefficient,
     )
     updates = collect(algorithm, policy, experience, 0.05)
     assert len(updates) == 3
@@ -258,7 +268,7 @@ def test_awm_pieces_sum_to_the_direct_loss_and_gradient(mode, clip, log_prob):
     base = policy.mean.detach().clone()
     experience = make_experience(policy, group_size=12)
     algorithm = awm(
-        log_prob=KINDS[log_prob], mode=mode, times=3, clip_low=clip, clip_high=clip,
+        log_prob=KINDS[log_prob], mode=mode, times=THREE, clip_low=clip, clip_high=clip,
         advantage_clip=1.0, updates=2, micro_batch=5,
     )  # fmt: skip
     first, second = collect(algorithm, policy, experience, 0.05)
@@ -276,7 +286,7 @@ def test_awm_pieces_sum_to_the_direct_loss_and_gradient(mode, clip, log_prob):
     else:
         for sign in (advantage > 0, advantage < 0):
             assert (sign & (ratio > 1 + clip)).any() and (sign & (ratio < 1 - clip)).any()
-        times = algorithm.loss.times if mode == "sum_first" else 1
+        times = algorithm.loss.times.number if mode == "sum_first" else 1
         assert reported.sum() == cut.sum() * times
     assert (first.column("log_ratio") == 0).all() and not first.column("cut").any()
     assert (second.column("log_ratio") != 0).all()
@@ -292,7 +302,7 @@ def test_awm_penalties_join_the_direct_loss(mode):
     anchor = policy.mean.detach().clone()
     experience = make_experience(policy)
     algorithm = awm(
-        old, mode=mode, times=4, updates=2, micro_batch=7, kl=0.3, ema_weight=0.7,
+        old, mode=mode, times=StratifiedTimes(4), updates=2, micro_batch=7, kl=0.3, ema_weight=0.7,
         advantage_max=2.0,
     )  # fmt: skip
     for update in collect(algorithm, policy, experience, 0.05):
@@ -308,18 +318,18 @@ def test_awm_averages_the_powers_it_is_told():
     policy = Recorder()
     base, experience = policy.mean.detach().clone(), make_experience(policy)
     for power in (0.5, 1.0):
-        algorithm = awm(log_prob=GeneralHuberLogProb(power), times=2)
+        algorithm = awm(log_prob=GeneralHuberLogProb(power), times=StratifiedTimes(2))
         (update,) = collect(algorithm, policy, experience)
         value, grad, _, _ = awm_loss(update, experience, base, base, base, algorithm.loss)
         matches(update, value, grad)
-    (linear,) = collect(awm(log_prob=LinearLogProb(), times=2), policy, experience)
+    (linear,) = collect(awm(log_prob=LinearLogProb(), times=StratifiedTimes(2)), policy, experience)
     close(update.grad, linear.grad, 1e-6)
 
 
 def test_awm_on_policy_weighs_the_gradient_of_matching_by_the_advantage():
     policy = Recorder()
     experience = make_experience(policy)
-    (update,) = collect(awm(log_prob=UniformLogProb(), times=3), policy, experience)
+    (update,) = collect(awm(log_prob=UniformLogProb(), times=THREE), policy, experience)
     mean, total = policy.mean.detach().clone().requires_grad_(), 0
     for (b, _), (x_t, sigma) in zip(update.pairs, update.seen, strict=True):
         x0, x_t, t = experience.trajectory.final[b].double(), x_t.double(), sigma.double()
@@ -331,7 +341,7 @@ def test_awm_on_policy_weighs_the_gradient_of_matching_by_the_advantage():
 
 def test_awm_trains_stratified_times():
     policy = Recorder()
-    updates = collect(awm(times=3, updates=2), policy, make_experience(policy))
+    updates = collect(awm(times=THREE, updates=2), policy, make_experience(policy))
     times = {}
     for update in updates:
         for b, i in update.pairs:
@@ -347,9 +357,9 @@ def test_awm_trains_stratified_times():
 
 BOTH = {
     "nft": diffusion_nft(beta=0.5, updates=2, kl=0.2),
-    "awm": awm(times=3, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01),
+    "awm": awm(times=THREE, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01),
     "awm-sum": awm(
-        times=3, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01, mode="sum_first",
+        times=THREE, updates=2, kl=0.2, clip_low=0.01, clip_high=0.01, mode="sum_first",
     ),
 }  # fmt: skip
 
@@ -489,6 +499,100 @@ def test_micro_batches_agree_on_a_network(tiny_policy, algorithm, method):
     close(found[1], found[0], 1e-3)
 
 
+# --- credit by chunk of the times ----------------------------------------------------------------
+
+
+CHUNKS = ChunkTimes(sizes=(2, 3), numbers=(1, 2), start=1)
+
+
+@pytest.mark.parametrize("make", [diffusion_nft, awm], ids=["nft", "awm"])
+def test_each_pair_has_the_advantage_of_its_chunk(make):
+    """The loss of two chunks is that of one sample advantage each, on the pairs of the chunk."""
+    policy = Recorder()
+    experience = make_experience(policy)
+    by_chunk = torch.randn(NUM_SAMPLES, 2, generator=seeded(9))
+    algorithm = make(times=CHUNKS, micro_batch=1000)
+    (whole,) = collect(algorithm, policy, replace(experience, advantages=by_chunk))
+    steps, total = whole.column("step"), 0
+    for chunk, members in enumerate(((1, 2), (3, 4, 5))):
+        one = replace(experience, advantages=by_chunk[:, chunk])
+        mask = torch.isin(steps, torch.tensor(members))
+        assert mask.sum() == NUM_SAMPLES * CHUNKS.numbers[chunk]
+        # The same draws, of which only this chunk's have a weight.
+        numbers = tuple(n if c == chunk else 0 for c, n in enumerate(CHUNKS.numbers))
+        other = make(times=CHUNKS, micro_batch=1)
+        (update,) = collect(other, policy, one)
+        losses = [part for part in update.parts if part.diagnostics["step"].item() in members]
+        assert len(losses) == NUM_SAMPLES * sum(numbers)
+        total = total + sum(part.loss.detach().double() for part in losses)
+    close(whole.value, total, 1e-6)
+
+
+def test_credit_by_chunk_asks_for_the_states_where_chunks_begin():
+    found = DiffusionNFT(NFTLoss(times=CHUNKS), by_chunk=True).begin(0, seeded())
+    assert found == SamplingRequest(window=range(1, 6), chunk_starts=(0, 2))
+    # Without, no state is stored, and any solver may take all steps.
+    assert DiffusionNFT(NFTLoss(times=CHUNKS)).begin(0, seeded()).window == range(0)
+
+
+# --- noise that a group shares ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [diffusion_nft, awm], ids=["nft", "awm"])
+def test_a_group_shares_times_and_noises(make):
+    policy = Recorder()
+    experience = make_experience(policy)
+    algorithm = make(times=THREE, shared_noise=True, updates=2, micro_batch=5)
+    drawn, owners = {}, []
+    for update in collect(algorithm, policy, experience):
+        owners.append({b // 4 for b, _ in update.pairs})
+        for (b, i), (x, sigma) in zip(update.pairs, update.seen, strict=True):
+            clean = experience.trajectory.final[b].double()
+            drawn[b, i] = (x.double() - (1 - sigma) * clean) / sigma
+    assert len(drawn) == NUM_SAMPLES * 3
+    # Whole groups: one prompt in one update, two in the other.
+    assert sorted(len(each) for each in owners) == [1, 2] and not owners[0] & owners[1]
+    for prompt in range(3):
+        steps = {i for b, i in drawn if b == 4 * prompt}
+        for i in steps:
+            first = drawn[4 * prompt, i]
+            for b in range(4 * prompt, 4 * prompt + 4):
+                close(drawn[b, i], first, 1e-4)
+            others = [noise for (b, j), noise in drawn.items() if b // 4 != prompt or j != i]
+            assert all((noise - first).abs().max() > 0.01 for noise in others)
+
+
+@pytest.mark.parametrize("make", [diffusion_nft, awm], ids=["nft", "awm"])
+def test_what_a_group_has_in_common_cancels(make):
+    """Images that are all alike teach nothing, whatever their advantages, if these sum to 0."""
+    policy = Recorder()
+    experience = make_experience(policy)
+    final = experience.trajectory.final.reshape(3, 4, -1)[:, :1].expand(-1, 4, -1).flatten(0, 1)
+    centred = torch.randn(3, 4, generator=seeded(4))
+    centred = (centred - centred.mean(1, keepdim=True)).flatten()
+    alike = replace(
+        experience, trajectory=replace(experience.trajectory, final=final), advantages=centred
+    )
+    sizes = {}
+    for shared in (True, False):
+        algorithm = make(times=THREE, shared_noise=shared, micro_batch=1000)
+        (update,) = collect(algorithm, policy, alike)
+        sizes[shared] = update.grad.norm()
+    assert sizes[True] < 1e-5 * sizes[False]
+
+
+def test_shared_noise_deals_prompts_that_are_trained():
+    policy = Recorder()
+    experience = replace(make_experience(policy), chosen=torch.tensor([0, 1, 9]))
+    algorithm = diffusion_nft(shared_noise=True, updates=2)
+    updates = collect(algorithm, policy, experience)
+    assert sorted({b for b, _ in each.pairs} for each in updates if each.pairs) in (
+        [{0, 1}, {9}], [{9}, {0, 1}],
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"3 updates need as many prompts .* 2 prompts"):
+        collect(diffusion_nft(shared_noise=True, updates=3), policy, experience)
+
+
 # --- refusals -----------------------------------------------------------------------------------
 
 
@@ -500,9 +604,9 @@ def test_what_can_not_work_is_refused():
         next(iter(algorithm.losses(policy, experience, seeded())))
 
     for algorithm, loss in ((diffusion_nft, NFTLoss), (awm, AWMLoss)):
-        assert algorithm().begin(0, seeded()) == SamplingRequest()
+        assert algorithm().begin(0, seeded()) == SamplingRequest(window=range(0))
         with pytest.raises(ValueError, match="13 updates need as many samples, and 12 samples are"):
-            start(algorithm(updates=13, **({"times": 3} if algorithm is awm else {})))
+            start(algorithm(updates=13, **({"times": THREE} if algorithm is awm else {})))
         chunked = replace(experience, advantages=torch.zeros(12, 3))
         with pytest.raises(ValueError, match=r"advantages have shape \(12, 3\)"):
             start(algorithm(), chunked)
@@ -517,7 +621,7 @@ def test_what_can_not_work_is_refused():
     with pytest.raises(ValueError, match=r"beta is 0; it must be positive"):
         NFTLoss(beta=0)
     with pytest.raises(ValueError, match=r"trained share of the times"):
-        NFTLoss(fraction=0)
+        ShuffledTimes(0)
     with pytest.raises(ValueError, match="unknown mode 'mean'; known: exp_first, sum_first"):
         AWMLoss(mode="mean")
     with pytest.raises(ValueError, match="power is 0; it must be positive"):
@@ -527,7 +631,7 @@ def test_what_can_not_work_is_refused():
     with pytest.raises(ValueError, match="advantage_max is 0"):
         AWMLoss(advantage_max=0)
     with pytest.raises(ValueError, match="num_times is 8; a schedule of 8 steps offers 1 to 7"):
-        start(awm(times=8))
+        start(awm(times=StratifiedTimes(8)))
 
 
 # --- does it learn? -----------------------------------------------------------------------------

@@ -134,12 +134,32 @@ def test_an_ode_window_has_no_densities():
 
 
 @pytest.mark.parametrize(
-    "window", [range(0), range(3, 3), range(0, 7), range(-1, 3), range(0, 6, 2), range(4, 2)]
+    "window", [range(3, 3), range(0, 7), range(-1, 3), range(0, 6, 2), range(4, 2)]
 )
 def test_windows_outside_the_trained_steps_are_refused(window):
     message = r"a schedule of 7 steps has the trained steps 0 to 5; move or shorten it"
     with pytest.raises(ValueError, match=message):
         run(window=window)
+
+
+@pytest.mark.parametrize("solver", [None, MultistepTail(1.0, order=1), MultistepTail(0.6)])
+def test_without_a_window_only_the_end_is_kept(solver):
+    """All steps by Euler as in an ODE window of them all, or by another solver from the start."""
+    ode = Transition(OdeDiffusion())
+    every = run(transition=ode, window=None)
+    found = run(transition=ode, window=range(0), tail=solver)
+    assert found.num_trained == 0 and found.old_log_prob.shape == (len(every.final), 0)
+    assert torch.equal(found.states[:, 0], every.states[:, 0])
+    rows = len(every.final)
+    if solver is None:
+        assert torch.equal(found.final, every.final)
+        assert found.num_evaluations == every.num_evaluations == rows * 7
+    elif solver.order == 1:  # the first order of the solver is Euler's step
+        torch.testing.assert_close(found.final, every.final, rtol=1e-4, atol=1e-5)
+        assert found.num_evaluations == rows * 7
+    else:
+        assert found.num_evaluations == rows * 5  # the velocity at the start is not asked twice
+        assert not torch.equal(found.final, every.final)
 
 
 def test_unknown_prefixes_are_refused():

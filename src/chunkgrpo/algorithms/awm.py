@@ -15,9 +15,9 @@ from chunkgrpo.algorithms.forward_method import ForwardMethod
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    advantages_by_slot,
     check_not_negative,
     check_positive,
-    check_sample_advantages,
     num_pairs,
 )
 from chunkgrpo.algorithms.pairs import Pairs, check_counts
@@ -25,10 +25,10 @@ from chunkgrpo.core.awm import (
     AnyPseudoLogProb,
     GeneralHuberLogProb,
     scaled_advantages,
-    stratified_times,
 )
 from chunkgrpo.core.forward_process import matching_error, velocity_distance
-from chunkgrpo.core.names import OneOf, check_name
+from chunkgrpo.core.names import ByKind, OneOf, check_name
+from chunkgrpo.core.times import AnyTimes, StratifiedTimes
 from chunkgrpo.core.trust import clipped_surrogate, gradient_is_cut, surrogate_slope
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import OldPolicy
@@ -51,7 +51,9 @@ class AWMLoss:
     Attributes:
         log_prob: The pseudo-log-probability.
         mode: ``exp_first``, a ratio per pair, or ``sum_first``, a ratio per sample.
-        times: T, times per sample (:func:`~chunkgrpo.core.awm.stratified_times`).
+        times: Which times of the schedule each sample is trained at.
+        shared_noise: Draw times and noise once for all samples of a prompt: what their gradients
+            have in common then cancels, as their advantages sum to 0.
         clip_low: Clip range of the ratio below 1; at 1.0 the clip binds only for ratios above 2.
         clip_high: Clip range above 1.
         advantage_clip: Advantages are clamped to this absolute value.
@@ -65,7 +67,8 @@ class AWMLoss:
 
     log_prob: AnyPseudoLogProb = GeneralHuberLogProb()
     mode: Annotated[str, OneOf(MODES)] = "exp_first"
-    times: int = 6
+    times: Annotated[AnyTimes, ByKind()] = StratifiedTimes()
+    shared_noise: bool = False
     clip_low: float = 1.0
     clip_high: float = 1.0
     advantage_clip: float = 5.0
@@ -79,7 +82,6 @@ class AWMLoss:
         """Refuse numbers outside their ranges."""
         check_counts(self.updates, self.micro_batch)
         check_name("mode", self.mode, MODES)
-        check_positive("times", self.times)
         check_positive("advantage_clip", self.advantage_clip)
         check_positive("advantage_max", self.advantage_max)
         for name in ("clip_low", "clip_high", "kl", "ema_weight"):
@@ -107,6 +109,7 @@ class AWM(ForwardMethod):
     Args:
         loss: The objective.
         average: The averaged policy of the last term; required if ``loss.ema_weight`` is above 0.
+        by_chunk: Whether credit differs by chunk of ``loss.times``.
 
     Raises:
         ValueError: If the loss has that term and there is no averaged policy.
@@ -114,6 +117,7 @@ class AWM(ForwardMethod):
 
     loss: AWMLoss
     average: OldPolicy | None = None
+    by_chunk: bool = False
     method: ClassVar[str] = "awm"
 
     def __post_init__(self) -> None:
@@ -132,11 +136,8 @@ class AWM(ForwardMethod):
         self, policy: Policy, experience: Experience, generator: Generator
     ) -> Iterator[LossPart]:
         """Yield pieces of ``updates`` losses; see :class:`~.protocol.Algorithm`."""
-        check_sample_advantages(experience)
         trajectory, loss = experience.trajectory, self.loss
-        num_steps = len(trajectory.sigmas) - 1
-        times_BT = stratified_times(num_steps, loss.times, trajectory.num_samples, generator)
-        deal = Deal.draw(times_BT, experience, loss.updates, loss.micro_batch, generator)
+        deal = Deal.draw(loss, experience, generator)
         old_BT = self.log_probs(policy, trajectory, deal, list(chain(*deal.updates[1:])))
         for update in range(loss.updates):
             yield from self.update(policy, experience, deal, update, old_BT)
@@ -146,8 +147,10 @@ class AWM(ForwardMethod):
     ) -> Iterator[LossPart]:
         """Yield the pieces of one optimizer step."""
         loss, trajectory, batches = self.loss, experience.trajectory, deal.updates[update]
-        advantages_B = scaled_advantages(
-            experience.advantages, loss.advantage_clip, loss.advantage_max
+        advantages_BT = scaled_advantages(
+            advantages_by_slot(experience, loss.times, deal.times.shape[1]),
+            loss.advantage_clip,
+            loss.advantage_max,
         )
         # Only an updated policy can have ratios other than 1.
         has_moved, mean_B = update > 0, None
@@ -161,7 +164,7 @@ class AWM(ForwardMethod):
             log_prob = loss.value(v, pairs)
             old = old_BT[pairs.sample, pairs.slot] if has_moved else log_prob.detach()
             mean = None if mean_B is None else mean_B[pairs.sample]
-            each, cut = self.surrogate(log_prob, old, advantages_B[pairs.sample], mean)
+            each, cut = self.surrogate(log_prob, old, advantages_BT[pairs.sample, pairs.slot], mean)
             diagnostics = {
                 "sample": pairs.sample,
                 "step": pairs.step,

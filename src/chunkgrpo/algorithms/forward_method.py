@@ -5,24 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Generator, Tensor
 
+from chunkgrpo.algorithms.noised_pairs import ForwardLoss
+from chunkgrpo.core.times import ChunkTimes
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.types import SamplingRequest
-
-
-class HasUpdates(Protocol):
-    """The settings of a loss.
-
-    Attributes:
-        updates: Optimizer steps per rollout.
-    """
-
-    @property
-    def updates(self) -> int: ...
 
 
 class ForwardMethod:
@@ -31,11 +22,14 @@ class ForwardMethod:
     Attributes:
         method: Name in checkpoints.
         loss: The objective.
+        by_chunk: Whether credit differs by chunk of the times, and so the predictions where chunks
+            begin are needed.
         second: The policy that follows the trained one; None where there is none.
     """
 
     method: ClassVar[str]
-    loss: HasUpdates
+    loss: ForwardLoss
+    by_chunk: bool
 
     @property
     def second(self) -> OldPolicy | None:
@@ -48,8 +42,11 @@ class ForwardMethod:
         return self.loss.updates
 
     def begin(self, iteration: int, generator: Generator) -> SamplingRequest:
-        """Request the clean latents alone."""
-        return SamplingRequest()
+        """Request the clean latents, and the states in the chunks where credit is by chunk."""
+        times = self.loss.times
+        if self.by_chunk and isinstance(times, ChunkTimes):
+            return SamplingRequest(window=times.window, chunk_starts=times.starts)
+        return SamplingRequest(window=range(0))
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
         """The policy itself samples."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Generator, Tensor
 
@@ -14,14 +14,16 @@ from chunkgrpo.algorithms.forward_method import ForwardMethod
 from chunkgrpo.algorithms.noised_pairs import (
     Deal,
     NoisedPairs,
+    advantages_by_slot,
     check_not_negative,
     check_positive,
-    check_sample_advantages,
     num_pairs,
 )
 from chunkgrpo.algorithms.pairs import check_counts
 from chunkgrpo.core.forward_process import velocity_distance
-from chunkgrpo.core.nft import nft_pair_loss, optimality, shuffled_times
+from chunkgrpo.core.names import ByKind
+from chunkgrpo.core.nft import nft_pair_loss, optimality
+from chunkgrpo.core.times import AnyTimes, ShuffledTimes
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.old_policy import OldPolicy
 from chunkgrpo.types import Experience, LossPart
@@ -40,7 +42,9 @@ class NFTLoss:
     Attributes:
         beta: b > 0 of the pair's loss: distance of the two mixtures from the old velocity.
         advantage_clip: c > 0, the advantage from which on a sample's optimality is 1.
-        fraction: Share of the schedule's times that is trained on, in (0, 1].
+        times: Which times of the schedule each sample is trained at.
+        shared_noise: Draw times and noise once for all samples of a prompt: what their gradients
+            have in common then cancels, as their advantages sum to 0.
         kl: Weight of the squared distance from the reference's velocity; with 0 the reference is
             not evaluated.
         updates: Optimizer steps per rollout; samples are dealt to them at random.
@@ -49,7 +53,8 @@ class NFTLoss:
 
     beta: float = 1.0
     advantage_clip: float = 5.0
-    fraction: float = 0.99
+    times: Annotated[AnyTimes, ByKind()] = ShuffledTimes()
+    shared_noise: bool = False
     kl: float = 1e-4
     updates: int = 1
     micro_batch: int = 64
@@ -60,7 +65,6 @@ class NFTLoss:
         check_positive("beta", self.beta)
         check_positive("advantage_clip", self.advantage_clip)
         check_not_negative("kl", self.kl)
-        shuffled_times(1, self.fraction, 1, Generator())
 
 
 @dataclass
@@ -73,10 +77,12 @@ class DiffusionNFT(ForwardMethod):
     Args:
         loss: The objective.
         old: The old policy, which samples; None: the policy itself.
+        by_chunk: Whether credit differs by chunk of ``loss.times``.
     """
 
     loss: NFTLoss
     old: OldPolicy | None = None
+    by_chunk: bool = False
     method: ClassVar[str] = "diffusion_nft"
 
     @property
@@ -92,12 +98,10 @@ class DiffusionNFT(ForwardMethod):
         self, policy: Policy, experience: Experience, generator: Generator
     ) -> Iterator[LossPart]:
         """Yield pieces of ``updates`` losses; see :class:`~.protocol.Algorithm`."""
-        check_sample_advantages(experience)
         trajectory, loss = experience.trajectory, self.loss
-        num_steps = len(trajectory.sigmas) - 1
-        times_BT = shuffled_times(num_steps, loss.fraction, trajectory.num_samples, generator)
-        deal = Deal.draw(times_BT, experience, loss.updates, loss.micro_batch, generator)
-        optimality_B = optimality(experience.advantages, loss.advantage_clip)
+        deal = Deal.draw(loss, experience, generator)
+        advantages_BT = advantages_by_slot(experience, loss.times, deal.times.shape[1])
+        optimality_BT = optimality(advantages_BT, loss.advantage_clip)
         old = self.old
         if old is None and loss.updates > 1:
             old = OldPolicy(policy.named_parameters())
@@ -106,12 +110,12 @@ class DiffusionNFT(ForwardMethod):
             anchor = None if self.old is None and update == 0 else old
             for index, slots in enumerate(batches):
                 pairs = deal.pairs(trajectory, slots)
-                total, diagnostics = self.pair_loss(policy, pairs, optimality_B, anchor)
+                total, diagnostics = self.pair_loss(policy, pairs, optimality_BT, anchor)
                 ends = index == len(batches) - 1
                 yield LossPart(total / num_pairs(batches), ends, diagnostics)
 
     def pair_loss(
-        self, policy: Policy, pairs: NoisedPairs, optimality_B: Tensor, old: OldPolicy | None
+        self, policy: Policy, pairs: NoisedPairs, optimality_BT: Tensor, old: OldPolicy | None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the summed loss of some pairs; the policy is its own anchor where old is None."""
         loss, v_old, v_ref = self.loss, None, None
@@ -121,7 +125,7 @@ class DiffusionNFT(ForwardMethod):
             v_ref = pairs.velocity_within(policy, policy.reference())
         v = pairs.velocity(policy)
         v_old = v.detach() if v_old is None else v_old
-        good = optimality_B[pairs.sample]
+        good = optimality_BT[pairs.sample, pairs.slot]
         each = loss.advantage_clip * nft_pair_loss(
             v, v_old, pairs.clean, pairs.noised, pairs.sigma, good, loss.beta
         )

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -19,10 +20,31 @@ from torch import Generator, Tensor
 from chunkgrpo.algorithms.pairs import Pairs, deal
 from chunkgrpo.core.forward_process import noisy
 from chunkgrpo.core.precision import at_least_float32
+from chunkgrpo.core.times import AnyTimes, ChunkTimes
 from chunkgrpo.policies.protocol import Policy
 from chunkgrpo.runtime.seeds import NoiseSource
 from chunkgrpo.runtime.transfer import send
 from chunkgrpo.types import Conditioning, Experience, Trajectory
+
+
+class ForwardLoss(Protocol):
+    """The settings that objectives on the forward process have in common.
+
+    Attributes:
+        times: Which times of the schedule each sample is trained at.
+        shared_noise: Whether the samples of a prompt have the same times and noises.
+        updates: Optimizer steps per rollout.
+        micro_batch: (sample, time) pairs per forward and backward.
+    """
+
+    @property
+    def times(self) -> AnyTimes: ...
+    @property
+    def shared_noise(self) -> bool: ...
+    @property
+    def updates(self) -> int: ...
+    @property
+    def micro_batch(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -75,18 +97,27 @@ class Deal:
     updates: list[list[Pairs]]
 
     @staticmethod
-    def draw(
-        times_BT: Tensor,
-        experience: Experience,
-        num_updates: int,
-        micro_batch: int,
-        generator: Generator,
-    ) -> Deal:
-        """Deal samples to updates at random, and each update's pairs to equal micro-batches."""
+    def draw(loss: ForwardLoss, experience: Experience, generator: Generator) -> Deal:
+        """Draw times and noises, deal samples to updates, and an update's pairs to micro-batches.
+
+        Args:
+            loss: How many times, updates and pairs, and whether groups share times and noises.
+            experience: The rollout.
+            generator: On the CPU.
+
+        Raises:
+            ValueError: If there are fewer samples than updates, or fewer groups where these share.
+        """
+        trajectory, micro_batch = experience.trajectory, loss.micro_batch
+        each = trajectory.group_size if loss.shared_noise else 1
+        num_drawn = trajectory.num_samples // each
+        num_steps = len(trajectory.sigmas) - 1
+        times_BT = loss.times.draw(num_steps, num_drawn, generator).repeat_interleave(each, 0)
         num_times = times_BT.shape[1]
-        seeds_BT = torch.randint(2**62, times_BT.shape, generator=generator)
+        seeds = torch.randint(2**62, (num_drawn, num_times), generator=generator)
+        seeds_BT = seeds.repeat_interleave(each, 0)
         updates = []
-        for share in deal(experience, num_updates, generator):
+        for share in deal(experience, loss.updates, generator, whole=loss.shared_noise):
             sample = share.repeat_interleave(num_times)
             slot = torch.arange(num_times).repeat(len(share))
             # Shuffled, so that every micro-batch holds all noise levels.
@@ -134,15 +165,25 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must be positive")
 
 
-def check_sample_advantages(experience: Experience) -> None:
-    """Refuse advantages by chunk, which a method without chunks cannot use.
+def advantages_by_slot(experience: Experience, times: AnyTimes, num_times: int) -> Tensor:
+    """Return the advantage of each (sample, time) pair, [B, T].
+
+    Args:
+        experience: Advantages [B], or [B, C] with one per chunk of ``times``.
+        times: What drew the times.
+        num_times: T.
 
     Raises:
-        ValueError: With their shape.
+        ValueError: If there are advantages by chunk and the times are not drawn by these chunks.
     """
-    shape, num_samples = tuple(experience.advantages.shape), experience.trajectory.num_samples
-    if shape != (num_samples,):
+    advantages, num_samples = experience.advantages, experience.trajectory.num_samples
+    if advantages.shape == (num_samples,):
+        return advantages[:, None].expand(-1, num_times)
+    chunks = len(times.sizes) if isinstance(times, ChunkTimes) else None
+    if not isinstance(times, ChunkTimes) or advantages.shape != (num_samples, chunks):
         raise ValueError(
-            f"advantages have shape {shape}; a method that trains on clean latents has one per "
-            f"sample, ({num_samples},); credit by chunk needs Chunk-GRPO"
+            f"advantages have shape {tuple(advantages.shape)}; a method that trains on clean "
+            f"latents has one per sample, ({num_samples},), or per sample and chunk of its times, "
+            f"({num_samples}, {chunks}), which times of kind 'chunks' have"
         )
+    return advantages[:, times.chunk_of_slot.to(advantages.device)]

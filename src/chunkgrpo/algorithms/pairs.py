@@ -111,13 +111,24 @@ def split_rows(pairs: Pairs, size: int, trajectory: Trajectory) -> list[Pairs]:
     return [*rest, *zip(*columns, strict=True)]
 
 
-def deal(experience: Experience, updates: int, generator: Generator) -> tuple[Tensor, ...]:
+def deal(
+    experience: Experience, updates: int, generator: Generator, whole: bool = False
+) -> tuple[Tensor, ...]:
     """Deal the chosen samples to the updates at random, [S] each, on the CPU.
 
+    Args:
+        experience: The rollout.
+        updates: Optimizer steps.
+        generator: On the CPU.
+        whole: Keep the samples of a prompt in one update.
+
     Raises:
-        ValueError: If there are fewer samples than updates.
+        ValueError: If there are fewer samples than updates, or fewer prompts where ``whole``.
     """
-    order = torch.randperm(experience.trajectory.num_samples, generator=generator)
+    trajectory = experience.trajectory
+    if whole:
+        return _deal_groups(experience, updates, generator)
+    order = torch.randperm(trajectory.num_samples, generator=generator)
     if experience.chosen is not None:
         order = order[torch.isin(order, experience.chosen.cpu())]
     if updates > len(order):
@@ -125,6 +136,23 @@ def deal(experience: Experience, updates: int, generator: Generator) -> tuple[Te
             f"{updates} updates need as many samples, and {len(order)} samples are trained on"
         )
     return order.tensor_split(updates)
+
+
+def _deal_groups(experience: Experience, updates: int, generator: Generator) -> tuple[Tensor, ...]:
+    """Deal whole groups, those without a chosen sample left out."""
+    trajectory = experience.trajectory
+    samples = torch.arange(trajectory.num_samples)
+    if experience.chosen is not None:
+        samples = experience.chosen.cpu()
+    prompts = samples // trajectory.group_size
+    order = torch.randperm(trajectory.num_prompts, generator=generator)
+    order = order[torch.isin(order, prompts)]
+    if updates > len(order):
+        raise ValueError(
+            f"{updates} updates need as many prompts where groups share noise, and samples of "
+            f"{len(order)} prompts are trained on"
+        )
+    return tuple(samples[torch.isin(prompts, part)] for part in order.tensor_split(updates))
 
 
 def check_counts(updates: int, micro_batch: int) -> None:

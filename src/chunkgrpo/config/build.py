@@ -334,10 +334,12 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
     """
     o = config.objective
     if isinstance(o, NFTObjective):
-        return DiffusionNFT(o, OldPolicy(policy.named_parameters(), o.old))
+        old = OldPolicy(policy.named_parameters(), o.old)
+        return DiffusionNFT(o, old, config.credit.by_chunk)
     if isinstance(o, AWMObjective):
         named = policy.named_parameters()
-        return AWM(o, None if o.average is None else OldPolicy(named, o.average))
+        average = None if o.average is None else OldPolicy(named, o.average)
+        return AWM(o, average, config.credit.by_chunk)
     cut = partial(o.plan.cut, num_planned(config), curve)
     return ChunkGRPO(
         plan=cut(),

@@ -43,6 +43,9 @@ _NOW = {
     "objective.implicit_sizes": "objective.outer_weights.sizes (of kind implicit)",
     "objective.kl_form": "objective.kl.kind: transition or rate, each with a weight",
     "objective.forward": "objective, with kind diffusion_nft or awm and its fields beside it",
+    "objective.fraction": "objective.times.fraction (of kind shuffled)",
+    "objective.forward.fraction": "objective.times.fraction (of kind shuffled)",
+    "objective.forward.times": "objective.times.number (of kind stratified)",
     "objective.forward.power": "objective.log_prob.power (of kind ghuber)",
     "objective.forward.old": "objective.old (of diffusion_nft) or objective.average (of awm)",
     "model.method": "model.adaptation.kind: lora or full",
@@ -58,8 +61,7 @@ _NOW = {
 _SAME_BELOW = {
     "sampling.window": ("objective.window", ("size", "start", "low", "high", "every", "stride",
                         "decay", "rate", "after", "indices")),
-    "objective.forward": ("objective", ("fraction", "beta", "times", "log_prob", "mode",
-                          "advantage_max", "ema_weight")),
+    "objective.forward": ("objective", ("beta", "log_prob", "mode", "advantage_max", "ema_weight")),
 }  # fmt: skip
 
 MOVED: dict[str, str] = {key: f"since 0.2.0 it is {now}" for key, now in _NOW.items()} | {

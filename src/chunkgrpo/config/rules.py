@@ -8,18 +8,17 @@ rule and the fix, before anything is loaded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from chunkgrpo.config.derived import merged_steps, num_planned, num_trained
+from chunkgrpo.config.forward_rules import check_forward
 from chunkgrpo.config.schema import (
-    AWMObjective,
     ChunkGRPOObjective,
     Config,
     ConfigError,
     FullAdaptation,
     ModelConfig,
 )
+from chunkgrpo.config.section import at
 from chunkgrpo.core.combination import COMBINATIONS
 from chunkgrpo.core.learned import Learned
 from chunkgrpo.core.names import check_name
@@ -59,7 +58,7 @@ def check(config: Config, chunks: bool = True) -> None:
     check_held(config)
     check_rewards(config)
     if not isinstance(config.objective, ChunkGRPOObjective):
-        check_forward(config)
+        check_forward(config, config.objective)
         return
     check_transition(config)
     check_window(config, config.objective)
@@ -69,17 +68,6 @@ def check(config: Config, chunks: bool = True) -> None:
         check_selection(config, config.objective)
         check_outer_weights(config, config.objective)
         check_neighbours(config, config.objective)
-
-
-@contextmanager
-def at(key: str) -> Iterator[None]:
-    """Turn an error of a part into one of the configuration, at its key."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        raise ConfigError(f"{key}: {error}") from None
 
 
 def check_sampling(config: Config) -> None:
@@ -105,7 +93,7 @@ def check_sampling(config: Config) -> None:
 
 
 def check_updates(config: Config) -> None:
-    """Refuse more optimizer steps than samples, and more times than the schedule has."""
+    """Refuse more optimizer steps than samples."""
     s, o = config.sampling, config.objective
     if s.images > MAX_IMAGES:
         raise ConfigError(
@@ -121,11 +109,6 @@ def check_updates(config: Config) -> None:
         raise ConfigError(
             f"objective.updates = {o.updates} share the {s.images} images of a rollout (sampling."
             "prompts x group_size), and each needs at least one; lower it"
-        )
-    if isinstance(o, AWMObjective) and o.times > num_trained(config):
-        raise ConfigError(
-            f"objective.times = {o.times}, but sampling.steps = {s.steps} has only "
-            f"{num_trained(config)} times besides pure noise; lower it or take more steps"
         )
 
 
@@ -228,24 +211,6 @@ def check_training(model: ModelConfig) -> None:
         raise ConfigError(
             "model.offload 'reference' is the frozen copy of model.adaptation 'full'; the "
             "reference of a LoRA is the model itself: take it out"
-        )
-
-
-def check_forward(config: Config) -> None:
-    """Refuse settings of trajectories where the objective reads none."""
-    s, kind = config.sampling, config.objective.kind
-    wrong = []
-    if config.credit.by_chunk:
-        wrong.append("credit.assign 'gain'")
-    if s.prefix != "ode":
-        wrong.append(f"sampling.prefix {s.prefix!r}")
-    if not isinstance(s.tail, EulerTail):
-        wrong.append(f"sampling.tail {s.tail.kind!r}")
-    if wrong:
-        raise ConfigError(
-            f"objective.kind {kind!r} trains on noised clean latents, not on a trajectory with "
-            f"chunks and a window, and has no use for {', '.join(wrong)}; remove it, or use "
-            "'chunk_grpo'"
         )
 
 

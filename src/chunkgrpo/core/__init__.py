@@ -153,6 +153,7 @@ from .subset import (
     project_out,
     scaled_within,
 )
+from .times import ChunkTimes, ShuffledTimes, StratifiedTimes
 from .trust import (
     Clip,
     KlMask,
@@ -179,6 +180,7 @@ __all__ = [
     "AllSteps",
     "ChunkPlan",
     "ChunkSizeWeights",
+    "ChunkTimes",
     "ChunkWindow",
     "Clip",
     "Combination",
@@ -217,8 +219,10 @@ __all__ = [
     "RateKl",
     "Selection",
     "Shifted",
+    "ShuffledTimes",
     "SlidingWindow",
     "StepPlan",
+    "StratifiedTimes",
     "TimestepRounding",
     "Transition",
     "TransitionKl",

@@ -17,6 +17,7 @@ __all__ = [
     "saturation",
     "brightness",
     "diversity",
+    "separation",
 ]
 
 _LUMA = (0.2126, 0.7152, 0.0722)  # Rec. 709, applied to the values as they are
@@ -146,13 +147,37 @@ def diversity(images_BCHW: Tensor, num_prompts: int) -> Tensor:
     Raises:
         ValueError: B is not P groups of at least 2.
     """
+    return separation(images_BCHW, num_prompts).mean(dim=1)
+
+
+def separation(images_BCHW: Tensor, num_prompts: int) -> Tensor:
+    r"""Mean distance of each image from the others of its prompt, seen coarsely.
+
+    .. math:: \frac{1}{G-1} \sum_{j \ne i}
+              \frac{\lVert y_i - y_j \rVert_2}{\sqrt{3 \cdot 8 \cdot 8}}
+
+    with y as in :func:`diversity`, which is the mean over the images of a prompt.
+
+    Args:
+        images_BCHW: [B, 3, H, W] in [0, 1], prompt-major.
+        num_prompts: P; B / P is the group size G, at least 2.
+
+    Returns:
+        [P, G] in [0, 1].
+
+    Raises:
+        ValueError: B is not P groups of at least 2.
+    """
     pixels = _checked(images_BCHW)
     if num_prompts < 1 or len(pixels) % num_prompts or len(pixels) < 2 * num_prompts:
         raise ValueError(f"{len(pixels)} images are not {num_prompts} groups of 2 or more")
     coarse = functional.adaptive_avg_pool2d(pixels, 8).reshape(num_prompts, -1, 3 * 8 * 8)
-    first, second = torch.triu_indices(coarse.shape[1], coarse.shape[1], offset=1).unbind()
+    size = coarse.shape[1]
+    distances = torch.zeros(num_prompts, size, size, dtype=coarse.dtype)
+    first, second = torch.triu_indices(size, size, offset=1).unbind()
     squared = (coarse[:, first] - coarse[:, second]).square().mean(dim=2)
-    return squared.sqrt().mean(dim=1)
+    distances[:, first, second] = distances[:, second, first] = squared.sqrt()
+    return distances.sum(dim=2) / (size - 1)
 
 
 def _luma(images_BCHW: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ BUILT_IN = {
     "jpeg_compressibility": ("chunkgrpo.rewards.jpeg", "JpegCompressibility"),
     "jpeg_incompressibility": ("chunkgrpo.rewards.jpeg", "JpegIncompressibility"),
     "brightness": ("chunkgrpo.rewards.brightness", "BrightnessReward"),
+    "image_health": ("chunkgrpo.rewards.image_health", "ImageHealthReward"),
     "remote": ("chunkgrpo.rewards.remote", "RemoteReward"),
 }
 

@@ -108,7 +108,8 @@ def rollout_record(
 
     Returns:
         ``advantage_spread``, the mean in-group standard deviation of the rewards;
-        ``zero_spread_groups``; ``l1_rel``, the mean relative L1 change of each step;
+        ``zero_spread_groups``; ``l1_rel``, the mean relative L1 change of each
+        step, empty where none is stored;
         ``rollout_evaluations``, network rows; ``window``, [first, stop) of the stochastic steps
         where these are not all; ``chunk_gain``, the mean gain of each chunk where the predictions
         at the chunks' boundaries were scored.
@@ -117,7 +118,7 @@ def rollout_record(
     record: dict[str, Any] = {
         "advantage_spread": advantages.spread.mean(),
         "zero_spread_groups": advantages.num_zero_spread,
-        "l1_rel": mean_curve(trajectory.dynamics).tolist(),
+        "l1_rel": mean_curve(trajectory.dynamics).tolist() if trajectory.num_trained else [],
         "rollout_evaluations": trajectory.num_evaluations,
         "window": [window.start, window.stop] if window else None,
     }
