@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of attacks, from the log of attempts: ``python tests/attack/table.py LOG [RESULT [PAGE]]``."""
+"""The table of attacks from a log: ``python tests/attack/table.py LOG [RESULT [PAGE]]``."""
 
 from __future__ import annotations
 
