@@ -291,15 +291,18 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     axis = 1 if results["setup"]["rows"] else 0
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    drawn = {name: runs for name, runs in results["runs"].items() if runs}
+    figure = Figure(figsize=(8, 5 + 0.2 * len(drawn)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.axhline(0, color="0.7", linewidth=0.8)
     scale, unit = (1e-3, "thousand network rows") if axis else (1.0, "seconds of training")
-    for number, (name, runs) in enumerate(sorted(results["runs"].items())):
-        curves = [points(run, results) for run in runs.values()]
-        if not curves:
-            continue
+
+    def gain(name: str) -> float:
+        return float(np.mean([points(run, results)[-1][2] for run in drawn[name].values()]))
+
+    for number, name in enumerate(sorted(drawn, key=gain, reverse=True)):
+        curves = [points(run, results) for run in drawn[name].values()]
         color = f"C{number % 10}"
         for curve in curves:
             axes.plot(
@@ -314,7 +317,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         axes.plot(scale * mean[:, axis], mean[:, 2], style, color=color, label=name)
     axes.set_xlabel(unit)
     axes.set_ylabel("gain in strict score, points")
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(loc="outside lower left", fontsize=8, frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
