@@ -113,6 +113,23 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change a setting, e.g. --set optimizer.learning_rate=5e-5."),
 ]
+RecipeArgument = Annotated[
+    str | None,
+    typer.Argument(
+        help="A recipe's name (`chunkgrpo recipes`) or a .yaml file. "
+        "[default: demo, or paper with --model]"
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
+]
+PromptsOption = Annotated[
+    str | None, typer.Option(help="Prompts to train on and to evaluate with: a file or dataset.")
+]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option(help="A reward: its name, package.module:function or http://host:port."),
+]
 RunArgument = Annotated[Path, typer.Argument(help="A run folder.")]
 ChunksOption = Annotated[
     Path | None, typer.Option(help="File with a plan, as `chunkgrpo chunks` writes it.")

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
+from chunkgrpo.cli.common import (
+    AllowCodeOption,
+    ChunksOption,
+    ModelOption,
+    PromptsOption,
+    RecipeArgument,
+    RewardOption,
+    SetOption,
+    app,
+    clear_errors,
+    echo,
+)
 from chunkgrpo.cli.training import Overrides
 
 if TYPE_CHECKING:
@@ -21,24 +32,10 @@ COLOURS = {"ok": "green", "warning": "yellow", "failure": "red", "skipped": "dim
 
 @app.command()
 def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="A recipe's name (`chunkgrpo recipes`) or a .yaml file. "
-            "[default: demo, or paper with --model]"
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Prompts to train on and to evaluate with: a file or dataset."),
-    ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(help="A reward: its name, package.module:function or http://host:port."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    prompts: PromptsOption = None,
+    reward: RewardOption = None,
     set_: SetOption = None,
     chunks: ChunksOption = None,
     out: Annotated[

@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from chunkgrpo.cli.common import AllowCodeOption, ChunksOption, SetOption, app, clear_errors, echo
+from chunkgrpo.cli.common import (
+    AllowCodeOption,
+    ChunksOption,
+    ModelOption,
+    PromptsOption,
+    RecipeArgument,
+    RewardOption,
+    SetOption,
+    app,
+    clear_errors,
+    echo,
+)
 from chunkgrpo.cli.display import Display
 from chunkgrpo.runtime.interrupts import EXIT_CODE, raising_on_signals
 
@@ -23,24 +34,10 @@ if TYPE_CHECKING:
 
 @app.command()
 def train(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(
-            help="A recipe's name (`chunkgrpo recipes`) or a .yaml file. "
-            "[default: demo, or paper with --model]"
-        ),
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A diffusers pipeline: its folder or hub id.")
-    ] = None,
-    prompts: Annotated[
-        str | None,
-        typer.Option(help="Prompts to train on and to evaluate with: a file or dataset."),
-    ] = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option(help="A reward: its name, package.module:function or http://host:port."),
-    ] = None,
+    recipe: RecipeArgument = None,
+    model: ModelOption = None,
+    prompts: PromptsOption = None,
+    reward: RewardOption = None,
     set_: SetOption = None,
     chunks: ChunksOption = None,
     out: Annotated[Path | None, typer.Option(help="Run folder; runs/NAME by default.")] = None,
