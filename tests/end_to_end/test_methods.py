@@ -258,6 +258,11 @@ def test_costs_of_forward_objectives():
         ("awm", "objective.window=random", "objective.window belongs to objective.kind chunk_grpo"),
         ("diffusion-nft", "credit.assign=gain", "needs objective.times of kind 'chunks'"),
         (
+            "diffusion-nft",
+            "sampling.tail=dpm sampling.transition=flow",
+            "sampling.tail 'dpm' takes the steps of rollouts by the ODE, and .* 'flow' draws noise",
+        ),
+        (
             "awm",
             "credit.assign=gain objective.times=chunks objective.mode=sum_first",
             "needs objective.times of kind 'chunks', and of awm mode 'exp_first'",

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import compose
-from chunkgrpo.core import ChunkPlan, FlowDiffusion, Transition, make_sigmas
+from chunkgrpo.core import ChunkPlan, FlowDiffusion, StratifiedTimes, Transition, make_sigmas
 from chunkgrpo.core.trust import Clip
 from chunkgrpo.policies.toy import GaussianPolicy
 from chunkgrpo.prompts import PromptSet
@@ -54,7 +54,7 @@ METHODS = {
     ),
     "AWM": lambda policy, old: compose.awm(
         OldPolicy(policy.named_parameters(), "awm") if old else None,
-        times=2, ema_weight=1.0 if old else 0.0,
+        times=StratifiedTimes(2), ema_weight=1.0 if old else 0.0,
     ),
 }  # fmt: skip
 """Algorithms by the name of their class, each with an old policy of its own, or without."""

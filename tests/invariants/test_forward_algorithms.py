@@ -531,8 +531,9 @@ def test_each_pair_has_the_advantage_of_its_chunk(make):
 def test_credit_by_chunk_asks_for_the_states_where_chunks_begin():
     found = DiffusionNFT(NFTLoss(times=CHUNKS), by_chunk=True).begin(0, seeded())
     assert found == SamplingRequest(window=range(1, 6), chunk_starts=(0, 2))
-    # Without, no state is stored, and any solver may take all steps.
-    assert DiffusionNFT(NFTLoss(times=CHUNKS)).begin(0, seeded()).window == range(0)
+    # Without, no state of the ODE is stored, and any solver may take all steps.
+    assert DiffusionNFT(NFTLoss(times=CHUNKS), by_ode=True).begin(0, seeded()).window == range(0)
+    assert DiffusionNFT(NFTLoss(times=CHUNKS)).begin(0, seeded()).window is None
 
 
 # --- noise that a group shares ------------------------------------------------------------------
@@ -604,7 +605,7 @@ def test_what_can_not_work_is_refused():
         next(iter(algorithm.losses(policy, experience, seeded())))
 
     for algorithm, loss in ((diffusion_nft, NFTLoss), (awm, AWMLoss)):
-        assert algorithm().begin(0, seeded()) == SamplingRequest(window=range(0))
+        assert algorithm().begin(0, seeded()) == SamplingRequest()
         with pytest.raises(ValueError, match="13 updates need as many samples, and 12 samples are"):
             start(algorithm(updates=13, **({"times": THREE} if algorithm is awm else {})))
         chunked = replace(experience, advantages=torch.zeros(12, 3))

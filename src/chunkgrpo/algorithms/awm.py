@@ -110,6 +110,7 @@ class AWM(ForwardMethod):
         loss: The objective.
         average: The averaged policy of the last term; required if ``loss.ema_weight`` is above 0.
         by_chunk: Whether credit differs by chunk of ``loss.times``.
+        by_ode: Whether rollouts follow the ODE.
 
     Raises:
         ValueError: If the loss has that term and there is no averaged policy.
@@ -118,6 +119,7 @@ class AWM(ForwardMethod):
     loss: AWMLoss
     average: OldPolicy | None = None
     by_chunk: bool = False
+    by_ode: bool = False
     method: ClassVar[str] = "awm"
 
     def __post_init__(self) -> None:

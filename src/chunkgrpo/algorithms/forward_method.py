@@ -24,12 +24,15 @@ class ForwardMethod:
         loss: The objective.
         by_chunk: Whether credit differs by chunk of the times, and so the predictions where chunks
             begin are needed.
+        by_ode: Whether rollouts follow the ODE: then no state needs to be stored, and another
+            solver may take all steps. Otherwise every step draws noise.
         second: The policy that follows the trained one; None where there is none.
     """
 
     method: ClassVar[str]
     loss: ForwardLoss
     by_chunk: bool
+    by_ode: bool
 
     @property
     def second(self) -> OldPolicy | None:
@@ -46,7 +49,7 @@ class ForwardMethod:
         times = self.loss.times
         if self.by_chunk and isinstance(times, ChunkTimes):
             return SamplingRequest(window=times.window, chunk_starts=times.starts)
-        return SamplingRequest(window=range(0))
+        return SamplingRequest(window=range(0) if self.by_ode else None)
 
     def sampling(self, policy: Policy) -> AbstractContextManager[None]:
         """The policy itself samples."""

@@ -78,11 +78,13 @@ class DiffusionNFT(ForwardMethod):
         loss: The objective.
         old: The old policy, which samples; None: the policy itself.
         by_chunk: Whether credit differs by chunk of ``loss.times``.
+        by_ode: Whether rollouts follow the ODE.
     """
 
     loss: NFTLoss
     old: OldPolicy | None = None
     by_chunk: bool = False
+    by_ode: bool = False
     method: ClassVar[str] = "diffusion_nft"
 
     @property

@@ -38,7 +38,7 @@ from chunkgrpo.core.learned import Learned
 from chunkgrpo.core.names import check_name
 from chunkgrpo.core.plan_rules import Curve
 from chunkgrpo.core.schedules import TIMESTEP_ROUNDINGS, Native, merge_sigmas
-from chunkgrpo.core.sde import kernel_of
+from chunkgrpo.core.sde import OdeDiffusion, kernel_of
 from chunkgrpo.core.windows import ChunkWindow, FixedWindow, WindowSchedule
 from chunkgrpo.prompts import PromptSet
 from chunkgrpo.rewards import Scorer, make_reward
@@ -332,14 +332,15 @@ def build_algorithm(config: Config, policy: Policy, sampler: Sampler, curve: Cur
         sampler: Whose transition it shares.
         curve: Measures the policy's dynamics; called for measured plans only.
     """
-    o = config.objective
+    o, by_chunk = config.objective, config.credit.by_chunk
+    by_ode = isinstance(config.sampling.transition, OdeDiffusion)
     if isinstance(o, NFTObjective):
         old = OldPolicy(policy.named_parameters(), o.old)
-        return DiffusionNFT(o, old, config.credit.by_chunk)
+        return DiffusionNFT(o, old, by_chunk, by_ode)
     if isinstance(o, AWMObjective):
         named = policy.named_parameters()
         average = None if o.average is None else OldPolicy(named, o.average)
-        return AWM(o, average, config.credit.by_chunk)
+        return AWM(o, average, by_chunk, by_ode)
     cut = partial(o.plan.cut, num_planned(config), curve)
     return ChunkGRPO(
         plan=cut(),

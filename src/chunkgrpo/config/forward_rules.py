@@ -8,7 +8,9 @@ from torch import Generator
 from chunkgrpo.config.derived import num_trained
 from chunkgrpo.config.schema import AWMObjective, Config, ConfigError, NFTObjective
 from chunkgrpo.config.section import at
+from chunkgrpo.core.sde import OdeDiffusion
 from chunkgrpo.core.times import ChunkTimes
+from chunkgrpo.runtime.solvers import EulerTail
 
 
 def check_forward(config: Config, objective: NFTObjective | AWMObjective) -> None:
@@ -17,6 +19,12 @@ def check_forward(config: Config, objective: NFTObjective | AWMObjective) -> Non
     wrong = []
     if s.prefix != "ode":
         wrong.append(f"sampling.prefix {s.prefix!r}")
+    if not isinstance(s.tail, EulerTail) and not isinstance(s.transition, OdeDiffusion):
+        raise ConfigError(
+            f"sampling.tail {s.tail.kind!r} takes the steps of rollouts by the ODE, and "
+            f"sampling.transition {s.transition.kind!r} draws noise in each; set it to ode, or "
+            "sampling.tail to euler"
+        )
     if wrong:
         raise ConfigError(
             f"objective.kind {kind!r} trains on noised clean latents, not on a trajectory with a "
