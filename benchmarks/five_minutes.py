@@ -34,6 +34,7 @@ from chunkgrpo.cost import iteration_cost
 from chunkgrpo.evaluate import EvaluationSettings, evaluate
 from chunkgrpo.policies.pipeline import PipelinePolicy
 from chunkgrpo.report.health import HEALTH_BANDS
+from chunkgrpo.report.metrics import read_metrics
 from chunkgrpo.report.statistics import Estimate, paired_difference
 from chunkgrpo.rewards import make_reward
 from chunkgrpo.runtime.files import atomic_write
@@ -176,8 +177,8 @@ def run_one(name: str, seed: int, options: argparse.Namespace, results: dict[str
     started = time.perf_counter()
     with trainer.averaged():
         found |= judged(trainer, reference, num_images)
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    found["rewards"] = [round(json.loads(line)["reward_mean"], 3) for line in lines]
+    records = read_metrics(folder / "metrics.jsonl")
+    found["rewards"] = [round(record["reward_mean"], 3) for record in records]
     found["curve"] = []
     for state, weights in snapshots.kept:
         put(trainer.parameters, weights)
@@ -199,6 +200,16 @@ def points(run: dict[str, Any], results: dict[str, Any]) -> list[tuple[float, fl
         found.append((part["seconds"], part["rows"], gain))
     gain = 100 * (verdicts(run["scores"]).mean() - verdicts(results["base"]["scores"]).mean())
     return [*found, (run["seconds"], run["rows"], gain)]
+
+
+def best_first(results: dict[str, Any]) -> list[str]:
+    """Return the names of the recipes that have a finished run, by their mean gain."""
+    gains = {
+        name: np.mean([points(run, results)[-1][2] for run in runs.values()])
+        for name, runs in results["runs"].items()
+        if runs
+    }
+    return sorted(gains, key=lambda name: gains[name], reverse=True)
 
 
 def reached(curve: Sequence[tuple[float, float, float]], mark: float, axis: int) -> float | None:
@@ -263,11 +274,7 @@ def table(results: dict[str, Any]) -> str:
         "| iterations | thousand rows | seconds | health outside its band, over the base's |",
         "|---" * (9 + len(MARKS)) + "|",
     ]
-
-    def gain(name: str) -> float:
-        return float(np.mean([points(run, results)[-1][2] for run in runs[name].values()]))
-
-    for name in sorted((n for n in runs if runs[n]), key=gain, reverse=True):
+    for name in best_first(results):
         lines.append(row_of(name, [runs[name][k] for k in sorted(runs[name])], results))
     rows, seconds = setup["rows"], setup["seconds"]
     budget = f"{rows:,} network rows" if rows else f"{seconds} seconds of training"
@@ -291,18 +298,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     axis = 1 if results["setup"]["rows"] else 0
-    drawn = {name: runs for name, runs in results["runs"].items() if runs}
+    drawn = best_first(results)
     figure = Figure(figsize=(8, 5 + 0.2 * len(drawn)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     axes.axhline(0, color="0.7", linewidth=0.8)
     scale, unit = (1e-3, "thousand network rows") if axis else (1.0, "seconds of training")
-
-    def gain(name: str) -> float:
-        return float(np.mean([points(run, results)[-1][2] for run in drawn[name].values()]))
-
-    for number, name in enumerate(sorted(drawn, key=gain, reverse=True)):
-        curves = [points(run, results) for run in drawn[name].values()]
+    for number, name in enumerate(drawn):
+        curves = [points(run, results) for run in results["runs"][name].values()]
         color = f"C{number % 10}"
         for curve in curves:
             axes.plot(
